@@ -46,6 +46,7 @@ Sections; each one calls only those above it.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -294,127 +295,141 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 
 _TILE_SCORES = 2**18  # scores in a batch of tiles: 1 MiB of float32, so that every pass over them stays in the L2 cache
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
-_PAIR_VALUES = 2**23  # numbers in the partial outputs of one chunk of selective attention: 32 MiB of float32
+_PARTIAL_VALUES = 2**22  # numbers in the partial outputs of a chunk of rows: 16 MiB of float32
 _LOG2E = math.log2(math.e)
 
 
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, T, H, ...) → (B·K, T, G, ...): one dense piece of memory for each key head, in the accumulation dtype."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return rearrange(x, "b t (k g) ... -> (b k) t g ...", k=kv_heads).contiguous()
-
-
-def _unfold(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """(B·K, T, G, ...) → (B, T, H, ...) in `dtype`."""
-    return rearrange(x, "(b k) t g ... -> b t (k g) ...", b=batch).to(dtype).contiguous()
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _tile_forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of a batch of tiles: o = softmax(scale·q·kᵀ)·v and its log-sum-exp.
 
-    q: (b, M, G, D), k, v: (b, n, D), hidden: bool, broadcasting to (b, M, G, n) → o (b, M, G, D), lse (b, M, G).
+    q: (b, M·G, D), k, v: (b, n, D), hidden: bool, broadcasting to (b, M, G, n) → o (b, M·G, D), lse (b, M·G).
     A row that sees nothing has o = 0 and lse = −inf.
     """
-    s = torch.bmm(q.flatten(1, 2) * scale, k.mT)  # (b, M·G, n)
+    s = torch.bmm(q * scale, k.mT)  # (b, M·G, n)
     lowest = torch.finfo(s.dtype).min  # in place of −inf, which would make NaN of a row that sees nothing
     if hidden is not None:
-        s.unflatten(1, q.shape[1:3]).masked_fill_(hidden, lowest)
-    p = s.softmax(-1)
-    lse = s.amax(-1)
-    blind = (lse == lowest)[..., None]
-    lse -= p.amax(-1).log()  # log p = s − lse, read at the row's maximum: no second pass of exponentials
-    o = torch.bmm(p, v).masked_fill_(blind, 0.0)
-    lse.masked_fill_(blind[..., 0], -math.inf)
-    return o.unflatten(1, q.shape[1:3]), lse.unflatten(1, q.shape[1:3])
+        s.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, lowest)
+    p, highest = s.softmax(-1), s.amax(-1)
+    o = torch.bmm(p, v)
+    lse = highest - p.amax(-1).log()  # log p = s − lse, read at the row's maximum: no second pass of exponentials
+    if hidden is not None:
+        blind = highest == lowest
+        o.masked_fill_(blind[..., None], 0.0)
+        lse.masked_fill_(blind, -math.inf)
+    return o, lse
 
 
 def _tile_probabilities(q: Tensor, k: Tensor, lse: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
     """p = exp(scale·q·kᵀ − lse) of a batch of tiles, (b, M·G, n), for the lse of whole rows, which may span tiles.
 
-    lse: (b, M, G), +inf in rows that see nothing. In powers of two, which the CPU computes several times faster.
+    Computed in powers of two, which is several times faster on a CPU.
     """
-    bias = lse.flatten(1)[..., None] * -_LOG2E
-    s = torch.baddbmm(bias, q.flatten(1, 2), k.mT, alpha=scale * _LOG2E)
+    blind = lse == -math.inf  # rows that see nothing: their probabilities must come out 0, not NaN
+    bias = lse.masked_fill(blind, math.inf)[..., None] * -_LOG2E
+    s = torch.baddbmm(bias, q, k.mT, alpha=scale * _LOG2E)
     if hidden is not None:
-        s.unflatten(1, q.shape[1:3]).masked_fill_(hidden, -math.inf)
+        s.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, -math.inf)
     return s.exp2_()
 
 
-class _Upstream(NamedTuple):
-    """What the backward of a tile needs of its queries: (b, M, G, D) and (b, M, G)."""
+class _Rows(NamedTuple):
+    """What the backward of a tile needs of its query rows: (b, M·G, D) and (b, M·G)."""
 
     q: Tensor
     do: Tensor
-    lse: Tensor  # of the whole row; +inf where the row sees nothing, so that its probabilities come out 0
+    lse: Tensor  # of the whole row
     delta: Tensor  # Σ_d do·o − dlse: what the normalisation of the softmax takes back
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> _Upstream:
-        return _Upstream(*map(function, self))
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Rows:
+        return _Rows(*map(function, self))
 
 
-def _upstream(do: Tensor, dlse: Tensor, q: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _Upstream:
-    """Folds what autograd hands over: do, q, o (B, T, H, D), lse and dlse (B, T, H)."""
-    q, do, o, lse, dlse = (_fold(x, kv_heads) for x in (q, do, o, lse, dlse))
-    return _Upstream(q, do, lse.masked_fill(lse == -math.inf, math.inf), (do * o).sum(-1) - dlse)
+def _delta(do: Tensor, dlse: Tensor, o: Tensor) -> Tensor:
+    """(B, T, H) in the precision of dlse, without a copy of `do` in it."""
+    return torch.einsum("bthd,bthd->bth", do.to(dlse.dtype), o.to(dlse.dtype)) - dlse
 
 
 def _tile_backward(
-    up: _Upstream, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    rows: _Rows, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M, G, D), twice (b, n, D)."""
-    p = _tile_probabilities(up.q, k, up.lse, hidden, scale)
-    q, do = up.q.flatten(1, 2), up.do.flatten(1, 2)
-    dv = torch.bmm(p.mT, do)
-    ds = torch.baddbmm(up.delta.flatten(1)[..., None], do, v.mT, beta=-1).mul_(p)
+    """dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)."""
+    p = _tile_probabilities(rows.q, k, rows.lse, hidden, scale)
+    ds = torch.baddbmm(rows.delta[..., None], rows.do, v.mT, beta=-1).mul_(p)
     dq = torch.bmm(ds, k).mul_(scale)
-    dk = torch.bmm(ds.mT, q).mul_(scale)
-    return dq.unflatten(1, up.q.shape[1:3]), dk, dv
+    dk = torch.bmm(ds.mT, rows.q).mul_(scale)
+    return dq, dk, torch.bmm(p.mT, rows.do)
 
 
 # Local and compressed: tiles along the sequence ───────────────────────────────────────────────────────────────────────
 
 
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, T, K·g, ...) → (B, T, K, g, ...), a view; g is G for queries and 1 for keys."""
+    return x.unflatten(2, (kv_heads, -1))
+
+
 class _Tile(NamedTuple):
-    heads: slice  # of the B·K key heads
+    """Some sequences and key heads, some queries, and all the keys that they see."""
+
+    batch: slice
+    heads: slice
     queries: slice
     keys: slice
     hidden: Tensor  # (M, 1, n), True where the query does not see the key
 
-    def of_queries(self, x: Tensor) -> Tensor:
-        return x[self.heads, self.queries]
+    def rows(self, x: Tensor) -> Tensor:
+        """Of x (B, T, K, g, ...) those of the tile's queries, (b, M, k, g, ...), a view."""
+        return x[self.batch, self.queries, self.heads]
 
-    def of_keys(self, x: Tensor) -> Tensor:
-        return x[self.heads, self.keys]
+    def columns(self, x: Tensor) -> Tensor:
+        """Of x (B, T or C, K, 1, D) those of the tile's keys, (b, n, k, 1, D), a view."""
+        return x[self.batch, self.keys, self.heads]
+
+
+def _fold(x: Tensor) -> Tensor:
+    """(b, m, k, g, ...) → (b·k, m·g, ...), a dense copy in the accumulation dtype."""
+    return x.to(_accumulation_dtype(x)).transpose(1, 2).flatten(2, 3).flatten(0, 1).contiguous()
+
+
+def _unfold(x: Tensor, like: Tensor) -> Tensor:
+    """(b·k, m·g, ...) → (b, m, k, g, ...), a view, of the shape of `like`."""
+    b, m, k, g = like.shape[:4]
+    return x.unflatten(1, (m, g)).unflatten(0, (b, k)).transpose(1, 2)
 
 
 def _sequence_tiles(q: Tensor, rule: _Window | _Staircase) -> Iterator[_Tile]:
-    """Tiles of folded q (B·K, T, G, D): some query tokens, all keys that they see, as many heads as fit the cache."""
-    heads, tokens, group, _ = q.shape
+    """Tiles of q (B, T, K, G, D): some query tokens, all keys that they see, as many heads as fit the cache."""
+    batch, tokens, heads, group, _ = q.shape
     seen = rule.keys(tokens - 1, tokens)
     # Half as many queries as keys: few scores are computed in vain, and the matrix product is still of a fair size.
-    rows = max(1, min(512 // group, max(32, (seen.stop - seen.start) // 2)))
-    for start in range(0, tokens, rows):
-        queries = slice(start, min(start + rows, tokens))
+    size = max(1, min(512 // group, max(32, (seen.stop - seen.start) // 2)))
+    for start in range(0, tokens, size):
+        queries = slice(start, min(start + size, tokens))
         keys = rule.keys(queries.start, queries.stop)
         query = torch.arange(queries.start, queries.stop, device=q.device)[:, None, None]
         hidden = ~rule.sees(query, torch.arange(keys.start, keys.stop, device=q.device))
-        step = max(1, _TILE_SCORES // max(1, hidden.numel() * group))
-        for head in range(0, heads, step):
-            yield _Tile(slice(head, head + step), queries, keys, hidden)
+        most = max(1, _TILE_SCORES // max(1, hidden.numel() * group))  # heads in the tile, over all its sequences
+        for b, h in itertools.product(range(0, batch, max(1, most // heads)), range(0, heads, most)):
+            yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, keys, hidden)
 
 
 def _sequence_forward(
     q: Tensor, k: Tensor, v: Tensor, rule: _Window | _Staircase, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, dtype = q.shape[0], k.shape[2], q.dtype
-    q, k, v = _fold(q, kv_heads), _fold(k, kv_heads).squeeze(2), _fold(v, kv_heads).squeeze(2)
-    o, lse = torch.zeros_like(q), torch.full_like(q[..., 0], -math.inf)
+    q, k, v = (_grouped(x, k.shape[2]) for x in (q, k, v))
+    o = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full(q.shape[:4], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
     for tile in _sequence_tiles(q, rule):
         if tile.hidden.numel() > 0:
-            o_tile, lse_tile = _tile_forward(tile.of_queries(q), tile.of_keys(k), tile.of_keys(v), tile.hidden, scale)
-            tile.of_queries(o).copy_(o_tile)
-            tile.of_queries(lse).copy_(lse_tile)
-    return _unfold(o, batch, dtype), _unfold(lse, batch, lse.dtype)
+            rows, keys, values = _fold(tile.rows(q)), _fold(tile.columns(k)), _fold(tile.columns(v))
+            o_tile, lse_tile = _tile_forward(rows, keys, values, tile.hidden, scale)
+            tile.rows(o).copy_(_unfold(o_tile, tile.rows(o)))
+            tile.rows(lse).copy_(_unfold(lse_tile, tile.rows(lse)))
+    return o.flatten(2, 3), lse.flatten(2, 3)
 
 
 def _sequence_backward(
@@ -428,17 +443,18 @@ def _sequence_backward(
     rule: _Window | _Staircase,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, kv_heads, dtype = q.shape[0], k.shape[2], q.dtype
-    up = _upstream(do, dlse, q, o, lse, kv_heads)
-    k, v = _fold(k, kv_heads).squeeze(2), _fold(v, kv_heads).squeeze(2)
-    dq, dk, dv = torch.zeros_like(up.q), torch.zeros_like(k), torch.zeros_like(v)
-    for tile in _sequence_tiles(up.q, rule):
-        rows = up.map(tile.of_queries)
-        dq_tile, dk_tile, dv_tile = _tile_backward(rows, tile.of_keys(k), tile.of_keys(v), tile.hidden, scale)
-        tile.of_queries(dq).copy_(dq_tile)
-        tile.of_keys(dk).add_(dk_tile)
-        tile.of_keys(dv).add_(dv_tile)
-    return _unfold(dq, batch, dtype), *(_unfold(x.unsqueeze(2), batch, dtype) for x in (dk, dv))
+    rows = _Rows(q, do, lse, _delta(do, dlse, o)).map(lambda x: _grouped(x, k.shape[2]))
+    k, v = k.unsqueeze(3), v.unsqueeze(3)
+    dq = torch.empty_like(rows.q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+    for tile in _sequence_tiles(rows.q, rule):
+        tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
+        keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
+        dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.hidden, scale)
+        tile.rows(dq).copy_(_unfold(dq_tile, tile.rows(dq)))
+        tile.columns(dk).add_(_unfold(dk_tile, tile.columns(dk)))
+        tile.columns(dv).add_(_unfold(dv_tile, tile.columns(dv)))
+    return dq.flatten(2, 3), dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
 
 
 def _torch_local_forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -488,83 +504,83 @@ def _torch_select(
     scale: float,
 ) -> Tensor:
     """Chosen blocks (B, T, K, S), a tile of queries at a time: scores are (M, n), never (T, C) or (T, N)."""
-    batch, kv_heads = q.shape[0], k_cmp.shape[2]
-    q, lse, k_cmp = _fold(q, kv_heads), _fold(lse, kv_heads), _fold(k_cmp, kv_heads).squeeze(2)
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
-    chosen = q.new_empty(*q.shape[:2], topk_blocks, dtype=torch.int32)  # (B·K, T, S)
+    kv_heads, group = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
+    q, lse, k_cmp = (_grouped(x, kv_heads) for x in (q, lse, k_cmp))
+    chosen = torch.empty(*q.shape[:3], 1, topk_blocks, dtype=torch.int32, device=q.device)
     for tile in _sequence_tiles(q, _Staircase(block_size, stride)):
-        rows = tile.of_queries(q)
-        p = _tile_probabilities(rows, tile.of_keys(k_cmp), tile.of_queries(lse), tile.hidden, scale)
-        p = p.unflatten(1, rows.shape[1:3]).sum(2)  # (b, M·G, n) → (b, M, n): one choice for the group
+        rows, keys, row_lse = _fold(tile.rows(q)), _fold(tile.columns(k_cmp)), _fold(tile.rows(lse))
+        p = _tile_probabilities(rows, keys, row_lse, tile.hidden, scale)
+        p = p.unflatten(1, (-1, group)).sum(2)  # (b, M·G, n) → (b, M, n): one choice for the group
         candidates = _selection_count(tile.queries.stop, select_block_size)
         importance = _block_importance(p, block_size, stride, select_block_size, candidates)
         query = torch.arange(tile.queries.start, tile.queries.stop, device=q.device)
-        tile.of_queries(chosen).copy_(
-            _choose_blocks(importance, query, select_block_size, topk_blocks, init_blocks, local_blocks)
-        )
-    return _unfold(chosen[:, :, None], batch, torch.int32)
+        highest = _choose_blocks(importance, query, select_block_size, topk_blocks, init_blocks, local_blocks)
+        tile.rows(chosen).copy_(_unfold(highest, tile.rows(chosen)))
+    return chosen.squeeze(3)
 
 
-# Selective: tiles of the pairs (query, chosen block), sorted by block ─────────────────────────────────────────────────
+# Selective: tiles of the pairs (query row, chosen block), sorted by block ─────────────────────────────────────────────
+#
+# A row is the G query heads of one (sequence, token, key head): in (B, T, H, D) they lie side by side, so that rows are
+# numbered (b·T + t)·K + k and a row's q is read where it is. Keys are numbered alike.
 
 
 class _PairTiles(NamedTuple):
-    """n tiles of M pairs each, all of one block; a pair is a row's slot, numbered row·S + slot."""
+    """n tiles of M pairs, each tile of one block."""
 
-    block: Tensor  # (n,) index into the B·K·N blocks
-    pair: Tensor  # (n, M); one past the last pair where the tile is not full
-    row: Tensor  # (n, M) index into the B·K·T query rows
+    pair: Tensor  # (n, M) number of the pair among those of its chunk of rows: place of the row · S + slot
+    spare: Tensor  # (n, M) True where a pair only fills up its tile; its number is then one past the last
+    row: Tensor  # (n, M) number of its query row
+    key: Tensor  # (n, l') numbers of the block's keys
     hidden: Tensor | None  # (n, M, 1, l'), or None where every query of the tiles sees every token of its block
 
 
-def _pair_tiles(
-    blocks: Tensor, first_row: int, tokens: int, per_head: int, size: int, most: int
-) -> Iterator[_PairTiles]:
-    """Sorts the pairs of some query rows by block, cuts them in tiles, and yields about `most` tiles at a time.
+def _row_chunks(block_indices: Tensor, row_values: int) -> Iterator[Tensor]:
+    """All row numbers, head by head, in chunks whose pairs' partial outputs keep to _PARTIAL_VALUES numbers."""
+    batch, tokens, kv_heads, slots = block_indices.shape
+    rows = torch.arange(batch * tokens * kv_heads, device=block_indices.device)
+    rows = rearrange(rows, "(b t k) -> (b k t)", b=batch, k=kv_heads)
+    return iter(rows.split(max(1, _PARTIAL_VALUES // max(1, slots * row_values))) if rows.numel() * slots else ())
 
-    blocks: (R, S) chosen blocks of the rows first_row …, −1 in free slots, counted within their head of
-    N = `per_head` blocks of `size` tokens.
-    """
-    slots, device = blocks.shape[1], blocks.device
-    rows = torch.arange(first_row, first_row + len(blocks), device=device)
-    blocks = torch.where(blocks < 0, -1, blocks + rows[:, None] // tokens * per_head).flatten()  # (R·S,)
-    order = blocks.argsort(stable=True)  # free slots first, then block by block, queries ascending
-    least = int(blocks.max()) + 1
-    count = torch.bincount(blocks + 1, minlength=least + 1)[1:]  # pairs of each block
-    offset = count.cumsum(0) + (len(blocks) - count.sum()) - count  # where in `order` they begin
+
+def _pair_tiles(block_indices: Tensor, rows: Tensor, size: int, group: int) -> Iterator[_PairTiles]:
+    """Sorts the pairs of some rows by block, cuts them in tiles, and yields as many at a time as fit the cache."""
+    (_, tokens, kv_heads, slots), device = block_indices.shape, rows.device
+    per_head = _selection_count(tokens, size)
+    head = rows // (tokens * kv_heads) * kv_heads + rows % kv_heads  # b·K + k
+    chosen = block_indices.reshape(-1, slots)[rows].long()  # (R, S)
+    chosen = torch.where(chosen < 0, -1, chosen + (head * per_head)[:, None]).flatten()
+    order = chosen.argsort(stable=True)  # free slots first, then block by block, queries ascending
+    count = torch.bincount(chosen + 1, minlength=1)  # pairs of each block, those of free slots in front
+    offset = (count.cumsum(0) - count)[1:]  # where in `order` they begin
+    count = count[1:]
     tiles = (count + _PAIR_TILE - 1) // _PAIR_TILE
-    block = torch.repeat_interleave(tiles)  # (n,)
+    block = torch.repeat_interleave(tiles)  # (n,) of b·K·N
     nth = torch.arange(len(block), device=device) - (tiles.cumsum(0) - tiles)[block]
     slot = nth[:, None] * _PAIR_TILE + torch.arange(_PAIR_TILE, device=device)  # (n, M): place among the block's pairs
-    full = slot < count[block, None]
-    pair = order[(offset[block, None] + slot).clamp_(max=len(blocks) - 1)].masked_fill_(~full, len(blocks))
-    row = (first_row + pair // slots).clamp_(max=first_row + len(rows) - 1)
-    position = row % tokens
-    start = block % per_head * size
-    # A query stands inside its own block; of every other chosen block it sees all tokens.
-    edge = position[:, 0] < start + size - 1
+    pair = order[(offset[block, None] + slot).clamp_(max=len(order) - 1)]
+    row = rows[pair // slots]
+    query = row // kv_heads % tokens
+    spare = slot >= count[block, None]
+    pair = pair.masked_fill_(spare, len(order))
+    token = (block % per_head * size)[:, None] + torch.arange(size, device=device)  # (n, l')
+    head = block // per_head
+    first = head // kv_heads * tokens * kv_heads + head % kv_heads  # number of the key at position 0
+    key = first[:, None] + token.clamp(max=tokens - 1) * kv_heads  # what lies past the end is hidden from everybody
+    # A query stands inside its own block, and of every other block that it may choose it sees all tokens.
+    edge = query[:, 0] < token[:, -1]
+    most = max(1, _TILE_SCORES // (_PAIR_TILE * group * size))
     for part in edge.nonzero()[:, 0].split(most):
-        token = start[part, None] + torch.arange(size, device=device)  # (n, l')
-        yield _PairTiles(block[part], pair[part], row[part], (token[:, None] > position[part, :, None])[:, :, None])
+        hidden = token[part, None, None, :] > query[part, :, None, None]
+        yield _PairTiles(pair[part], spare[part], row[part], key[part], hidden)
     for part in (~edge).nonzero()[:, 0].split(most):
-        yield _PairTiles(block[part], pair[part], row[part], None)
-
-
-def _as_blocks(x: Tensor, size: int) -> Tensor:
-    """Folded keys or values (B·K, T, 1, D) → (B·K·N, l', D), padded with zeros behind the last token."""
-    x = F.pad(x.squeeze(2), (0, 0, 0, -x.shape[1] % size))
-    return x.reshape(-1, size, x.shape[-1])
-
-
-def _row_chunks(q: Tensor, slots: int) -> Iterator[slice]:
-    """Cuts the rows (R, G, D) so that the partial outputs of all their pairs stay within _PAIR_VALUES."""
-    step = max(1, _PAIR_VALUES // (slots * q[0].numel()))
-    return (slice(start, min(start + step, len(q))) for start in range(0, len(q), step))
+        yield _PairTiles(pair[part], spare[part], row[part], key[part], None)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first dimension; index_select is faster than indexing."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    """x[index] for x (R, g, ...) and index (n, m) → (n, m·g, ...) in the accumulation dtype."""
+    x = x.index_select(0, index.flatten())  # faster than indexing
+    return x.to(_accumulation_dtype(x)).unflatten(0, index.shape).flatten(1, 2)
 
 
 def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -577,25 +593,23 @@ def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 def _torch_selective_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    (batch, tokens), kv_heads, slots, dtype = q.shape[:2], k.shape[2], block_indices.shape[3], q.dtype
-    per_head = _selection_count(tokens, select_block_size)
-    q = _fold(q, kv_heads).flatten(0, 1)  # (B·K·T, G, D): query rows
-    k, v = (_as_blocks(_fold(x, kv_heads), select_block_size) for x in (k, v))
-    blocks = rearrange(block_indices, "b t k s -> (b k t) s")
-    o, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
-    for chunk in _row_chunks(q, slots):
-        pairs = (chunk.stop - chunk.start) * slots
-        partial, partial_lse = q.new_zeros(pairs + 1, *q.shape[1:]), q.new_full((pairs + 1, q.shape[1]), -math.inf)
-        most = max(1, _TILE_SCORES // (_PAIR_TILE * q.shape[1] * select_block_size))
-        for tiles in _pair_tiles(blocks[chunk], chunk.start, tokens, per_head, select_block_size, most):
-            k_tile, v_tile = _gather(k, tiles.block), _gather(v, tiles.block)
-            o_tile, lse_tile = _tile_forward(_gather(q, tiles.row), k_tile, v_tile, tiles.hidden, scale)
-            partial.index_copy_(0, tiles.pair.flatten(), o_tile.flatten(0, 1))
-            partial_lse.index_copy_(0, tiles.pair.flatten(), lse_tile.flatten(0, 1))
+    slots, group, dim = block_indices.shape[3], q.shape[2] // k.shape[2], q.shape[3]
+    rows, keys, values = (x.reshape(-1, g, dim) for x, g in ((q, group), (k, 1), (v, 1)))  # (B·T·K, g, D)
+    o = torch.zeros_like(rows)
+    lse = torch.full(rows.shape[:2], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
+    for chunk in _row_chunks(block_indices, group * dim):
+        pairs = len(chunk) * slots
+        partial, partial_lse = lse.new_zeros(pairs + 1, group, dim), lse.new_full((pairs + 1, group), -math.inf)
+        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group):
+            k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
+            o_tile, lse_tile = _tile_forward(_gather(rows, tiles.row), k_tile, v_tile, tiles.hidden, scale)
+            partial.index_copy_(0, tiles.pair.flatten(), o_tile.reshape(-1, group, dim))
+            partial_lse.index_copy_(0, tiles.pair.flatten(), lse_tile.reshape(-1, group))
         by_row = (x[:-1].unflatten(0, (-1, slots)) for x in (partial, partial_lse))
-        o[chunk], lse[chunk] = _merge_partials(*by_row)
-    rows = (batch * kv_heads, tokens)
-    return _unfold(o.unflatten(0, rows), batch, dtype), _unfold(lse.unflatten(0, rows), batch, lse.dtype)
+        o_chunk, lse_chunk = _merge_partials(*by_row)
+        o.index_copy_(0, chunk, o_chunk.to(o.dtype))
+        lse.index_copy_(0, chunk, lse_chunk)
+    return o.view(q.shape), lse.view(q.shape[:3])
 
 
 def _torch_selective_backward(
@@ -610,28 +624,21 @@ def _torch_selective_backward(
     select_block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, tokens), kv_heads, slots, dtype = q.shape[:2], k.shape[2], block_indices.shape[3], q.dtype
-    per_head = _selection_count(tokens, select_block_size)
-    up = _upstream(do, dlse, q, o, lse, kv_heads).map(lambda x: x.flatten(0, 1))  # (B·K·T, G, ·)
-    k, v = (_as_blocks(_fold(x, kv_heads), select_block_size) for x in (k, v))
-    blocks = rearrange(block_indices, "b t k s -> (b k t) s")
-    dq, dk, dv = torch.empty_like(up.q), torch.zeros_like(k), torch.zeros_like(v)
-    for chunk in _row_chunks(up.q, slots):
-        pairs = (chunk.stop - chunk.start) * slots
-        partial = dq.new_zeros(pairs + 1, *dq.shape[1:])
-        most = max(1, _TILE_SCORES // (_PAIR_TILE * dq.shape[1] * select_block_size))
-        for tiles in _pair_tiles(blocks[chunk], chunk.start, tokens, per_head, select_block_size, most):
-            rows = up.map(lambda x, row=tiles.row: _gather(x, row))
-            rows.lse.masked_fill_((tiles.pair == pairs)[..., None], math.inf)  # what only fills a tile has no gradient
-            k_tile, v_tile = _gather(k, tiles.block), _gather(v, tiles.block)
-            dq_tile, dk_tile, dv_tile = _tile_backward(rows, k_tile, v_tile, tiles.hidden, scale)
-            partial.index_copy_(0, tiles.pair.flatten(), dq_tile.flatten(0, 1))
-            dk.index_add_(0, tiles.block, dk_tile)
-            dv.index_add_(0, tiles.block, dv_tile)
-        dq[chunk] = partial[:-1].unflatten(0, (-1, slots)).sum(1)
-    dq = _unfold(dq.unflatten(0, (batch * kv_heads, tokens)), batch, dtype)
-    by_token = (x.reshape(batch * kv_heads, -1, 1, x.shape[-1])[:, :tokens] for x in (dk, dv))
-    return dq, *(_unfold(x, batch, dtype) for x in by_token)
+    group, dim = q.shape[2] // k.shape[2], q.shape[3]
+    rows = _Rows(q, do, lse, _delta(do, dlse, o)).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
+    keys, values = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (rows.q, keys, values))
+    for chunk in _row_chunks(block_indices, group * dim):
+        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group):
+            tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
+            # What only fills up a tile has no gradient.
+            tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
+            k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
+            dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, k_tile, v_tile, tiles.hidden, scale)
+            dq.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
+            dk.index_add_(0, tiles.key.flatten(), dk_tile.reshape(-1, 1, dim))
+            dv.index_add_(0, tiles.key.flatten(), dv_tile.reshape(-1, 1, dim))
+    return dq.to(q.dtype).view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
