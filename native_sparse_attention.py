@@ -48,6 +48,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -1361,3 +1362,180 @@ class NSABlock(nn.Module):
         """(B, T, dim) → (B, T, dim)."""
         x = x + self.attn(self.norm1(x))
         return x + self.ffn(self.norm2(x))
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 11  Self-tests: what `python native_sparse_attention.py` runs, wherever this file was copied to
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class _Skip(Exception):
+    """A self-test that cannot run here, and why."""
+
+
+def _reference(p: _Projections, cfg: NSAConfig, chosen: Tensor) -> Tensor:
+    """NSA by dense masks in float64: each branch a softmax over the whole row. For small sizes."""
+    tokens, group = p.q.shape[1], cfg.heads // cfg.kv_heads
+    t, s, i = (torch.arange(n) for n in (tokens, tokens, p.k_cmp.shape[1]))
+    in_chosen = (chosen.transpose(1, 2)[..., None] == s // cfg.select_block_size).any(3)  # (B, K, T, T)
+    masks = {
+        "local": (s <= t[:, None]) & (s > t[:, None] - cfg.local_window),
+        "compressed": i * cfg.stride + cfg.block_size - 1 <= t[:, None],
+        "selective": in_chosen.repeat_interleave(group, 1) & (s <= t[:, None]),
+    }
+    pairs = {"local": (p.k_local, p.v_local), "compressed": (p.k_cmp, p.v_cmp), "selective": (p.k, p.v)}
+    o = torch.zeros_like(p.q, dtype=torch.float64)
+    for branch, (name, (k, v)) in enumerate(pairs.items()):
+        k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", p.q.double(), k) / math.sqrt(p.q.shape[3])
+        weights = scores.masked_fill(~masks[name], -math.inf).softmax(-1).nan_to_num(0.0)
+        o = o + p.gates[..., branch, None] * torch.einsum("bhts,bshd->bthd", weights, v)
+    return o
+
+
+def _selftest_configs() -> dict[str, NSAConfig]:
+    base = {"dim": 64, "heads": 4, "seq_len": 256, "local_window": 24, "block_size": 16, "topk_blocks": 3}
+    paper = {"kv_heads": 2, "gate_mode": "q_cond", "separate_kv": True, "init_blocks": 1}
+    overlap = {"stride": 8, "select_block_size": 32}
+    return {
+        "grouped_mlp": NSAConfig(**base),
+        "conv1d, overlapping": NSAConfig(**base, **overlap, compression="conv1d"),
+        "avgpool, one key head": NSAConfig(**base, kv_heads=1, compression="avgpool"),
+        "rotary positions": NSAConfig(**base, rope_theta=10000.0, dropout=0.1, bias=True),
+        "as in the paper": NSAConfig(**base, **overlap, **paper),
+    }
+
+
+def _selftest_smoke() -> str:
+    configs = _selftest_configs()
+    for cfg in configs.values():
+        block, lengths = NSABlock(cfg), (1, 15, 16, 100, 256)
+        for tokens in lengths:
+            x = torch.randn(2, tokens, cfg.dim, requires_grad=True)
+            y = block(x)
+            y.square().mean().backward()
+            assert y.shape == x.shape, f"{cfg}: {tuple(x.shape)} became {tuple(y.shape)}"
+            assert bool(y.isfinite().all() and x.grad.isfinite().all()), f"{cfg}: not finite at T = {tokens}"
+    return f"{len(configs)} configurations, forward and backward, T = 1 to 256"
+
+
+def _selftest_causality() -> str:
+    for name, cfg in _selftest_configs().items():
+        attention, x = NativeSparseAttention(cfg).eval(), torch.randn(1, 120, cfg.dim)
+        for at in (1, 47, 96):
+            changed = torch.cat([x[:, :at], torch.randn(1, 120 - at, cfg.dim)], dim=1)
+            error = (attention(x) - attention(changed))[:, :at].abs().max().item()
+            assert error < 1e-5, f"{name}: a change from token {at} on moves earlier outputs by {error:.1e}"
+            x.requires_grad_()
+            (gradient,) = torch.autograd.grad(attention(x)[:, :at].sum(), x)
+            assert not gradient[:, at:].any(), f"{name}: the output before token {at} has a gradient in the future"
+            x = x.detach()
+    return "the future changes no output and takes no gradient"
+
+
+def _selftest_dense() -> str:
+    q, k, v = (torch.randn(2, 150, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    every_block = torch.arange(10, dtype=torch.int32).expand(2, 150, 2, 10)
+    o = selective_attention(q, k, v, every_block, 16)
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    dense = F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True).transpose(1, 2)
+    upstream = torch.randn_like(dense)
+    ours, theirs = ((x, *torch.autograd.grad(x, (q, k, v), upstream)) for x in (o, dense))
+    error = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    assert error < 1e-10, f"selecting every block differs from dense attention by {error:.1e}"
+    return f"selecting every block is dense attention, gradients too: error {error:.0e}"
+
+
+def _selftest_reference() -> str:
+    worst = 0.0
+    for name, cfg in _selftest_configs().items():
+        attention, x = NativeSparseAttention(cfg).double(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
+        p = attention._project(x)
+        o = nsa_attention(**p._asdict(), local_window=cfg.local_window, **cfg.selection, backend="torch")
+        exact = _reference(p, cfg, attention.attention_patterns(x).block_indices)
+        names, weights = zip(*attention.named_parameters(), strict=True)
+        upstream = torch.randn_like(o)
+        ours, theirs = ((y, *torch.autograd.grad(y, weights, upstream, retain_graph=True, allow_unused=True)) for y in (o, exact))
+        for label, a, b in zip(("output", *names), ours, theirs, strict=True):
+            assert (a is None) == (b is None), f"{name}: only one side has a gradient for {label}"
+            error = 0.0 if a is None else (a - b).abs().max().item()
+            assert error < 1e-9, f"{name}: {label} differs from the reference by {error:.1e}"
+            worst = max(worst, error)
+    return f"PyTorch path is the exact reference, all gradients: error {worst:.0e}"
+
+
+def _selftest_learning() -> str:
+    """Recall of a token seen once, far outside the window: only the compressed and the selective branch can do it."""
+    cfg = NSAConfig(dim=32, heads=2, seq_len=64, local_window=4, block_size=4, topk_blocks=4, gate_init=(0.0, 0.0, 0.0))
+    embedding, block, head = nn.Embedding(16, 32), NSABlock(cfg), nn.Linear(32, 8)
+    optimizer = torch.optim.AdamW([*embedding.parameters(), *block.parameters(), *head.parameters()], lr=1e-2)
+    for _ in range(100):
+        tokens = torch.randint(8, 15, (32, 32))
+        answer = torch.randint(0, 8, (32,))
+        tokens[torch.arange(32), torch.randint(0, 20, (32,))] = answer
+        loss = F.cross_entropy(head(block(embedding(tokens))[:, -1]), answer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    chance = math.log(8)
+    assert loss.item() < chance / 2, f"loss {loss.item():.2f} after 100 steps, {chance:.2f} is chance"
+    return f"recalls a token beyond the window: loss {loss.item():.2f} after 100 steps, chance {chance:.2f}"
+
+
+def _selftest_flash() -> str:
+    q, k, v = (torch.randn(2, 300, 4, 64) for _ in range(3))
+    if not torch.cuda.is_available():
+        raise _Skip("no CUDA device")
+    q, k, v = (x.cuda().bfloat16() for x in (q, k, v))
+    if _flash_attention(q) is None:
+        raise _Skip("flash-attn is not installed")
+    exact = local_attention(q.double(), k.double(), v.double(), 64, backend="torch")
+    ours, flash = (local_attention(q, k, v, 64, backend=backend) for backend in ("torch", "auto"))
+    limit, error = 2 * (ours - exact).abs().max().item(), (flash - exact).abs().max().item()
+    assert error <= max(limit, 1e-2), f"flash-attn differs by {error:.1e}, PyTorch by {limit / 2:.1e}"
+    return f"local branch by flash-attn: error {error:.0e}"
+
+
+def _selftest_triton() -> str:
+    raise _Skip("this version has no Triton kernels")
+
+
+_SELFTESTS = {
+    "smoke": _selftest_smoke,
+    "causality": _selftest_causality,
+    "dense": _selftest_dense,
+    "reference": _selftest_reference,
+    "learning": _selftest_learning,
+    "flash-attn": _selftest_flash,
+    "triton": _selftest_triton,
+}
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 12  Main
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _main() -> int:
+    """Runs the self-tests and prints a table of them. Exit code 1 if one fails."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
+    print(f"native_sparse_attention {__version__} · torch {torch.__version__} · {device}\n")
+    print(f"{'test':<12}{'result':<8}{'seconds':>8}   what")
+    results = {"pass": 0, "FAIL": 0, "skip": 0}
+    for name, test in _SELFTESTS.items():
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        try:
+            result, what = "pass", test()
+        except _Skip as reason:
+            result, what = "skip", str(reason)
+        except Exception as error:
+            result, what = "FAIL", f"{type(error).__name__}: {error}"
+        results[result] += 1
+        print(f"{name:<12}{result:<8}{time.perf_counter() - start:>8.1f}   {what}", flush=True)
+    print(f"\n{results['pass']} passed, {results['FAIL']} failed, {results['skip']} skipped")
+    return 1 if results["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())
