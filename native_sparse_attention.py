@@ -304,37 +304,29 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _tile_forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of a batch of tiles: o = softmax(scale·q·kᵀ)·v and its log-sum-exp.
+def _tile_softmax(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax of scale·q·kᵀ within a batch of tiles, (b, M·G, n), and its log-sum-exp, (b, M·G).
 
-    q: (b, M·G, D), k, v: (b, n, D), hidden: bool, broadcasting to (b, M, G, n) → o (b, M·G, D), lse (b, M·G).
-    A row that sees nothing has o = 0 and lse = −inf.
+    q: (b, M·G, D), k: (b, n, D), hidden: bool, broadcasting to (b, M, G, n).
+    For a row that sees nothing lse is the lowest finite number, so that no NaN comes of it; its p means nothing.
     """
-    s = torch.bmm(q * scale, k.mT)  # (b, M·G, n)
-    lowest = torch.finfo(s.dtype).min  # in place of −inf, which would make NaN of a row that sees nothing
+    s = torch.bmm(q * scale, k.mT)
     if hidden is not None:
-        s.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, lowest)
-    p, highest = s.softmax(-1), s.amax(-1)
+        s.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, torch.finfo(s.dtype).min)
+    p = s.softmax(-1)
+    # log p = s − lse, read at the row's maximum: no second pass of exponentials.
+    return p, s.amax(-1) - p.amax(-1).log()
+
+
+def _tile_forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale·q·kᵀ)·v, (b, M·G, D), and lse, (b, M·G), of a batch of tiles; 0 and −inf in blind rows."""
+    p, lse = _tile_softmax(q, k, hidden, scale)
     o = torch.bmm(p, v)
-    lse = highest - p.amax(-1).log()  # log p = s − lse, read at the row's maximum: no second pass of exponentials
     if hidden is not None:
-        blind = highest == lowest
+        blind = lse == torch.finfo(lse.dtype).min
         o.masked_fill_(blind[..., None], 0.0)
         lse.masked_fill_(blind, -math.inf)
     return o, lse
-
-
-def _tile_probabilities(q: Tensor, k: Tensor, lse: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
-    """p = exp(scale·q·kᵀ − lse) of a batch of tiles, (b, M·G, n), for the lse of whole rows, which may span tiles.
-
-    Computed in powers of two, which is several times faster on a CPU.
-    """
-    blind = lse == -math.inf  # rows that see nothing: their probabilities must come out 0, not NaN
-    bias = lse.masked_fill(blind, math.inf)[..., None] * -_LOG2E
-    s = torch.baddbmm(bias, q, k.mT, alpha=scale * _LOG2E)
-    if hidden is not None:
-        s.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, -math.inf)
-    return s.exp2_()
 
 
 class _Rows(NamedTuple):
@@ -357,8 +349,16 @@ def _delta(do: Tensor, dlse: Tensor, o: Tensor) -> Tensor:
 def _tile_backward(
     rows: _Rows, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)."""
-    p = _tile_probabilities(rows.q, k, rows.lse, hidden, scale)
+    """P = exp(scale·Q·Kᵀ − lse), for the lse of whole rows, which may span tiles; then
+
+    dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)
+    """
+    bias = rows.lse.masked_fill(rows.lse == -math.inf, math.inf) * -_LOG2E  # P is 0 in a row that sees nothing
+    # In powers of two, which a CPU computes several times faster than exp.
+    p = torch.baddbmm(bias[..., None], rows.q, k.mT, alpha=scale * _LOG2E)
+    if hidden is not None:
+        p.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, -math.inf)
+    p.exp2_()
     ds = torch.baddbmm(rows.delta[..., None], rows.do, v.mT, beta=-1).mul_(p)
     dq = torch.bmm(ds, k).mul_(scale)
     dk = torch.bmm(ds.mT, rows.q).mul_(scale)
@@ -510,7 +510,11 @@ def _torch_select(
     chosen = torch.empty(*q.shape[:3], 1, topk_blocks, dtype=torch.int32, device=q.device)
     for tile in _sequence_tiles(q, _Staircase(block_size, stride)):
         rows, keys, row_lse = _fold(tile.rows(q)), _fold(tile.columns(k_cmp)), _fold(tile.rows(lse))
-        p = _tile_probabilities(rows, keys, row_lse, tile.hidden, scale)
+        if tile.hidden.numel() > 0:
+            p, tile_lse = _tile_softmax(rows, keys, tile.hidden, scale)
+            p *= (tile_lse - row_lse.masked_fill(row_lse == -math.inf, math.inf)).exp()[..., None]
+        else:
+            p = rows.new_zeros(*rows.shape[:2], 0)  # no block is complete yet
         p = p.unflatten(1, (-1, group)).sum(2)  # (b, M·G, n) → (b, M, n): one choice for the group
         candidates = _selection_count(tile.queries.stop, select_block_size)
         importance = _block_importance(p, block_size, stride, select_block_size, candidates)
@@ -540,7 +544,7 @@ def _row_chunks(block_indices: Tensor, row_values: int) -> Iterator[Tensor]:
     """All row numbers, head by head, in chunks whose pairs' partial outputs keep to _PARTIAL_VALUES numbers."""
     batch, tokens, kv_heads, slots = block_indices.shape
     rows = torch.arange(batch * tokens * kv_heads, device=block_indices.device)
-    rows = rearrange(rows, "(b t k) -> (b k t)", b=batch, k=kv_heads)
+    rows = rows.view(batch, tokens, kv_heads).transpose(1, 2).flatten()
     return iter(rows.split(max(1, _PARTIAL_VALUES // max(1, slots * row_values))) if rows.numel() * slots else ())
 
 
@@ -550,7 +554,9 @@ def _pair_tiles(block_indices: Tensor, rows: Tensor, size: int, group: int) -> I
     per_head = _selection_count(tokens, size)
     head = rows // (tokens * kv_heads) * kv_heads + rows % kv_heads  # b·K + k
     chosen = block_indices.reshape(-1, slots)[rows].long()  # (R, S)
-    chosen = torch.where(chosen < 0, -1, chosen + (head * per_head)[:, None]).flatten()
+    own = (rows // kv_heads % tokens // size)[:, None]
+    free = (chosen < 0) | (chosen > own)  # what begins behind the query has no token that it sees
+    chosen = torch.where(free, -1, chosen + (head * per_head)[:, None]).flatten()
     order = chosen.argsort(stable=True)  # free slots first, then block by block, queries ascending
     count = torch.bincount(chosen + 1, minlength=1)  # pairs of each block, those of free slots in front
     offset = (count.cumsum(0) - count)[1:]  # where in `order` they begin
@@ -715,7 +721,7 @@ def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, attention takes the autocast dtype, as scaled_dot_product_attention does."""
     device = next(x for x in tensors if isinstance(x, Tensor)).device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrow = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64  # noqa: E731
@@ -983,6 +989,7 @@ def nsa_attention(
     Returns:
         (B, T, H, D) in q's dtype.
     """
+    _check_integer("local_window", local_window, 1)
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
     if k_local is None:
@@ -1455,7 +1462,8 @@ def _selftest_reference() -> str:
         exact = _reference(p, cfg, attention.attention_patterns(x).block_indices)
         names, weights = zip(*attention.named_parameters(), strict=True)
         upstream = torch.randn_like(o)
-        ours, theirs = ((y, *torch.autograd.grad(y, weights, upstream, retain_graph=True, allow_unused=True)) for y in (o, exact))
+        options = {"retain_graph": True, "allow_unused": True}
+        ours, theirs = ((y, *torch.autograd.grad(y, weights, upstream, **options)) for y in (o, exact))
         for label, a, b in zip(("output", *names), ours, theirs, strict=True):
             assert (a is None) == (b is None), f"{name}: only one side has a gradient for {label}"
             error = 0.0 if a is None else (a - b).abs().max().item()

@@ -1,0 +1,181 @@
+"""What the PyTorch path costs on a CPU, beside dense attention in the same run.
+
+    python tests/benchmarks/cpu.py speed     # forward + backward, 2k to 32k tokens, against scaled_dot_product_attention
+    python tests/benchmarks/cpu.py parts     # where NSA's time goes
+    python tests/benchmarks/cpu.py memory    # peak above the inputs, against eager dense attention
+    python tests/benchmarks/cpu.py model     # a training step of the example's full-size model, NSA against dense
+
+Setting of the first three: float32, batch 1, 8 heads, D 64, window 256, block = stride = 64, 8 blocks selected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import native_sparse_attention as nsa  # noqa: E402
+
+HEADS, DIM, WINDOW, BLOCK, TOPK = 8, 64, 256, 64, 8
+
+
+def inputs(tokens: int) -> list[Tensor]:
+    """q, k, v and the upstream gradient, (1, T, H, D); keys vary slowly, so that some blocks do matter more."""
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(1, tokens, HEADS, DIM) for _ in range(4))
+    k = k + 2 * torch.randn(1, -(-tokens // BLOCK), HEADS, DIM).repeat_interleave(BLOCK, 1)[:, :tokens]
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream]
+
+
+def sparse(q: Tensor, k: Tensor, v: Tensor, stride: int = BLOCK) -> Tensor:
+    pool = nsa.AvgPoolCompressor(DIM, stride)
+    k_cmp, v_cmp = (pool(x[0].transpose(0, 1)).transpose(0, 1)[None] for x in (k, v))
+    gates = torch.full((*q.shape[:3], 3), 0.5)
+    sizes = {"block_size": stride, "stride": stride, "select_block_size": BLOCK, "topk_blocks": TOPK}
+    return nsa.nsa_attention(q, k, v, k_cmp, v_cmp, gates, local_window=WINDOW, **sizes)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * DIM**-0.5
+    hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill_(hidden, float("-inf")).softmax(-1), v)
+
+
+def forward_backward(attention: Callable[..., Tensor], x: list[Tensor]) -> tuple[float, float]:
+    """Seconds of a forward and of its backward."""
+    begin = time.perf_counter()
+    o = attention(*x[:3])
+    middle = time.perf_counter()
+    torch.autograd.grad(o, x[:3], x[3])
+    return middle - begin, time.perf_counter() - middle
+
+
+def median(run: Callable[[], tuple[float, ...]], repeats: int) -> list[float]:
+    run()
+    return [statistics.median(column) for column in zip(*(run() for _ in range(repeats)), strict=True)]
+
+
+def speed(lengths: list[int], repeats: int) -> None:
+    print("| T | NSA forward | backward | dense forward | backward | dense / NSA |\n|---|---|---|---|---|---|")
+    for tokens in lengths:
+        x = inputs(tokens)
+        # In turn, so that both meet the same machine.
+        both = median(lambda x=x: (*forward_backward(sparse, x), *forward_backward(dense, x)), repeats)
+        cells = " | ".join(f"{seconds:.3f} s" for seconds in both)
+        print(f"| {tokens} | {cells} | {(both[2] + both[3]) / (both[0] + both[1]):.2f}× |", flush=True)
+
+
+def parts(lengths: list[int], repeats: int) -> None:
+    sizes = {"block_size": BLOCK, "stride": BLOCK}
+    print("| T | local | compressed | choice | selective |  (forward + backward, ms)\n|---|---|---|---|---|")
+    for tokens in lengths:
+        q, k, v, upstream = inputs(tokens)
+        k_cmp, v_cmp = (x.detach().unflatten(1, (-1, BLOCK)).mean(2).requires_grad_() for x in (k, v))
+        lse = nsa.compressed_attention(q, k_cmp, v_cmp, **sizes)[1].detach()
+        choose = lambda q=q, k=k_cmp, lse=lse: nsa.select_blocks(  # noqa: E731
+            q, k, lse, **sizes, select_block_size=BLOCK, topk_blocks=TOPK
+        )
+        chosen = choose()
+        branches = [
+            (lambda q, k, v: nsa.local_attention(q, k, v, WINDOW), [q, k, v, upstream]),
+            (lambda q, k, v: nsa.compressed_attention(q, k, v, **sizes)[0], [q, k_cmp, v_cmp, upstream]),
+            (lambda q, k, v, at=chosen: nsa.selective_attention(q, k, v, at, BLOCK), [q, k, v, upstream]),
+        ]
+        times = [sum(median(lambda f=f, x=x: forward_backward(f, x), repeats)) for f, x in branches]
+        begin = time.perf_counter()
+        choose()
+        times.insert(2, time.perf_counter() - begin)
+        print(f"| {tokens} | " + " | ".join(f"{seconds * 1e3:.0f}" for seconds in times) + " |", flush=True)
+
+
+def peak_of(name: str, tokens: int, stride: int, result: multiprocessing.Queue) -> None:
+    """In a process of its own: the highest resident memory of a forward + backward, above that with the inputs."""
+    attention = eager if name == "eager" else lambda q, k, v: sparse(q, k, v, stride)
+    forward_backward(attention, inputs(256))  # libraries and thread pools are in memory before the count
+    x = inputs(tokens)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward_backward(attention, x)
+    result.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak(name: str, tokens: int, stride: int = BLOCK) -> float:
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=peak_of, args=(name, tokens, stride, result))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{name} at {tokens} tokens ended with exit code {process.exitcode}")
+    return result.get()
+
+
+def memory(lengths: list[int], eager_most: int) -> None:
+    strides = (16, 32, 64)
+    columns = " | ".join(f"NSA d = {d} | less by" for d in strides)
+    print(f"| T | eager dense | {columns} |\n|---|---|" + "---|---|" * len(strides))
+    for tokens in lengths:
+        reference = peak("eager", tokens) if tokens <= eager_most else None
+        cells = [f"{reference:.0f} MiB" if reference else "not run"]
+        for stride in strides:
+            ours = peak("nsa", tokens, stride)
+            cells += [f"{ours:.0f} MiB", f"{reference / ours:.1f}×" if reference else "–"]
+        print(f"| {tokens} | " + " | ".join(cells) + " |", flush=True)
+
+
+def model(batch: int, repeats: int) -> None:
+    from nsa_gpt_training import NSALanguageModel
+
+    cfg = nsa.NSAConfig(dim=384, heads=6, seq_len=256, local_window=64, block_size=32, stride=32, dropout=0.2)
+    tokens = torch.randint(65, (batch, 257))
+    models = {kind: NSALanguageModel(65, cfg, 6, attention=kind) for kind in ("nsa", "dense")}
+    optimizers = {kind: torch.optim.AdamW(m.parameters(), lr=1e-4) for kind, m in models.items()}
+
+    def step(kind: str) -> float:
+        begin = time.perf_counter()
+        loss = models[kind](tokens[:, :-1], tokens[:, 1:])[1]
+        optimizers[kind].zero_grad()
+        loss.backward()
+        optimizers[kind].step()
+        return time.perf_counter() - begin
+
+    seconds = median(lambda: (step("nsa"), step("dense")), repeats)
+    count = sum(p.numel() for p in models["nsa"].parameters()) / 1e6
+    print(f"| parameters | batch × context | NSA step | dense step | NSA / dense |\n|---|---|---|---|---|\n"
+          f"| {count:.1f} M | {batch} × 256 | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[0] / seconds[1]:.2f}× |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "parts", "memory", "model"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=64, help="sequences in a step of the model")
+    parser.add_argument("--eager-most", type=int, default=8192, help="longest sequence tried in eager dense attention")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
+    if args.what == "speed":
+        speed(args.lengths, args.repeats)
+    elif args.what == "parts":
+        parts(args.lengths, args.repeats)
+    elif args.what == "memory":
+        memory([n for n in args.lengths if n <= 16384], args.eager_most)
+    else:
+        model(args.batch, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

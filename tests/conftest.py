@@ -1,0 +1,90 @@
+"""What the tests share: a seeded source of random inputs, the ways of comparing numbers, and the gpu marker."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import Case, Random
+from torch import Tensor
+
+# Thousands of tiny operations: on a busy machine, threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def random() -> Random:
+    """The same numbers in every run of a test."""
+    return Random(seed=20250216)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_close64(actual: Tensor, exact: Tensor, what: str = "value") -> None:
+    """Equal but for the rounding of float64, infinities in the same places."""
+    assert actual.dtype == torch.float64, f"{what}: {actual.dtype}, not float64"
+    torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}")
+
+
+def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "value", ulps: float = 4) -> None:
+    """The error of `actual` against float64 is at most twice that of plain PyTorch, plus a few ulp.
+
+    Held to it are the largest error, counted in ulp of the largest value, and the root mean square error, in ulp of the
+    root mean square: the largest alone would hide many small errors.
+    """
+    assert exact.dtype == torch.float64, f"{what}: the exact value is {exact.dtype}"
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    ulp = torch.finfo(plain.dtype).eps
+    nothing = torch.isneginf(exact)  # the log-sum-exp of a row that sees nothing
+    assert torch.equal(torch.isneginf(actual), nothing), f"{what}: −inf elsewhere than in the exact value"
+    actual, plain, exact = (tensor.detach().double()[~nothing] for tensor in (actual, plain, exact))
+    if exact.numel() == 0:
+        return
+    for name, size in (("largest", lambda x: x.abs().max().item()), ("rms", lambda x: x.square().mean().sqrt().item())):
+        error, budget = size(actual - exact), 2 * size(plain - exact) + ulps * ulp * size(exact)
+        assert error <= budget, f"{what}: {name} error {error:.3g} exceeds its budget {budget:.3g}"  # false for NaN too
+
+
+def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, tolerance: float) -> None:
+    """Every rule for `chosen` (B, T, K, S), given the exact importance (B, T, K, N).
+
+    Near ties two correct backends may choose different blocks, so the free choices are judged by their scores.
+    """
+    assert chosen.dtype == torch.int32, f"block indices are {chosen.dtype}"
+    assert chosen.shape == (case.B, case.T, case.K, case.topk_blocks), f"block indices are {tuple(chosen.shape)}"
+    for b in range(case.B):
+        for t in range(case.T):
+            candidates = oracle.candidate_blocks(t, case.T, case.select_block_size)
+            forced = oracle.forced_blocks(t, case.select_block_size, case.init_blocks, case.local_blocks)
+            for kv_head in range(case.K):
+                row, scores = chosen[b, t, kv_head].tolist(), importance[b, t, kv_head].tolist()
+                where, taken = f"(b={b}, t={t}, kv_head={kv_head})", min(case.topk_blocks, len(candidates))
+                blocks, free_slots = row[:taken], row[taken:]
+                assert blocks == sorted(set(blocks)), f"{where}: {row} is not ascending"
+                assert set(blocks) <= set(candidates), f"{where}: {row} reaches beyond the candidates {candidates}"
+                assert forced <= set(blocks), f"{where}: {row} misses one of the forced blocks {forced}"
+                assert all(slot == -1 for slot in free_slots), f"{where}: {row} has no −1 in its free slots"
+                free = sorted((scores[j] for j in blocks if j not in forced), reverse=True)
+                best = sorted((scores[j] for j in candidates if j not in forced), reverse=True)
+                regret = max((better - got for better, got in zip(best, free, strict=False)), default=0.0)
+                assert regret <= tolerance, f"{where}: {row} misses a block that is more important by {regret:.3g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Markers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
