@@ -298,32 +298,43 @@ _TILE_SCORES = 2**18  # scores in a batch of tiles: 1 MiB of float32, so that ev
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
 _PARTIAL_VALUES = 2**22  # numbers in the partial outputs of a chunk of rows: 16 MiB of float32
 _LOG2E = math.log2(math.e)
+_HIDDEN = -1e30
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _tile_softmax(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax of scale·q·kᵀ within a batch of tiles, (b, M·G, n), and its log-sum-exp, (b, M·G).
+def _hide(hidden: Tensor, like: Tensor) -> Tensor:
+    """True → −1e30, False → 0: added to scores, hides them. Finite, so that a row that sees nothing makes no NaN."""
+    return hidden.to(_accumulation_dtype(like)).mul_(_HIDDEN)
 
-    q: (b, M·G, D), k: (b, n, D), hidden: bool, broadcasting to (b, M, G, n).
-    For a row that sees nothing lse is the lowest finite number, so that no NaN comes of it; its p means nothing.
+
+def _tile_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, offset: Tensor) -> Tensor:
+    """offset + scale·q·kᵀ + mask, (b, M·G, n).
+
+    q: (b, M·G, D), k: (b, n, D), mask: from `_hide`, broadcasting to (b, M, G, n), offset: to (b, M·G, 1).
     """
-    s = torch.bmm(q * scale, k.mT)
-    if hidden is not None:
-        s.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, torch.finfo(s.dtype).min)
+    s = torch.baddbmm(offset, q, k.mT, alpha=scale)
+    if mask is not None:
+        s.unflatten(1, (mask.shape[-3], -1)).add_(mask)  # twenty times faster than masked_fill
+    return s
+
+
+def _tile_softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax within a batch of tiles, (b, M·G, n), and its log-sum-exp, (b, M·G), near −1e30 where nothing is seen."""
+    s = _tile_scores(q, k, mask, scale, q.new_zeros(1, 1, 1))
     p = s.softmax(-1)
     # log p = s − lse, read at the row's maximum: no second pass of exponentials.
     return p, s.amax(-1) - p.amax(-1).log()
 
 
-def _tile_forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _tile_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """o = softmax(scale·q·kᵀ)·v, (b, M·G, D), and lse, (b, M·G), of a batch of tiles; 0 and −inf in blind rows."""
-    p, lse = _tile_softmax(q, k, hidden, scale)
+    p, lse = _tile_softmax(q, k, mask, scale)
     o = torch.bmm(p, v)
-    if hidden is not None:
-        blind = lse == torch.finfo(lse.dtype).min
+    if mask is not None:
+        blind = lse < _HIDDEN / 2
         o.masked_fill_(blind[..., None], 0.0)
         lse.masked_fill_(blind, -math.inf)
     return o, lse
@@ -347,18 +358,15 @@ def _delta(do: Tensor, dlse: Tensor, o: Tensor) -> Tensor:
 
 
 def _tile_backward(
-    rows: _Rows, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    rows: _Rows, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = exp(scale·Q·Kᵀ − lse), for the lse of whole rows, which may span tiles; then
 
     dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)
     """
-    bias = rows.lse.masked_fill(rows.lse == -math.inf, math.inf) * -_LOG2E  # P is 0 in a row that sees nothing
+    lse = rows.lse.masked_fill(rows.lse == -math.inf, math.inf)  # makes P 0 in a row that sees nothing
     # In powers of two, which a CPU computes several times faster than exp.
-    p = torch.baddbmm(bias[..., None], rows.q, k.mT, alpha=scale * _LOG2E)
-    if hidden is not None:
-        p.unflatten(1, (hidden.shape[-3], -1)).masked_fill_(hidden, -math.inf)
-    p.exp2_()
+    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, lse[..., None] * -_LOG2E).exp2_()
     ds = torch.baddbmm(rows.delta[..., None], rows.do, v.mT, beta=-1).mul_(p)
     dq = torch.bmm(ds, k).mul_(scale)
     dk = torch.bmm(ds.mT, rows.q).mul_(scale)
@@ -380,7 +388,7 @@ class _Tile(NamedTuple):
     heads: slice
     queries: slice
     keys: slice
-    hidden: Tensor  # (M, 1, n), True where the query does not see the key
+    mask: Tensor  # (M, 1, n), from `_hide`
 
     def rows(self, x: Tensor) -> Tensor:
         """Of x (B, T, K, g, ...) those of the tile's queries, (b, M, k, g, ...), a view."""
@@ -412,10 +420,10 @@ def _sequence_tiles(q: Tensor, rule: _Window | _Staircase) -> Iterator[_Tile]:
         queries = slice(start, min(start + size, tokens))
         keys = rule.keys(queries.start, queries.stop)
         query = torch.arange(queries.start, queries.stop, device=q.device)[:, None, None]
-        hidden = ~rule.sees(query, torch.arange(keys.start, keys.stop, device=q.device))
-        most = max(1, _TILE_SCORES // max(1, hidden.numel() * group))  # heads in the tile, over all its sequences
+        mask = _hide(~rule.sees(query, torch.arange(keys.start, keys.stop, device=q.device)), q)
+        most = max(1, _TILE_SCORES // max(1, mask.numel() * group))  # heads in the tile, over all its sequences
         for b, h in itertools.product(range(0, batch, max(1, most // heads)), range(0, heads, most)):
-            yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, keys, hidden)
+            yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, keys, mask)
 
 
 def _sequence_forward(
@@ -425,9 +433,9 @@ def _sequence_forward(
     o = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:4], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
     for tile in _sequence_tiles(q, rule):
-        if tile.hidden.numel() > 0:
+        if tile.mask.numel() > 0:
             rows, keys, values = _fold(tile.rows(q)), _fold(tile.columns(k)), _fold(tile.columns(v))
-            o_tile, lse_tile = _tile_forward(rows, keys, values, tile.hidden, scale)
+            o_tile, lse_tile = _tile_forward(rows, keys, values, tile.mask, scale)
             tile.rows(o).copy_(_unfold(o_tile, tile.rows(o)))
             tile.rows(lse).copy_(_unfold(lse_tile, tile.rows(lse)))
     return o.flatten(2, 3), lse.flatten(2, 3)
@@ -451,7 +459,7 @@ def _sequence_backward(
     for tile in _sequence_tiles(rows.q, rule):
         tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
         keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
-        dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.hidden, scale)
+        dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.mask, scale)
         tile.rows(dq).copy_(_unfold(dq_tile, tile.rows(dq)))
         tile.columns(dk).add_(_unfold(dk_tile, tile.columns(dk)))
         tile.columns(dv).add_(_unfold(dv_tile, tile.columns(dv)))
@@ -510,8 +518,8 @@ def _torch_select(
     chosen = torch.empty(*q.shape[:3], 1, topk_blocks, dtype=torch.int32, device=q.device)
     for tile in _sequence_tiles(q, _Staircase(block_size, stride)):
         rows, keys, row_lse = _fold(tile.rows(q)), _fold(tile.columns(k_cmp)), _fold(tile.rows(lse))
-        if tile.hidden.numel() > 0:
-            p, tile_lse = _tile_softmax(rows, keys, tile.hidden, scale)
+        if tile.mask.numel() > 0:
+            p, tile_lse = _tile_softmax(rows, keys, tile.mask, scale)
             p *= (tile_lse - row_lse.masked_fill(row_lse == -math.inf, math.inf)).exp()[..., None]
         else:
             p = rows.new_zeros(*rows.shape[:2], 0)  # no block is complete yet
@@ -537,7 +545,7 @@ class _PairTiles(NamedTuple):
     spare: Tensor  # (n, M) True where a pair only fills up its tile; its number is then one past the last
     row: Tensor  # (n, M) number of its query row
     key: Tensor  # (n, l') numbers of the block's keys
-    hidden: Tensor | None  # (n, M, 1, l'), or None where every query of the tiles sees every token of its block
+    mask: Tensor | None  # (n, M, 1, l') from `_hide`, or None where every query sees every token of its block
 
 
 def _row_chunks(block_indices: Tensor, row_values: int) -> Iterator[Tensor]:
@@ -548,7 +556,9 @@ def _row_chunks(block_indices: Tensor, row_values: int) -> Iterator[Tensor]:
     return iter(rows.split(max(1, _PARTIAL_VALUES // max(1, slots * row_values))) if rows.numel() * slots else ())
 
 
-def _pair_tiles(block_indices: Tensor, rows: Tensor, size: int, group: int) -> Iterator[_PairTiles]:
+def _pair_tiles(
+    block_indices: Tensor, rows: Tensor, size: int, group: int, like: Tensor
+) -> Iterator[_PairTiles]:
     """Sorts the pairs of some rows by block, cuts them in tiles, and yields as many at a time as fit the cache."""
     (_, tokens, kv_heads, slots), device = block_indices.shape, rows.device
     per_head = _selection_count(tokens, size)
@@ -578,8 +588,8 @@ def _pair_tiles(block_indices: Tensor, rows: Tensor, size: int, group: int) -> I
     edge = query[:, 0] < token[:, -1]
     most = max(1, _TILE_SCORES // (_PAIR_TILE * group * size))
     for part in edge.nonzero()[:, 0].split(most):
-        hidden = token[part, None, None, :] > query[part, :, None, None]
-        yield _PairTiles(pair[part], spare[part], row[part], key[part], hidden)
+        mask = _hide(token[part, None, None, :] > query[part, :, None, None], like)
+        yield _PairTiles(pair[part], spare[part], row[part], key[part], mask)
     for part in (~edge).nonzero()[:, 0].split(most):
         yield _PairTiles(pair[part], spare[part], row[part], key[part], None)
 
@@ -604,12 +614,15 @@ def _torch_selective_forward(
     rows, keys, values = (x.reshape(-1, g, dim) for x, g in ((q, group), (k, 1), (v, 1)))  # (B·T·K, g, D)
     o = torch.zeros_like(rows)
     lse = torch.full(rows.shape[:2], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
+    partial = lse.new_zeros(0, group, dim)
     for chunk in _row_chunks(block_indices, group * dim):
         pairs = len(chunk) * slots
-        partial, partial_lse = lse.new_zeros(pairs + 1, group, dim), lse.new_full((pairs + 1, group), -math.inf)
-        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group):
+        # What a free slot holds does not matter, as long as it is finite, so the memory serves every chunk.
+        partial = partial[: pairs + 1] if len(partial) > pairs else lse.new_zeros(pairs + 1, group, dim)
+        partial_lse = lse.new_full((pairs + 1, group), -math.inf)
+        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group, lse):
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
-            o_tile, lse_tile = _tile_forward(_gather(rows, tiles.row), k_tile, v_tile, tiles.hidden, scale)
+            o_tile, lse_tile = _tile_forward(_gather(rows, tiles.row), k_tile, v_tile, tiles.mask, scale)
             partial.index_copy_(0, tiles.pair.flatten(), o_tile.reshape(-1, group, dim))
             partial_lse.index_copy_(0, tiles.pair.flatten(), lse_tile.reshape(-1, group))
         by_row = (x[:-1].unflatten(0, (-1, slots)) for x in (partial, partial_lse))
@@ -636,12 +649,12 @@ def _torch_selective_backward(
     keys, values = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim)
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (rows.q, keys, values))
     for chunk in _row_chunks(block_indices, group * dim):
-        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group):
+        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group, lse):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
             # What only fills up a tile has no gradient.
             tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
-            dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, k_tile, v_tile, tiles.hidden, scale)
+            dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, k_tile, v_tile, tiles.mask, scale)
             dq.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
             dk.index_add_(0, tiles.key.flatten(), dk_tile.reshape(-1, 1, dim))
             dv.index_add_(0, tiles.key.flatten(), dv_tile.reshape(-1, 1, dim))
@@ -1016,7 +1029,7 @@ def nsa_attention(
     )
     o_selective = selective_attention(q, k, v, chosen, select_block_size, **options)
     g_local, g_compressed, g_selective = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
-    return g_local * o_local + g_compressed * o_compressed + g_selective * o_selective
+    return (g_local * o_local).addcmul_(g_compressed, o_compressed).addcmul_(g_selective, o_selective)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -652,6 +653,7 @@ def test_a_terminal_gets_a_bar_with_loss_and_speed(monkeypatch: pytest.MonkeyPat
     terminal.isatty = lambda: True
     monkeypatch.setattr(script.sys, "stderr", terminal)
     with script.Progress(total=1, title="nsa") as progress:
+        time.sleep(2 * progress.bar.mininterval)  # the bar is drawn no more often than that
         progress.advance(torch.tensor(2.5), tokens_per_second=12345.6)
     assert "nsa: 100%" in terminal.getvalue() and "loss 2.500, 12,346 tokens/s" in terminal.getvalue()
 
