@@ -45,6 +45,7 @@ Sections; each one calls only those above it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -57,6 +58,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch path serves
+    triton = tl = TensorDescriptor = None
 
 __all__ = [
     "AttentionPatterns",
@@ -248,9 +256,9 @@ def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size
     p: (..., C) → (..., N), N = blocks.
     """
     spread, gather = block_size // stride, select_block_size // stride
-    length = blocks * gather
-    # Compressed block i − m reaches cell i for m = 0 … l/d − 1. No whole block ends behind the last selection block.
-    cells = sum(F.pad(p, (m, length - p.shape[-1] - m)) for m in range(spread))
+    count, length = p.shape[-1], max(blocks * gather, p.shape[-1] + spread - 1)
+    cells = sum(F.pad(p, (m, length - count - m)) for m in range(spread))  # block i − m reaches cell i
+    cells = cells[..., : blocks * gather]  # no whole block ends behind the last selection block
     return cells.unflatten(-1, (blocks, gather)).sum(-1)  # (..., N·l'/d) → (..., N)
 
 
@@ -294,7 +302,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 # Arithmetic is in float32 (float64 for float64 inputs). A backward recomputes the probabilities from the log-sum-exp.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-_TILE_SCORES = 2**18  # scores in a batch of tiles: 1 MiB of float32, so that every pass over them stays in the L2 cache
+_TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
 _PARTIAL_VALUES = 2**22  # numbers in the partial outputs of a chunk of rows: 16 MiB of float32
 _LOG2E = math.log2(math.e)
@@ -661,9 +669,1425 @@ def _torch_selective_backward(
     return dq.to(q.dtype).view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
+# Gates: eq. 5 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _torch_gate_forward(gates: Tensor, *branches: Tensor) -> Tensor:
+    """Σ_c gates[..., c]·branches[c]:  (B, T, H, 3) and three of (B, T, H, D) → (B, T, H, D)."""
+    first, second, third = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
+    o = first * branches[0]
+    return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
+
+
+def _torch_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple[Tensor, ...]:
+    """dgates[..., c] = do·branches[c] and dbranches[c] = gates[..., c]·do."""
+    wide = _accumulation_dtype(do)
+    dots = [torch.einsum("bthd,bthd->bth", do.to(wide), x.to(wide)) for x in branches]
+    return torch.stack(dots, dim=-1).to(gates.dtype), *(gate * do for gate in gates.unsqueeze(-1).unbind(3))
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 5  Triton kernels: the same branches for CUDA, with the signatures of section 4
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+# A kernel's docstring is its formula. Letters beyond those of the header: Z = B·K key heads in all, and DP or DIM, the
+# head dim D as the matrix unit wants it. Each room below is device helpers, kernels, launchers; the launchers have the
+# signatures of section 4. Nothing here waits for the GPU, and no gradient is summed by atomics, so that results are the
+# same from run to run.
+
+# Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
+
+
+def _kernel(function: Callable | None = None, **options: Any) -> Callable:
+    """triton.jit, where there is a Triton; without one, kernels are functions that nobody calls."""
+    if function is None:
+        return functools.partial(_kernel, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def _constexpr(value: float) -> Any:
+    return value if triton is None else tl.constexpr(value)
+
+
+_TL_LOG2E = _constexpr(math.log2(math.e))  # exp(x) = exp2(x·log2 e), and exp2 is the instruction that the GPU has
+_TL_LN2 = _constexpr(math.log(2.0))
+_TL_FORCED = _constexpr(0x7F800000)  # the bits of infinity
+
+# (query rows, keys, warps, stages) of each kernel's tile by padded head dim. Head dims 64 and 128 are the best of a
+# sweep on an H200 in bf16 (G = 1 and 16); 256 and float32 are right but not tuned. Two programs of 4 warps on a
+# multiprocessor overlap one's softmax with the other's products, which mostly beats one program of 8 warps.
+_SPAN_TILES = {
+    "compressed_forward": {64: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
+    "compressed_dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "compressed_dkv": {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 2)},
+    "local_forward": {64: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
+    "local_dq": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+    "local_dkv": {64: (32, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
+    "float32": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+_MAX_ROWS = 128  # the most rows in a tile; where a value of each row is kept, rows are padded to a multiple of it
+
+# (bytes of a number, padded D up to, one head a group): tiles of the scores. With several heads two tiles share a load
+# of the queries, and 128 registers let two programs overlap products with exponentials (64/4 heads, 64k: 6.8 ms with
+# the choice, 8.1 without the limit, 7.4 with one tile; 32/8: 5.7, 6.9, 5.9). One head, 16/16, 32k: 1.6; two: 1.85.
+_SELECT_TILES = {
+    (2, 128, True): {"TILES": 1, "TOKENS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
+    (2, 128, False): {"TILES": 2, "TOKENS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+    (2, 256, True): {"TILES": 1, "TOKENS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+    (2, 256, False): {"TILES": 1, "TOKENS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+    (4, 128, True): {"TILES": 1, "TOKENS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1},
+    (4, 128, False): {"TILES": 1, "TOKENS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1},
+    (4, 256, True): {"TILES": 1, "TOKENS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1},
+    (4, 256, False): {"TILES": 1, "TOKENS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1},
+}
+
+# (pass, bytes of a number, padded D up to): tiles of rows (query, head) and keys. Each comparison was one run on an
+# H200, bf16, ms. Forward, 16/16 heads, D 64, 32k: 1.73 (2 stages 1.85, 128 rows 2.1); 32/8, D 128, 64k: 9.8 (2 stages
+# 10.0, 3 stages 11.4, 128 rows 13.3). Backward, 16/16: 3.3 (2 stages 3.6, 1 stage 4.0); 32/8: 17.2 (32 rows 18.6,
+# 1 stage 19.4, 3 stages 22.0), 17.1 (8 warps 22.0). D above 128 and float32 are right but not tuned.
+_SELECTIVE_TILES = {
+    ("forward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1},
+    ("forward", 2, 128): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1},
+    ("forward", 2, 256): {"ROWS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 1},
+    ("forward", 4, 64): {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    ("forward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
+    ("backward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3},
+    ("backward", 2, 128): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
+    ("backward", 2, 256): {"ROWS": 16, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    ("backward", 4, 64): {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    ("backward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
+}
+
+# Block scores of one chunk of queries take at most this much memory.
+_SCORE_BYTES = 256 << 20
+
+# Pairs in a run: the fewer, the more programs; longer where the table of counts would pass its limit.
+_RUN = 1024
+_COUNT_BYTES = 64 << 20
+_PLACE = {"TILE": 32, "num_warps": 1}
+
+# Heads in a group from which on the query is the outer loop.
+_QUERY_OUTER_GROUP = 16
+# A warp for every 16 heads. 64/4 heads, D 128, 64k: 13.6 ms (2 warps 14.0, 3 stages 14.6, 4 warps and 3 stages 15.2).
+_QUERY_TILES = {"KEYS": 64, "STAGES": 2}
+
+# Partial results of one chunk of queries take at most this much memory.
+_PARTIAL_BYTES = 2 << 30
+_FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
+
+# Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
+_SPAN = {2: 4096, 4: 512}
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, which is all that the kernels ask for."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _padded(D: int) -> int:
+    """The head dim as the matrix unit wants it: a power of two, 16 at least."""
+    return max(triton.next_power_of_2(D), 16)
+
+
+def _precision(x: Tensor) -> str:
+    """float32 products are exact unless torch's own switch allows tf32; half types do not care."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _chunk_tokens(bytes_per_token: int, T: int) -> int:
+    """How many queries may have their partial results in memory at a time: a multiple of 64, or all."""
+    return min(max(_PARTIAL_BYTES // bytes_per_token // 64, 1) * 64, T)
+
+
+def _merge_rows(D: int) -> int:
+    """Rows that a program of a merge takes: 16 numbers a thread."""
+    return max(2048 // _padded(D), 1)
+
+
+def _selective_tiles(pass_: str, D: int, select_block_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes for a head dim and type; a block shorter than a tile of keys takes a shorter tile."""
+    key = (pass_, dtype.itemsize)
+    entry = min(width for *name, width in _SELECTIVE_TILES if tuple(name) == key and width >= _padded(D))
+    tiles = dict(_SELECTIVE_TILES[key + (entry,)])
+    tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
+    return tiles
+
+
+# Choice of blocks ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_kernel
+def _load_tile(base, rows, stride, row_mask, D: tl.constexpr, DP: tl.constexpr):
+    """base[rows, :D] as a (len(rows), DP) tile, zero outside; DP is D rounded up to a power of two."""
+    d = tl.arange(0, DP)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(pointers, mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+@_kernel
+def _store_tile(base, tile, rows, stride, row_mask, D: tl.constexpr, DP: tl.constexpr):
+    """base[rows, :D] = tile."""
+    d = tl.arange(0, DP)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+
+
+@_kernel
+def _load_pair_rows(
+    base, pairs, rows, row_mask, t0, stride_t, stride_h,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The rows (pair, head) of a (T, G, D) tensor: base[t0 + pair // S, row % G]."""
+    d = tl.arange(0, DP)
+    offsets = (t0 + pairs // S).to(tl.int64) * stride_t + (rows % G).to(tl.int64) * stride_h
+    return tl.load(base + offsets[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+@_kernel
+def _fold_importance(
+    score, p, part_first, m: tl.constexpr, r: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr,
+):  # fmt: skip
+    """score[j] += sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, then what it lends.
+
+    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r).
+    """
+    p = tl.reshape(p, [TOKENS, BLOCKS, PART])
+    i = part_first + tl.arange(0, PART)
+    jj = tl.arange(0, BLOCKS)
+    own = tl.minimum(i + m, r) - i
+    score += tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
+    for right in tl.static_range(1, SPILL + 1):
+        share = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
+        lent = tl.sum(p * share.to(tl.float32)[None, None, :], axis=2)
+        source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [TOKENS, BLOCKS])
+        score += tl.where((jj >= right)[None, :], tl.gather(lent, source, axis=1), 0.0)
+    return score
+
+
+@_kernel
+def _block_scores_kernel(
+    q, k_cmp, lse, scores,
+    C, n_tokens, n_blocks, t0, scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_lb, stride_lt, stride_lh,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, SELECT: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr, SPILL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores[z, t, j] = sum_i overlap(i, j) sum_g exp(scale q[t, g] . k_cmp[i] - lse[t, g]), over the visible i.
+
+    A tile holds BLOCKS selection blocks, the first SPILL of them only to lend to their right; TILES tiles in a row.
+    """
+    m: tl.constexpr = BLOCK // STRIDE
+    r: tl.constexpr = SELECT // STRIDE
+    z = tl.program_id(2)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    t = t0 + token
+    j_first = tl.program_id(1) * TILES * (BLOCKS - SPILL) - SPILL
+    last = t0 + tl.minimum((tl.program_id(0) + 1) * TOKENS, n_tokens) - 1
+    if (j_first + SPILL) * SELECT > last:  # every block of the tile begins after every query of the tile
+        return
+
+    in_chunk = token < n_tokens
+    q_base = q + (z // K).to(tl.int64) * stride_qb + (z % K).to(tl.int64) * G * stride_qh
+    k_base = k_cmp + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
+    lse_base = lse + (z // K).to(tl.int64) * stride_lb + (z % K).to(tl.int64) * G * stride_lh
+    column = tl.arange(0, BLOCKS * PART)
+    j_next = j_first + BLOCKS - SPILL  # a second tile, for the same queries, where TILES is 2
+    score = tl.zeros([TOKENS, BLOCKS], tl.float32)
+    score_next = tl.zeros([TOKENS, BLOCKS], tl.float32)
+    for part_first in tl.static_range(0, r, PART):
+        inside = part_first + column % PART
+        i = (j_first + column // PART) * r + inside
+        exists = (inside < r) & (i >= 0) & (i < C)
+        keys = tl.trans(_load_tile(k_base, i, stride_kt, exists, D, DP))  # here, so that it stays in shared memory
+        p = tl.zeros([TOKENS, BLOCKS * PART], tl.float32)
+        if TILES == 2:
+            i_next = (j_next + column // PART) * r + inside
+            exists_next = (inside < r) & (i_next < C)
+            keys_next = tl.trans(_load_tile(k_base, i_next, stride_kt, exists_next, D, DP))
+            p_next = tl.zeros([TOKENS, BLOCKS * PART], tl.float32)
+        # probabilities, summed over the group; masked once, after the sum
+        for g in range(G):
+            queries = _load_tile(q_base + g * stride_qh, t, stride_qt, in_chunk, D, DP)
+            lse_g = tl.load(lse_base + t.to(tl.int64) * stride_lt + g * stride_lh, mask=in_chunk, other=0.0) * _TL_LOG2E
+            s = tl.dot(queries, keys, input_precision=PRECISION)
+            p += tl.exp2(s * (scale * _TL_LOG2E) - lse_g[:, None])
+            if TILES == 2:
+                s_next = tl.dot(queries, keys_next, input_precision=PRECISION)
+                p_next += tl.exp2(s_next * (scale * _TL_LOG2E) - lse_g[:, None])
+        visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
+        score = _fold_importance(score, tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+        if TILES == 2:
+            visible = (inside < r)[None, :] & ((i_next * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
+            p_next = tl.where(visible, p_next, 0.0)
+            score_next = _fold_importance(score_next, p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+
+    jj = tl.arange(0, BLOCKS)
+    row = scores + (z.to(tl.int64) * n_tokens + token) * n_blocks
+    stored = in_chunk[:, None] & ((jj >= SPILL) & (j_first + jj < n_blocks))[None, :]
+    tl.store(row[:, None] + (j_first + jj)[None, :], score, mask=stored)
+    if TILES == 2:
+        stored = in_chunk[:, None] & ((jj >= SPILL) & (j_next + jj < n_blocks))[None, :]
+        tl.store(row[:, None] + (j_next + jj)[None, :], score_next, mask=stored)
+
+
+@_kernel
+def _choose_kernel(
+    scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
+    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1], forced ones first, ties to the lower index.
+
+    Scores are not negative, so their bits order as integers: the S-th highest is found by bisection, by counting, and
+    a round that counts exactly S ends it. The running count of what is taken is the slot: slots ascend without a sort.
+    """
+    QUAD: tl.constexpr = 4 if NP > 4 else 1
+    z = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_chunk = token < n_tokens
+    own = (t0 + token) // SELECT
+    j = tl.arange(0, NP)[None, :]
+    row = (z.to(tl.int64) * n_tokens + token) * n_blocks
+
+    # keys: -1 no candidate, score bits, above every score for the forced blocks
+    candidate = in_chunk[:, None] & (j <= own[:, None])
+    score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
+    key = tl.where((score >= 0) & (score < float("inf")), score, 0.0).to(tl.int32, bitcast=True)
+    forced = candidate & ((j < INIT) | (j > (own - LOCAL)[:, None]))
+    key = tl.where(candidate & ~forced, key, -1)
+    wanted = tl.where(in_chunk, tl.minimum(own + 1, S), 0)
+
+    # at least `wanted` keys reach the threshold, fewer reach `over`; SP strided groups have a maximum each
+    over = tl.max(key, axis=1) + 1
+    key = tl.where(forced, _TL_FORCED, key)
+    group_top = tl.max(tl.reshape(key, [ROWS, NP // SP, SP]), axis=1)
+    threshold = tl.maximum(tl.min(group_top, axis=1), 0)
+    n_forced = tl.sum(forced.to(tl.int32), axis=1)
+    threshold = tl.where(n_forced >= wanted, _TL_FORCED, tl.minimum(threshold, over - 1))
+    over = tl.where(n_forced >= wanted, _TL_FORCED + 1, over)
+    while tl.max(over - threshold, axis=0) > 1:
+        trial = threshold + (over - threshold) // 2
+        reached = tl.sum((key >= trial[:, None]).to(tl.int32), axis=1)
+        threshold = tl.where(reached >= wanted, trial, threshold)
+        over = tl.where(reached > wanted, over, tl.where(reached == wanted, trial + 1, trial))
+
+    # ties at the threshold: those before `limit` are taken, so that `wanted` are taken in all
+    limit = tl.full([ROWS], NP, tl.int32)
+    reached = tl.sum((key >= threshold[:, None]).to(tl.int32), axis=1)
+    if tl.max(reached - wanted, axis=0) > 0:
+        low = tl.zeros([ROWS], tl.int32)
+        while tl.max(limit - low, axis=0) > 1:
+            middle = (low + limit) // 2
+            ranked = (key > threshold[:, None]) | ((key == threshold[:, None]) & (j < middle[:, None]))
+            enough = tl.sum(ranked.to(tl.int32), axis=1) >= wanted
+            limit = tl.where(enough, middle, limit)
+            low = tl.where(enough, low, middle)
+    chosen = (key > threshold[:, None]) | ((key == threshold[:, None]) & (j < limit[:, None]))
+    # the running count in two steps, over quads and within them, as a lane holds four neighbours
+    taken = tl.reshape((chosen & candidate).to(tl.int32), [ROWS, NP // QUAD, QUAD])
+    quad = tl.sum(taken, axis=2)
+    slot = (tl.cumsum(quad, axis=1) - quad)[:, :, None] + tl.cumsum(taken, axis=2) - 1
+    slot = tl.reshape(slot, [ROWS, NP])
+
+    out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
+    out_row = out + (t0 + token).to(tl.int64) * stride_ot
+    tl.store(out_row[:, None] + slot, tl.broadcast_to(j, [ROWS, NP]), mask=chosen & candidate)
+    free = tl.arange(0, SP)[None, :]
+    empty = in_chunk[:, None] & (free >= wanted[:, None]) & (free < S)
+    tl.store(out_row[:, None] + free, tl.full([ROWS, SP], -1, tl.int32), mask=empty)
+
+
+def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes of the scores: TOKENS queries by BLOCKS selection blocks of PART compressed blocks at a time."""
+    part = min(triton.next_power_of_2(ratio), 32)
+    size = dict(_SELECT_TILES[dtype.itemsize, 128 if _padded(D) <= 128 else 256, G == 1])
+    blocks = max(size.pop("COLUMNS") // part, triton.next_power_of_2(2 * spill), 2)
+    return {**size, "BLOCKS": blocks, "PART": part}
+
+
+def _triton_select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots."""
+    B, T, H, D = q.shape
+    C, K = k_cmp.shape[1:3]
+    G, S = H // K, topk_blocks
+    q, k_cmp = _unit_stride(q), _unit_stride(k_cmp)
+    N = triton.cdiv(T, select_block_size)
+    ratio = select_block_size // stride
+    spill = (ratio + block_size // stride - 2) // ratio
+    tiles = _select_tiles(D, G, ratio, spill, q.dtype)
+    chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
+    chunk = max(_SCORE_BYTES // (4 * B * K * N), 1)
+    chunk = min(triton.cdiv(chunk, 128) * 128, T)
+    scores = torch.empty(B * K * chunk * N, dtype=torch.float32, device=q.device)
+    for t0 in range(0, T, chunk):
+        n_tokens = min(chunk, T - t0)
+        n_blocks = triton.cdiv(t0 + n_tokens, select_block_size)  # later blocks are no candidates in this chunk
+        grid = (
+            triton.cdiv(n_tokens, tiles["TOKENS"]),
+            triton.cdiv(n_blocks, tiles["TILES"] * (tiles["BLOCKS"] - spill)),
+            B * K,
+        )
+        _block_scores_kernel[grid](
+            q, k_cmp, lse, scores, C, n_tokens, n_blocks, t0, scale,
+            *q.stride()[:3], *k_cmp.stride()[:3], *lse.stride(),
+            K=K, G=G, D=D, DP=_padded(D), STRIDE=stride, BLOCK=block_size, SELECT=select_block_size,
+            SPILL=spill, PRECISION=_precision(q), **tiles,
+        )  # fmt: skip
+        width = max(triton.next_power_of_2(n_blocks), triton.next_power_of_2(S))
+        rows = max(1, 512 // width)
+        _choose_kernel[(triton.cdiv(n_tokens, rows), B * K)](
+            scores, chosen, n_tokens, n_blocks, t0, *chosen.stride()[:3],
+            K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, INIT=init_blocks, LOCAL=local_blocks,
+            ROWS=rows, NP=width, num_warps=min(max(width // 1024, 1), 32),
+        )  # fmt: skip
+    return chosen
+
+
+# Local and compressed: spans of keys ──────────────────────────────────────────────────────────────────────────────────
+#
+# In both branches a query sees one contiguous span of keys, so one algorithm serves them. Key i ends at token
+# i·d + l − 1 and query t sees the keys that have ended, first(t) ≤ i < end(t):
+#
+#     compressed   first(t) = 0                    end(t) = (t + 1 − l)//d + 1, at least 0
+#     local        first(t) = max(0, t + 1 − W)    end(t) = t + 1, which is the rule above with l = d = 1
+#
+# A tile of query rows packs tokens × G heads, so that the heads of a group share every key that is loaded: row n of key
+# head k is token n // Gp, head k·G + n % Gp, where Gp is G rounded up to a power of two.
+
+
+@_kernel
+def _span_first(t, WINDOW: tl.constexpr):
+    """first(t): the first key that query t sees."""
+    if WINDOW == 0:
+        first = t * 0
+    else:
+        first = tl.maximum(t + 1 - WINDOW, 0)
+    return first
+
+
+@_kernel
+def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """end(t): one past the last key that query t sees."""
+    return tl.maximum(t + 1 - BLOCK_SIZE + STRIDE, 0) // STRIDE
+
+
+@_kernel
+def _span_mask(t, key, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether query t sees the key."""
+    seen = key * STRIDE + (BLOCK_SIZE - 1) <= t
+    if WINDOW > 0:
+        seen = seen & (key > t - WINDOW)
+    return seen
+
+
+@_kernel
+def _key_tiles(t_low, t_high, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """Tiles of keys that the queries t_low..t_high see: (first key, tiles before the full ones, full ones, all)."""
+    first, end = _span_first(t_low, WINDOW), _span_end(t_high, BLOCK_SIZE, STRIDE)
+    before = tl.cdiv(_span_first(t_high, WINDOW) - first, KEYS)  # some queries have moved past the tile's first keys
+    full = tl.maximum((_span_end(t_low, BLOCK_SIZE, STRIDE) - first) // KEYS - before, 0)
+    return first, before, full, tl.cdiv(end - first, KEYS)
+
+
+@_kernel
+def _row_tiles(
+    key_low, key_high, T, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Tiles of query rows that see any of the keys key_low..key_high: (first, first full, end of full, end)."""
+    t_first, t_end = key_low * STRIDE + (BLOCK_SIZE - 1), T
+    t_full, t_full_end = key_high * STRIDE + (BLOCK_SIZE - 1), T
+    if WINDOW > 0:
+        t_end = tl.minimum(T, key_high + WINDOW)
+        t_full_end = tl.minimum(T, key_low + WINDOW)
+    first, end = tl.minimum(t_first, T) * GROUP_PAD // ROWS, tl.cdiv(t_end * GROUP_PAD, ROWS)
+    full = tl.minimum(tl.cdiv(tl.minimum(t_full, T) * GROUP_PAD, ROWS), end)
+    full_end = tl.maximum(t_full_end * GROUP_PAD // ROWS, full)
+    return first, full, full_end, end
+
+
+@_kernel
+def _rows_of(tile, T, ROWS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
+    """The rows of a query tile: their tokens, their heads within the group, and which of them exist."""
+    n = tile * ROWS + tl.arange(0, ROWS)
+    t, g = n // GROUP_PAD, n % GROUP_PAD
+    return t, g, (t < T) & (g < GROUP)
+
+
+@_kernel
+def _load_resident_rows(x_ptr, strides, b, head, t, exists, D, DIM: tl.constexpr):
+    """(ROWS, DIM) query rows of a (B, T, H, D) tensor that stay for the whole program.
+
+    By plain pointers, because then the tile is a matrix operand in shared memory. Loaded through a descriptor it would
+    be one in registers, and ptxas (13.0) has been seen to overwrite such registers inside the loop.
+    """
+    column = tl.arange(0, DIM)
+    row = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+    return tl.load(x_ptr + row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
+
+
+@_kernel
+def _load_rows(desc, b, k, tile, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
+    """(ROWS, DIM) query rows of a (B, K, T, G, D) view, inside a loop; what does not exist is zero."""
+    n = tile * ROWS
+    return desc.load([b, k, n // GROUP_PAD, n % GROUP_PAD, 0]).reshape(ROWS, DIM)
+
+
+@_kernel
+def _store_rows(desc, b, k, tile, x, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
+    """Write (ROWS, DIM) query rows into a (B, K, T, G, D) view; those that do not exist are dropped."""
+    n = tile * ROWS
+    TOKENS: tl.constexpr = ROWS // GROUP_PAD if ROWS > GROUP_PAD else 1
+    x = x.to(desc.dtype).reshape(1, 1, TOKENS, ROWS // TOKENS, DIM)
+    desc.store([b, k, n // GROUP_PAD, n % GROUP_PAD, 0], x)
+
+
+@_kernel
+def _load_keys(desc, b, k, start, KEYS: tl.constexpr, DIM: tl.constexpr):
+    """(KEYS, DIM) keys or values of a (B, K, C, D) view; those that do not exist are zero."""
+    return desc.load([b, k, start, 0]).reshape(KEYS, DIM)
+
+
+@_kernel
+def _forward_tile(
+    acc, peak, total, q, k_desc, v_desc, b, k, start, t, scale,
+    MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of the online softmax: s = scale*q.k, p = exp2(s - peak), acc += p.v, total += sum p."""
+    keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
+    s = tl.dot(q, keys.T, input_precision=PRECISION)
+    if MASKED:
+        key = start + tl.arange(0, KEYS)
+        s = tl.where(_span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW), s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+    shift = new_peak
+    if MASKED:  # a row without a visible key so far: any finite shift keeps its exponentials at exactly 0
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(s * scale - shift[:, None])
+    fade = tl.exp2(peak - shift)
+    values = _load_keys(v_desc, b, k, start, KEYS, DIM)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_peak, total * fade + tl.sum(p, 1)
+
+
+@_kernel(do_not_specialize=["T"])
+def _span_forward_kernel(
+    q_ptr, q_strides, k_desc, v_desc, o_desc, lse_ptr, T, H, K, D, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o_t = sum_i p_ti v_i, p_ti = exp(scale*q_t.k_i - lse_t), lse_t = log sum_i exp(scale*q_t.k_i), i in span(t)."""
+    # Which tile: the last tokens see the most keys and go first, so that no long program starts late.
+    heads = tl.num_programs(0) // tl.cdiv(T * GROUP_PAD, ROWS)  # B * K
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
+    t, g, exists = _rows_of(tile, T, ROWS, GROUP, GROUP_PAD)
+    t_low, t_high = tile * ROWS // GROUP_PAD, tl.minimum((tile * ROWS + ROWS - 1) // GROUP_PAD, T - 1)
+    q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
+    acc = tl.zeros((ROWS, DIM), tl.float32)
+    peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    # Tiles that every row sees whole, then the ones at both edges of the span.
+    first, before, full, tiles = _key_tiles(t_low, t_high, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
+    for j in range(before, before + full):
+        acc, peak, total = _forward_tile(
+            acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, t, scale * _TL_LOG2E,
+            False, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+        )  # fmt: skip
+    for j in range(tiles - full):
+        start = first + tl.where(j < before, j, j + full) * KEYS
+        acc, peak, total = _forward_tile(
+            acc, peak, total, q, k_desc, v_desc, b, k, start, t, scale * _TL_LOG2E,
+            True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+        )  # fmt: skip
+    # Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    _store_rows(o_desc, b, k, tile, acc, ROWS, GROUP_PAD, DIM)
+    row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
+    tl.store(lse_ptr + row, (peak + tl.log2(total)) * _TL_LN2, mask=exists)
+
+
+@_kernel
+def _dq_tile(
+    dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, scale,
+    MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: p = exp2(scale*q.k - shift), ds = p * (do.v - delta), dq += ds.k."""
+    keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
+    values = _load_keys(v_desc, b, k, start, KEYS, DIM)
+    s = tl.dot(q, keys.T, input_precision=PRECISION)
+    dp = tl.dot(do, values.T, input_precision=PRECISION)
+    p = tl.exp2(s * scale - shift[:, None])
+    if MASKED:
+        key = start + tl.arange(0, KEYS)
+        p = tl.where(_span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW), p, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+
+
+@_kernel(do_not_specialize=["T"])
+def _span_dq_kernel(
+    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, dlse_ptr,
+    dq_desc, shift_ptr, delta_ptr, T, H, K, D, rows_pad, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), delta_t = do_t.o_t - dlse_t.
+
+    Leaves delta and shift = lse*log2(e) behind for the next kernel, each (B, K, rows_pad).
+    """
+    heads = tl.num_programs(0) // (rows_pad // ROWS)  # B * K
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
+    t, g, exists = _rows_of(tile, T, ROWS, GROUP, GROUP_PAD)
+    t_low, t_high = tile * ROWS // GROUP_PAD, tl.minimum((tile * ROWS + ROWS - 1) // GROUP_PAD, T - 1)
+    # What softmax and its derivative subtract from each row; p is 0 in rows that do not exist.
+    do = _load_resident_rows(do_ptr, do_strides, b, k * GROUP + g, t, exists, D, DIM)
+    o = _load_resident_rows(o_ptr, o_strides, b, k * GROUP + g, t, exists, D, DIM)
+    row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
+    shift = tl.load(lse_ptr + row, mask=exists, other=float("inf")) * _TL_LOG2E
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    delta -= tl.load(dlse_ptr + row, mask=exists, other=0.0)
+    n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
+    tl.store(shift_ptr + n, shift)
+    tl.store(delta_ptr + n, delta)
+    q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
+    dq = tl.zeros((ROWS, DIM), tl.float32)
+    # Tiles that every row sees whole, then the ones at both edges of the span.
+    first, before, full, tiles = _key_tiles(t_low, t_high, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
+    for j in range(before, before + full):
+        dq = _dq_tile(
+            dq, q, do, shift, delta, k_desc, v_desc, b, k, first + j * KEYS, t, scale * _TL_LOG2E,
+            False, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+        )  # fmt: skip
+    for j in range(tiles - full):
+        start = first + tl.where(j < before, j, j + full) * KEYS
+        dq = _dq_tile(
+            dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, scale * _TL_LOG2E,
+            True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+        )  # fmt: skip
+    _store_rows(dq_desc, b, k, tile, dq * scale, ROWS, GROUP_PAD, DIM)
+
+
+@_kernel
+def _dkv_tile(
+    dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, scale,
+    MASKED: tl.constexpr, GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows, transposed so that p is an operand as it stands: dv += p'.do, dk += ds'.q."""
+    n = tile * ROWS + tl.arange(0, ROWS)
+    shift = tl.load(shift_ptr + n)
+    delta = tl.load(delta_ptr + n)
+    q = _load_rows(q_desc, b, k, tile, ROWS, GROUP_PAD, DIM)
+    do = _load_rows(do_desc, b, k, tile, ROWS, GROUP_PAD, DIM)
+    s = tl.dot(keys, q.T, input_precision=PRECISION)
+    dp = tl.dot(values, do.T, input_precision=PRECISION)
+    p = tl.exp2(s * scale - shift[None, :])
+    if MASKED:
+        p = tl.where(_span_mask((n // GROUP_PAD)[None, :], key[:, None], BLOCK_SIZE, STRIDE, WINDOW), p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@_kernel(do_not_specialize=["T", "C", "B", "row_tiles_per_part"])
+def _span_dkv_kernel(
+    do_desc, q_desc, k_desc, v_desc, shift_ptr, delta_ptr, dk_desc, dv_desc,
+    T, K, C, B, rows_pad, row_tiles_per_part, scale, GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv_i = sum_t p_ti do_t and dk_i = scale * sum_t ds_ti q_t over one part of the query rows."""
+    # Which part of the rows and which keys: later parts are seen by more keys and go first.
+    heads = B * K
+    key_tiles = tl.cdiv(C, KEYS)
+    part = (tl.num_programs(0) - 1 - tl.program_id(0)) // (heads * key_tiles)
+    start = tl.program_id(0) // heads % key_tiles * KEYS
+    b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
+    first, full, full_end, end = _row_tiles(
+        start, start + KEYS - 1, T, ROWS, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW
+    )
+    low, high = part * row_tiles_per_part, (part + 1) * row_tiles_per_part
+    first, end = tl.maximum(first, low), tl.minimum(end, high)
+    full = tl.minimum(tl.maximum(full, first), end)
+    full_end = tl.maximum(tl.minimum(full_end, end), full)
+    # Rows that see every key of the tile, then the ones at both edges.
+    keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
+    values = _load_keys(v_desc, b, k, start, KEYS, DIM)
+    key = start + tl.arange(0, KEYS)
+    shift_ptr += (b.to(tl.int64) * K + k) * rows_pad
+    delta_ptr += (b.to(tl.int64) * K + k) * rows_pad
+    dk, dv = tl.zeros((KEYS, DIM), tl.float32), tl.zeros((KEYS, DIM), tl.float32)
+    for tile in range(full, full_end):
+        dk, dv = _dkv_tile(
+            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, scale * _TL_LOG2E,
+            False, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
+        )  # fmt: skip
+    for j in range(first, end - full_end + full):
+        tile = tl.where(j < full, j, j - full + full_end)
+        dk, dv = _dkv_tile(
+            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, scale * _TL_LOG2E,
+            True, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
+        )  # fmt: skip
+    dk_desc.store([part * B + b, k, start, 0], (dk * scale).to(dk_desc.dtype).reshape(1, 1, KEYS, DIM))
+    dv_desc.store([part * B + b, k, start, 0], dv.to(dv_desc.dtype).reshape(1, 1, KEYS, DIM))
+
+
+def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, object]]:
+    """(rows, keys, the launch options and constants that all kernels take)."""
+    H, D = q.shape[2:]
+    assert D <= 256, f"no tile sizes for head dim {D}: at most 256"
+    rows, keys, warps, stages = _SPAN_TILES["float32" if q.dtype == torch.float32 else kernel][max(64, _padded(D))]
+    constants = {
+        "GROUP_PAD": triton.next_power_of_2(H // K),
+        "DIM": _padded(D),
+        "PRECISION": _precision(q),
+    }
+    return rows, keys, constants | {"num_warps": warps, "num_stages": stages}
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself if a descriptor can address it (strides and start multiples of 16 bytes), else a padded copy."""
+    unit = 16 // x.element_size()
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1]):
+        return x
+    return _empty_aligned(x.shape, x).copy_(x)
+
+
+def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
+    dtype = dtype or like.dtype
+    unit = 16 // dtype.itemsize
+    return like.new_empty((*shape[:-1], triton.cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
+
+
+def _key_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
+    """(B, C, K, D) as (B, K, C, D), in tiles of (keys, D)."""
+    (B, C, K, D), (sb, sc, sk, sd) = x.shape, x.stride()
+    return TensorDescriptor(x, [B, K, C, D], [sb, sk, sc, sd], [1, 1, keys, _padded(D)])
+
+
+def _row_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
+    """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
+    (B, T, H, D), (sb, st, sh, sd) = x.shape, x.stride()
+    G = H // K
+    group_pad = triton.next_power_of_2(G)
+    box = [1, 1, max(1, rows // group_pad), min(rows, group_pad), _padded(D)]
+    return TensorDescriptor(x, [B, K, T, G, D], [sb, G * sh, st, sh, sd], box)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; under the interpreter, a number."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _span_forward(
+    branch: str, q: Tensor, k: Tensor, v: Tensor, scale: float, **span: int
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the queries over their spans of keys."""
+    B, T, H, D = q.shape
+    C, K = k.shape[1:3]
+    lse = q.new_empty((B, T, H), dtype=torch.float32)
+    if q.numel() == 0 or C == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse.fill_(float("-inf"))
+    q, k, v, o = _aligned(q), _aligned(k), _aligned(v), _empty_aligned(q.shape, q)
+    rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
+    grid = (triton.cdiv(T * options["GROUP_PAD"], rows) * B * K,)
+    _span_forward_kernel[grid](
+        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), _row_descriptor(o, K, rows),
+        lse, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+    )  # fmt: skip
+    return o.contiguous(), lse
+
+
+def _span_backward(
+    branch: str, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    o: Tensor, lse: Tensor, scale: float, **span: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    do, q, k, v, o = _aligned(do), _aligned(q), _aligned(k), _aligned(v), _aligned(o)
+    dq, shift, delta = _span_dq(branch, do, dlse, q, k, v, o, lse, scale, **span)
+    dk, dv = _span_dkv(branch, do, q, k, v, shift, delta, scale, **span)
+    return dq.contiguous(), dk, dv
+
+
+def _span_dq(
+    branch: str, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    o: Tensor, lse: Tensor, scale: float, **span: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, and what the next kernel subtracts from each row: shift = lse*log2(e) and delta = do.o - dlse."""
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    rows, keys, options = _tile_sizes(f"{branch}_dq", q, K)
+    rows_pad = triton.cdiv(T * options["GROUP_PAD"], _MAX_ROWS) * _MAX_ROWS
+    dq, (shift, delta) = _empty_aligned(q.shape, q), lse.new_empty((2, B, K, rows_pad))
+    _span_dq_kernel[(rows_pad // rows * B * K,)](
+        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
+        lse.contiguous(), dlse.contiguous(), _row_descriptor(dq, K, rows), shift, delta, T, H, K, D, rows_pad, scale,
+        GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+    )  # fmt: skip
+    return dq, shift, delta
+
+
+def _span_dkv(
+    branch: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    shift: Tensor, delta: Tensor, scale: float, **span: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
+    B, T, _, D = q.shape
+    C, K = k.shape[1:3]
+    rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
+    row_tiles, key_tiles = triton.cdiv(T * options["GROUP_PAD"], rows), triton.cdiv(C, keys)
+    parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
+    out = _empty_aligned((2, parts * B, C, K, D), k, k.dtype if parts == 1 else torch.float32)
+    dk, dv = out
+    _span_dkv_kernel[(parts * key_tiles * B * K,)](
+        _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
+        shift, delta, _key_descriptor(dk, keys), _key_descriptor(dv, keys),
+        T, K, C, B, shift.shape[-1], triton.cdiv(row_tiles, parts), scale, **span, ROWS=rows, KEYS=keys, **options,
+    )  # fmt: skip
+    if parts > 1:
+        out = out.unflatten(1, (parts, B)).sum(1).to(k.dtype)
+    dk, dv = out.contiguous()
+    return dk, dv
+
+
+def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
+    """Into how many parts of at least 32 tiles to split the query rows.
+
+    Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
+    times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
+    """
+    fill, even = (triton.cdiv(n * _processors(device), programs) for n in (3, 16))
+    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
+
+
+def _triton_local_forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Local branch: o (B, T, H, D) and lse (B, T, H)."""
+    return _span_forward("local", q, k, v, scale, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+
+
+def _triton_local_backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Local branch: dq, dk, dv."""
+    return _span_backward("local", do, dlse, q, k, v, o, lse, scale, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+
+
+def _triton_compressed_forward(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, stride: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compressed branch: o (B, T, H, D) and lse (B, T, H)."""
+    return _span_forward("compressed", q, k_cmp, v_cmp, scale, BLOCK_SIZE=block_size, STRIDE=stride, WINDOW=0)
+
+
+def _triton_compressed_backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
+    o: Tensor, lse: Tensor, block_size: int, stride: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compressed branch: dq, dk_cmp, dv_cmp."""
+    span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
+    return _span_backward("compressed", do, dlse, q, k_cmp, v_cmp, o, lse, scale, **span)
+
+
+# Selective: pairs in order of their block ─────────────────────────────────────────────────────────────────────────────
+#
+# A pair is (query t, slot s), numbered t·S + s. The loops are exchanged: the block is outside, the queries that chose
+# it are inside. Pairs are put in order of their block; a program takes one block and a tile of rows (pair, head of the
+# group), and a second kernel merges the S partial results of each query. So a block's keys are read once a tile, and no
+# query gathers keys. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. For large
+# groups, whose heads fill a tile by themselves, the forward keeps the query outside.
+
+
+@_kernel
+def _load_pair_block(blocks, pair, in_range, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr):
+    """The block of each pair, and whether it counts: free slots and blocks after the query do not."""
+    t = t0 + pair // S
+    j = tl.load(blocks + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
+    return j, in_range & (j >= 0) & (j <= t // SELECT)
+
+
+@_kernel
+def _count_pairs_kernel(
+    block_indices, counts, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
+    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """counts[z, j, run] = how many pairs of this run of RUN pairs chose block j."""
+    run, z = tl.program_id(0), tl.program_id(1)
+    blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
+    pair = run * RUN + tl.arange(0, RUN)
+    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, t0, stride_t, S, SELECT)
+    cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
+    tl.atomic_add(counts + cell, 1, mask=valid, sem="relaxed")
+
+
+@_kernel
+def _place_pairs_kernel(
+    block_indices, cursors, pairs, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
+    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """pairs[cursors[z, j, run] + rank] = pair, rank = its rank among the pairs of this run that chose j: a stable sort.
+
+    A run has one program, which moves the run's cursors a tile at a time; so nothing is left to chance.
+    """
+    run, z = tl.program_id(0), tl.program_id(1)
+    blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
+    lane = tl.arange(0, TILE)
+    weight = tl.where(lane[:, None] < lane[None, :], 1, 1 << 16)  # low half: before me; high half: me and after me
+    pair = run * RUN + lane
+    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, t0, stride_t, S, SELECT)
+    for first in range(TILE, RUN + TILE, TILE):
+        next_pair = run * RUN + first + lane  # asked for early; the round after the last is empty
+        in_run = (next_pair < n_pairs) & (first < RUN)
+        next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, t0, stride_t, S, SELECT)
+        cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
+        cursor = tl.load(cursors + cell, mask=valid, other=0)
+        j = tl.where(valid, j, -1 - lane)  # an invalid pair is alone with its number
+        counts = tl.sum(tl.where(j[:, None] == j[None, :], weight, 0), axis=0)
+        rank = counts & 0xFFFF
+        tl.store(pairs + cursor + rank, pair, mask=valid)
+        tl.debug_barrier()  # every thread has read its cursor
+        tl.store(cursors + cell, cursor + rank + 1, mask=valid & (counts >> 16 == 1))
+        tl.debug_barrier()  # the next tile reads what this one wrote
+        pair, j, valid = next_pair, next_j, next_valid
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a chunk of queries in order of (key head, block): block j of z has pairs[begin[z, j] : end[z, j]]."""
+
+    pairs: Tensor  # (Z * n_tokens * S,) int32
+    begin: Tensor  # (Z, N) int32
+    end: Tensor  # (Z, N) int32
+
+
+def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, n_blocks: int, select_block_size: int) -> _Pairs:
+    """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place."""
+    B, _, K, S = block_indices.shape
+    Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
+    run = _RUN
+    while run < 16384 and 4 * Z * n_blocks * triton.cdiv(n_pairs, run) > _COUNT_BYTES:
+        run *= 2
+    n_runs = triton.cdiv(n_pairs, run)
+    counts = torch.zeros(Z, n_blocks, n_runs, dtype=torch.int32, device=device)
+    pairs = torch.empty(Z * n_pairs, dtype=torch.int32, device=device)
+    shape = (n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
+    constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
+    _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *shape, **constants, num_warps=4)
+    after = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
+    cursors = after - counts
+    begin, end = cursors[..., 0].clone(), after[..., -1].contiguous()  # a copy: the cursors will move
+    _place_pairs_kernel[(n_runs, Z)](block_indices, cursors, pairs, *shape, **constants, **_PLACE, num_stages=1)
+    return _Pairs(pairs, begin, end)
+
+
+class _Tiles(NamedTuple):
+    """Tiles of at most `size` rows (pair, head), none across two blocks: tile x of z belongs to block_of[z, x]."""
+
+    block_of: Tensor  # (Z, bound) int32, N where the tile is not needed
+    begin: Tensor  # (Z, N) int32, the first tile of a block
+    end: Tensor  # (Z, N) int32
+    bound: int  # known without looking at the data
+
+
+def _cut_tiles(pairs: _Pairs, group: int, size: int) -> _Tiles:
+    """Cut the rows of each block into tiles; their number is bounded by rows / size + blocks."""
+    Z, N = pairs.begin.shape
+    bound = (pairs.pairs.numel() // Z) * group // size + N
+    tiles = ((pairs.end - pairs.begin) * group + (size - 1)) // size
+    end = tiles.cumsum(1, dtype=torch.int32)
+    numbers = torch.arange(bound, dtype=torch.int32, device=end.device).expand(Z, bound).contiguous()
+    return _Tiles(torch.searchsorted(end, numbers, right=True, out_int32=True), end - tiles, end, bound)
+
+
+# Selective, forward ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_kernel
+def _selective_partial_kernel(
+    q, k, v, pairs, pair_begin, pair_end, tile_begin, block_of, o_part, lse_part,
+    T, n_blocks, n_tiles, n_pairs, t0, scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o_part[t, s] = softmax(scale q[t] . k) v over the tokens <= t of the block in slot s; lse_part in base 2.
+
+    One program: a block, whose keys stay, and SPAN of the rows (query, head) that chose it, a tile at a time.
+    """
+    tile, z = tl.program_id(0), tl.program_id(1)
+    j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
+    if j >= n_blocks:
+        return
+    cell = z * n_blocks + j
+    first = tl.load(pair_begin + cell)
+    n_rows = (tl.load(pair_end + cell) - first) * G
+    row_first = (tile - tl.load(tile_begin + cell)) * SPAN
+    row_last = tl.minimum(row_first + SPAN, n_rows)
+    q_base = q + (z // K).to(tl.int64) * stride_qb + (z % K).to(tl.int64) * G * stride_qh
+    k_base = k + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
+    v_base = v + (z // K).to(tl.int64) * stride_vb + (z % K).to(tl.int64) * stride_vh
+    n = tl.arange(0, KEYS)
+    token = j * SELECT + n
+    exists = (n < SELECT) & (token < T)
+    keys = tl.trans(_load_tile(k_base, token, stride_kt, exists, D, DP))  # here, so that it stays in shared memory
+    values = _load_tile(v_base, token, stride_vt, exists, D, DP)
+    for r in tl.range(row_first, row_last, ROWS):
+        # the queries that chose this block, by the heads of the group
+        row = r + tl.arange(0, ROWS)
+        row_mask = row < row_last
+        pair = tl.load(pairs + first + row // G, mask=row_mask, other=0)
+        t = tl.where(row_mask, t0 + pair // S, -1)
+        queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
+
+        # softmax over the block's first tile of keys, which holds a visible one; a longer block goes on online
+        s = tl.dot(queries, keys, input_precision=PRECISION) * (scale * _TL_LOG2E)
+        s = tl.where(exists[None, :] & (token[None, :] <= t[:, None]), s, float("-inf"))
+        top = tl.where(row_mask, tl.max(s, axis=1), 0.0)
+        p = tl.exp2(s - top[:, None])
+        total = tl.sum(p, axis=1)
+        o = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+        if SELECT > KEYS:
+            for n0 in range(KEYS, SELECT, KEYS):
+                more = j * SELECT + n0 + n
+                more_exists = (n0 + n < SELECT) & (more < T)
+                more_keys = _load_tile(k_base, more, stride_kt, more_exists, D, DP)
+                more_values = _load_tile(v_base, more, stride_vt, more_exists, D, DP)
+                s = tl.dot(queries, tl.trans(more_keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
+                s = tl.where(more_exists[None, :] & (more[None, :] <= t[:, None]), s, float("-inf"))
+                new_top = tl.maximum(top, tl.max(s, axis=1))
+                p = tl.exp2(s - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(p, axis=1)
+                o = o * shrink[:, None] + tl.dot(p.to(more_values.dtype), more_values, input_precision=PRECISION)
+                top = new_top
+
+        o = o / tl.where(row_mask, total, 1.0)[:, None]
+        out = (z.to(tl.int64) * n_pairs + pair) * G + row % G
+        _store_tile(o_part, o, out, D, row_mask, D, DP)
+        tl.store(lse_part + out, top + tl.log2(total), mask=row_mask)
+
+
+@_kernel
+def _selective_merge_kernel(
+    o_part, lse_part, block_indices, o, lse, n_tokens, t0,
+    stride_ib, stride_it, stride_ik, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    SP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] - lse[t]) o_part[t, s]."""
+    z = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
+    row_mask = row < n_tokens * G
+    t = t0 + row // G
+    blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
+    d = tl.arange(0, DP)
+    part = (z.to(tl.int64) * n_tokens + row // G) * (S * G) + row % G  # slot 0; the next one is G further
+
+    # log-sum-exp over the slots
+    s = tl.arange(0, SP)[None, :]
+    slot_mask = row_mask[:, None] & (s < S)
+    j = tl.load(blocks + t.to(tl.int64)[:, None] * stride_it + s, mask=slot_mask, other=-1)
+    taken = (j >= 0) & (j <= (t // SELECT)[:, None])
+    lse_s = tl.load(lse_part + part[:, None] + s * G, mask=taken, other=float("-inf"))
+    top = tl.max(lse_s, axis=1)
+    total = tl.sum(tl.exp2(lse_s - tl.where(top == float("-inf"), 0.0, top)[:, None]), axis=1)
+    lse_t = top + tl.log2(total)
+
+    # weighted sum, slot by slot
+    merged = tl.zeros([ROWS, DP], tl.float32)
+    for slot in tl.range(0, S, loop_unroll_factor=4):
+        block = tl.load(blocks + t.to(tl.int64) * stride_it + slot, mask=row_mask, other=-1)
+        used = (block >= 0) & (block <= t // SELECT)
+        w = tl.exp2(tl.load(lse_part + part + slot * G, mask=used, other=float("-inf")) - lse_t)
+        mask = used[:, None] & (d < D)[None, :]
+        o_slot = tl.load(o_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        merged += tl.where(used, w, 0.0)[:, None] * o_slot.to(tl.float32)
+    head = (z % K) * G + row % G
+    out = (z // K).to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + head.to(tl.int64) * stride_oh
+    tl.store(o + out[:, None] + d[None, :], merged.to(o.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+    out = (z // K).to(tl.int64) * stride_lb + t.to(tl.int64) * stride_lt + head.to(tl.int64) * stride_lh
+    tl.store(lse + out, lse_t * _TL_LN2, mask=row_mask)
+
+
+@_kernel
+def _selective_query_kernel(
+    q, k_desc, v_desc, block_indices, o, lse, scale,
+    stride_qb, stride_qt, stride_qh, stride_ib, stride_it, stride_ik,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o[t] = softmax(scale q[t] . k) v over the tokens <= t of the blocks that t chose; one token, its whole group."""
+    t, z = tl.program_id(0), tl.program_id(1)
+    b, h = z // K, z % K
+    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    q_base = q + b.to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + h.to(tl.int64) * G * stride_qh
+    queries = _load_tile(q_base, g, stride_qh, g < G, D, DP)
+    blocks = block_indices + b.to(tl.int64) * stride_ib + t.to(tl.int64) * stride_it + h * stride_ik
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    merged = tl.zeros([HEADS, DP], tl.float32)
+    parts: tl.constexpr = (SELECT + KEYS - 1) // KEYS
+    for step in tl.range(0, S * parts, num_stages=STAGES):
+        j = tl.load(blocks + step // parts)
+        first = tl.maximum(j, 0) * SELECT + step % parts * KEYS
+        n = step % parts * KEYS + tl.arange(0, KEYS)
+        keys = tl.reshape(k_desc.load([b, first, h, 0]), [KEYS, DP])
+        values = tl.reshape(v_desc.load([b, first, h, 0]), [KEYS, DP])
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
+        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= t)
+        s = tl.where(visible[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(p, axis=1)
+        merged = merged * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+        top = new_top
+    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
+    o_base = o + b.to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * G * stride_oh
+    _store_tile(o_base, merged, g, stride_oh, g < G, D, DP)
+    lse_base = lse + b.to(tl.int64) * stride_lb + t.to(tl.int64) * stride_lt + h.to(tl.int64) * G * stride_lh
+    tl.store(lse_base + g * stride_lh, (top + tl.log2(total)) * _TL_LN2, mask=g < G)
+
+
+def _selective_by_query(q, k, v, block_indices, o, lse, select_block_size, scale, tiles) -> None:
+    """Launch the query-outer order: grid (token, key head), so that one key head at a time has the L2."""
+    B, T, H, D = q.shape
+    K, S = block_indices.shape[2:]
+    tile = [1, tiles["KEYS"], 1, _padded(D)]
+    k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
+    _selective_query_kernel[(T, B * K, triton.cdiv(H // K, tiles["HEADS"]))](
+        q, k_desc, v_desc, block_indices, o, lse, scale, *q.stride()[:3], *block_indices.stride()[:3],
+        *o.stride()[:3], *lse.stride(), K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size,
+        PRECISION=_precision(q), **tiles,
+    )  # fmt: skip
+
+
+def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
+    """The rule, measured at D 128: exchanged 4.7 ms against 6.6 for 8 heads a group, by query 13.5 against 16.0 for 16.
+
+    The matrix unit has 16 rows; the copy engine wants 16 bytes of alignment.
+    """
+    aligned = all(x.data_ptr() % 16 == 0 and all(s * x.itemsize % 16 == 0 for s in x.stride()[:3]) for x in (k, v))
+    return G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2 and aligned
+
+
+def _triton_selective_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, D) and lse (B, T, H): softmax over the tokens up to t of the blocks that t chose."""
+    B, T, H, D = q.shape
+    K, S = block_indices.shape[2:]
+    G, Z = H // K, B * K
+    q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
+    o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    if _query_outer(q, k, v, G):
+        heads = min(max(triton.next_power_of_2(G), 16), 64)
+        tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
+        tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
+        _selective_by_query(q, k, v, block_indices, o, lse, select_block_size, scale, tiles)
+        return o, lse
+    N = triton.cdiv(T, select_block_size)
+    tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
+    chunk = _chunk_tokens(B * H * S * D * q.element_size(), T)
+    o_part = torch.empty(Z * chunk * S * G, D, dtype=q.dtype, device=q.device)
+    lse_part = torch.empty(Z * chunk * S * G, dtype=torch.float32, device=q.device)
+    merge_rows = _merge_rows(D)
+    constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": select_block_size}
+    for t0 in range(0, T, chunk):
+        n_tokens = min(chunk, T - t0)
+        pairs = _sort_pairs(block_indices, t0, n_tokens, N, select_block_size)
+        cut = _cut_tiles(pairs, G, _FORWARD_SPAN)
+        _selective_partial_kernel[(cut.bound, Z)](
+            q, k, v, *pairs, cut.begin, cut.block_of, o_part, lse_part, T, N, cut.bound, n_tokens * S, t0, scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(q),
+            **tiles,
+        )  # fmt: skip
+        _selective_merge_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
+            o_part, lse_part, block_indices, o, lse, n_tokens, t0,
+            *block_indices.stride()[:3], *o.stride()[:3], *lse.stride(),
+            **constants, SP=triton.next_power_of_2(S), ROWS=merge_rows,
+        )  # fmt: skip
+    return o, lse
+
+
+# Selective, backward ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_kernel
+def _selective_delta_kernel(
+    o, do, dlse, delta, n_rows, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
+    T, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta[b, t, h] = o[b, t, h] . do[b, t, h] - dlse[b, t, h]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < n_rows
+    d = tl.arange(0, DP)
+    b, t, h = row // H // T, row // H % T, row % H
+    mask = row_mask[:, None] & (d < D)[None, :]
+    o_row = b * stride_ob + t * stride_ot + h * stride_oh
+    do_row = b * stride_db + t * stride_dt + h * stride_dh
+    o_tile = tl.load(o + o_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    do_tile = tl.load(do + do_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    dlse_row = tl.load(dlse + row, mask=row_mask, other=0.0)
+    tl.store(delta + row, tl.sum(o_tile * do_tile, axis=1) - dlse_row, mask=row_mask)
+
+
+@_kernel
+def _selective_gradient_kernel(
+    do, q, k, v, lse, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part,
+    T, n_blocks, n_tiles, n_pairs, t0, scale,
+    stride_db, stride_dt, stride_dh, stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_lb, stride_lt, stride_lh,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With p = exp(scale q . k - lse) and ds = p (do . v - delta): dv_part = p^T do, dk_part = scale ds^T q over a span
+    of the rows that chose the block, and dq_part[t, s] = scale ds k. One program: KEYS keys of a block, SPAN rows.
+    """
+    tile, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
+    if j >= n_blocks:
+        return
+    cell = z * n_blocks + j
+    first = tl.load(pair_begin + cell)
+    n_rows = (tl.load(pair_end + cell) - first) * G
+    row_first = (tile - tl.load(tile_begin + cell)) * SPAN
+    row_last = tl.minimum(row_first + SPAN, n_rows)
+
+    n = part * KEYS + tl.arange(0, KEYS)
+    token = j * SELECT + n
+    exists = (n < SELECT) & (token < T)
+    b, h = (z // K).to(tl.int64), (z % K).to(tl.int64)
+    keys = _load_tile(k + b * stride_kb + h * stride_kh, token, stride_kt, exists, D, DP)
+    values = _load_tile(v + b * stride_vb + h * stride_vh, token, stride_vt, exists, D, DP)
+    q_base = q + b * stride_qb + h * G * stride_qh
+    do_base = do + b * stride_db + h * G * stride_dh
+    lse_base = lse + b * stride_lb + h * G * stride_lh
+    delta_base = delta + b * stride_lb + h * G * stride_lh
+    dk = tl.zeros([KEYS, DP], tl.float32)
+    dv = tl.zeros([KEYS, DP], tl.float32)
+    for r in range(row_first, row_last, ROWS):
+        # the queries that chose this block
+        row = r + tl.arange(0, ROWS)
+        row_mask = row < row_last
+        pair = tl.load(pairs + first + row // G, mask=row_mask, other=0)
+        t = tl.where(row_mask, t0 + pair // S, -1)
+        scalar = (t0 + pair // S).to(tl.int64) * stride_lt + (row % G).to(tl.int64) * stride_lh
+        queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
+        d_out = _load_pair_rows(do_base, pair, row, row_mask, t0, stride_dt, stride_dh, G, S, D, DP)
+        lse_t = tl.load(lse_base + scalar, mask=row_mask, other=0.0) * _TL_LOG2E
+        delta_t = tl.load(delta_base + scalar, mask=row_mask, other=0.0)
+
+        # probabilities, transposed: (keys, rows)
+        s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * _TL_LOG2E)
+        visible = exists[:, None] & (token[:, None] <= t[None, :])
+        p = tl.where(visible, tl.exp2(s - lse_t[None, :]), 0.0)
+        dv += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
+        dp = tl.dot(values, tl.trans(d_out), input_precision=PRECISION)
+        ds = (p * (dp - delta_t[None, :])).to(queries.dtype)
+        dk += tl.dot(ds, queries, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(ds), keys, input_precision=PRECISION) * scale
+        out = ((z.to(tl.int64) * n_pairs + pair) * PARTS + part) * G + row % G
+        _store_tile(dq_part, dq, out, D, row_mask, D, DP)
+
+    out = ((z.to(tl.int64) * n_tiles + tile) * PARTS + part) * KEYS + tl.arange(0, KEYS)
+    _store_tile(dk_part, dk * scale, out, D, exists, D, DP)
+    _store_tile(dv_part, dv, out, D, exists, D, DP)
+
+
+@_kernel
+def _sum_over_tiles_kernel(
+    dk_part, dv_part, tile_begin, tile_end, dk, dv, T, n_blocks, n_tiles,
+    stride_kb, stride_kt, stride_kh,
+    K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr, KEYS: tl.constexpr,
+    PARTS: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; added to what is there unless FIRST."""
+    j, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cell = z * n_blocks + j
+    n = part * KEYS + tl.arange(0, KEYS)
+    token = j * SELECT + n
+    exists = (n < SELECT) & (token < T)
+    base = (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
+    dk_sum = tl.zeros([KEYS, DP], tl.float32)
+    dv_sum = tl.zeros([KEYS, DP], tl.float32)
+    if not FIRST:
+        dk_sum += _load_tile(dk + base, token, stride_kt, exists, D, DP)
+        dv_sum += _load_tile(dv + base, token, stride_kt, exists, D, DP)
+    for tile in range(tl.load(tile_begin + cell), tl.load(tile_end + cell)):
+        source = ((z.to(tl.int64) * n_tiles + tile) * PARTS + part) * KEYS + tl.arange(0, KEYS)
+        dk_sum += _load_tile(dk_part, source, D, exists, D, DP)
+        dv_sum += _load_tile(dv_part, source, D, exists, D, DP)
+    _store_tile(dk + base, dk_sum, token, stride_kt, exists, D, DP)
+    _store_tile(dv + base, dv_sum, token, stride_kt, exists, D, DP)
+
+
+@_kernel
+def _sum_over_slots_kernel(
+    dq_part, block_indices, dq, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block."""
+    z = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
+    row_mask = row < n_tokens * G
+    t = t0 + row // G
+    blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
+    d = tl.arange(0, DP)
+    part = (z.to(tl.int64) * n_tokens + row // G) * (S * PARTS * G) + row % G  # slot 0; the next one is G further
+    total = tl.zeros([ROWS, DP], tl.float32)
+    for slot in tl.range(0, S * PARTS, loop_unroll_factor=4):
+        block = tl.load(blocks + t.to(tl.int64) * stride_it + slot // PARTS, mask=row_mask, other=-1)
+        mask = ((block >= 0) & (block <= t // SELECT))[:, None] & (d < D)[None, :]
+        dq_slot = tl.load(dq_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        total += dq_slot.to(tl.float32)
+    head = (z % K) * G + row % G
+    out = (z // K).to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+
+
+def _triton_selective_backward(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    select_block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order."""
+    B, T, H, D = q.shape
+    K, S = block_indices.shape[2:]
+    G, Z, DP = H // K, B * K, _padded(D)
+    do, q, k, v, o, block_indices = (_unit_stride(x) for x in (do, q, k, v, o, block_indices))
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    _selective_delta_kernel[(triton.cdiv(B * T * H, 32),)](
+        o, do, dlse.contiguous(), delta, B * T * H, *o.stride()[:3], *do.stride()[:3], T, H=H, D=D, DP=DP, ROWS=32
+    )
+    N = triton.cdiv(T, select_block_size)
+    tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
+    parts = triton.cdiv(select_block_size, tiles["KEYS"])
+    span = _SPAN[q.dtype.itemsize]
+    chunk = _chunk_tokens(B * H * S * parts * D * q.element_size(), T)
+    # a sum over several chunks of queries stays in float32 until the last
+    sum_dtype = k.dtype if chunk == T else torch.float32
+    dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
+    dq_part = torch.empty(Z * chunk * S * parts * G, D, dtype=q.dtype, device=q.device)
+    merge_rows = _merge_rows(D)
+    constants = {"K": K, "D": D, "DP": DP, "SELECT": select_block_size, "PARTS": parts}
+    for t0 in range(0, T, chunk):
+        n_tokens = min(chunk, T - t0)
+        pairs = _sort_pairs(block_indices, t0, n_tokens, N, select_block_size)
+        cut = _cut_tiles(pairs, G, span)
+        dk_part, dv_part = (
+            torch.empty(Z * cut.bound * parts * tiles["KEYS"], D, dtype=torch.float32, device=q.device)
+            for _ in range(2)
+        )
+        _selective_gradient_kernel[(cut.bound, parts, Z)](
+            do, q, k, v, lse, delta, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
+            T, N, cut.bound, n_tokens * S, t0, scale,
+            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *lse.stride(),
+            **constants, G=G, S=S, SPAN=span, PRECISION=_precision(q), **tiles,
+        )  # fmt: skip
+        _sum_over_tiles_kernel[(N, parts, Z)](
+            dk_part, dv_part, cut.begin, cut.end, dk, dv, T, N, cut.bound, *dk.stride()[:3],
+            **constants, KEYS=tiles["KEYS"], FIRST=t0 == 0,
+        )  # fmt: skip
+        _sum_over_slots_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
+            dq_part, block_indices, dq, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
+            **constants, G=G, S=S, ROWS=merge_rows,
+        )  # fmt: skip
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+# Gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_GATE_ROWS = 32
+
+
+@_kernel
+def _gate_forward_kernel(
+    gates, local, compressed, selective, o, n_rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """o[row] = gates[row, 0] local[row] + gates[row, 1] compressed[row] + gates[row, 2] selective[row]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < n_rows
+    mixed = tl.zeros([ROWS, DP], tl.float32)
+    for c in tl.static_range(3):
+        branch = local if c == 0 else (compressed if c == 1 else selective)
+        gate = tl.load(gates + row * 3 + c, mask=row_mask, other=0.0).to(tl.float32)
+        mixed += gate[:, None] * _load_tile(branch, row, D, row_mask, D, DP).to(tl.float32)
+    _store_tile(o, mixed, row, D, row_mask, D, DP)
+
+
+@_kernel
+def _gate_backward_kernel(
+    do, gates, local, compressed, selective, dgates, dlocal, dcompressed, dselective, n_rows,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dgates[row, c] = do[row] . branch_c[row] and dbranch_c[row] = gates[row, c] do[row]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < n_rows
+    d_out = _load_tile(do, row, D, row_mask, D, DP).to(tl.float32)
+    for c in tl.static_range(3):
+        branch = local if c == 0 else (compressed if c == 1 else selective)
+        dbranch = dlocal if c == 0 else (dcompressed if c == 1 else dselective)
+        gate = tl.load(gates + row * 3 + c, mask=row_mask, other=0.0).to(tl.float32)
+        dot = tl.sum(d_out * _load_tile(branch, row, D, row_mask, D, DP).to(tl.float32), axis=1)
+        tl.store(dgates + row * 3 + c, dot.to(dgates.dtype.element_ty), mask=row_mask)
+        _store_tile(dbranch, gate[:, None] * d_out, row, D, row_mask, D, DP)
+
+
+def _triton_gate_forward(gates: Tensor, *branches: Tensor) -> Tensor:
+    rows, D = gates.numel() // 3, branches[0].shape[-1]
+    o = torch.empty_like(branches[0], memory_format=torch.contiguous_format)
+    inputs = (x.contiguous() for x in (gates, *branches))
+    _gate_forward_kernel[(triton.cdiv(rows, _GATE_ROWS),)](*inputs, o, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS)
+    return o
+
+
+def _triton_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple[Tensor, ...]:
+    rows, D = gates.numel() // 3, do.shape[-1]
+    inputs = [x.contiguous() for x in (do, gates, *branches)]
+    gradients = [torch.empty_like(x) for x in inputs[1:]]
+    _gate_backward_kernel[(triton.cdiv(rows, _GATE_ROWS),)](
+        *inputs, *gradients, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS
+    )
+    return tuple(gradients)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -674,8 +2098,8 @@ def _torch_selective_backward(
 class _Branch(NamedTuple):
     """A branch on a backend. `forward(q, k, v[, block_indices], **settings) → o, lse`, and its `backward`."""
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., Any]
+    backward: Callable[..., tuple[Tensor, ...]]
 
 
 class _BranchFunction(torch.autograd.Function):
@@ -701,23 +2125,82 @@ class _BranchFunction(torch.autograd.Function):
         return None, None, *gradients, *[None] * (len(tensors) - 5)  # block_indices, where given
 
 
-_TORCH_LOCAL = _Branch(_torch_local_forward, _torch_local_backward)
-_TORCH_COMPRESSED = _Branch(_torch_compressed_forward, _torch_compressed_backward)
-_TORCH_SELECTIVE = _Branch(_torch_selective_forward, _torch_selective_backward)
+class _GateFunction(torch.autograd.Function):
+    """(gates, local, compressed, selective) → their gated sum, in one pass over memory each way."""
+
+    @staticmethod
+    def forward(branch: _Branch, *tensors: Tensor) -> Tensor:
+        return branch.forward(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.branch, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.branch.backward(do, *ctx.saved_tensors)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 7  Functions: the functional API. The only place that knows every backend.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+class _Backend(NamedTuple):
+    local: _Branch
+    compressed: _Branch
+    selective: _Branch
+    gates: _Branch
+    select: Callable[..., Tensor]
+
+
+_TORCH = _Backend(
+    _Branch(_torch_local_forward, _torch_local_backward),
+    _Branch(_torch_compressed_forward, _torch_compressed_backward),
+    _Branch(_torch_selective_forward, _torch_selective_backward),
+    _Branch(_torch_gate_forward, _torch_gate_backward),
+    _torch_select,
+)
+_TRITON = _Backend(
+    _Branch(_triton_local_forward, _triton_local_backward),
+    _Branch(_triton_compressed_forward, _triton_compressed_backward),
+    _Branch(_triton_selective_forward, _triton_selective_backward),
+    _Branch(_triton_gate_forward, _triton_gate_backward),
+    _triton_select,
+)
 _BACKENDS = ("auto", "torch", "triton")
 
 
-def _choose_backend(backend: str, q: Tensor) -> str:
-    """"torch" or "triton". An explicit choice never falls back silently."""
+def _choose_backend(backend: str, q: Tensor, scale: float) -> _Backend:
+    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper."""
     _check(backend in _BACKENDS, "backend", backend, f"must be one of {', '.join(map(repr, _BACKENDS))}")
-    _check(backend != "triton", "backend", backend, "this version has no Triton kernels; use 'auto' or 'torch'")
-    return "torch"
+    if backend == "torch":
+        return _TORCH
+    obstacle = _triton_obstacle(q, scale)
+    if backend == "auto":
+        usable = obstacle is None and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+        return _TRITON if usable and q.numel() > 0 else _TORCH
+    _check(obstacle is None, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return _TRITON if q.numel() > 0 else _TORCH
+
+
+def _triton_obstacle(q: Tensor, scale: float) -> str | None:
+    """Why the Triton kernels cannot run on such a query; None if they can."""
+    if triton is None:
+        return "Triton is not installed, or older than 3.4"
+    dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * q.is_cuda  # its interpreter gets bfloat16 wrong
+    if q.dtype not in dtypes:
+        return f"there is no kernel for {q.dtype} on {q.device.type}"
+    if q.shape[-1] > 256:
+        return f"the head dim is {q.shape[-1]}, and the kernels go to 256"
+    if scale <= 0:
+        return f"scale is {scale}, and the kernels take positive ones only"
+    if q.is_cuda:
+        old = torch.cuda.get_device_capability(q.device) < (8, 0)
+        return "the GPU is older than sm_80" if old else None
+    interpreted = triton.knobs.runtime.interpret and q.device.type == "cpu"
+    return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
 def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
@@ -731,10 +2214,14 @@ def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
     return flash_attn_func
 
 
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, attention takes the autocast dtype, as scaled_dot_product_attention does."""
-    device = next(x for x in tensors if isinstance(x, Tensor)).device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
+    if not _autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrow = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64  # noqa: E731
@@ -814,11 +2301,11 @@ def local_attention(
     q, k, v = _autocast(q, k, v)
     scale = _check_attention(q, scale, k=k, v=v)
     _check_integer("window", window, 1)
-    _choose_backend(backend, q)
+    branches = _choose_backend(backend, q, scale)
     flash = _flash_attention(q) if backend == "auto" else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply(_TORCH_LOCAL, {"window": window, "scale": scale}, q, k, v)[0]
+    return _BranchFunction.apply(branches.local, {"window": window, "scale": scale}, q, k, v)[0]
 
 
 def compressed_attention(
@@ -856,9 +2343,9 @@ def compressed_attention(
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_compressed(q, block_size, stride, scale, k_cmp=k_cmp, v_cmp=v_cmp)
-    _choose_backend(backend, q)
+    branches = _choose_backend(backend, q, scale)
     settings = {"block_size": block_size, "stride": stride, "scale": scale}
-    return _BranchFunction.apply(_TORCH_COMPRESSED, settings, q, k_cmp, v_cmp)
+    return _BranchFunction.apply(branches.compressed, settings, q, k_cmp, v_cmp)
 
 
 @torch.no_grad()
@@ -907,9 +2394,9 @@ def select_blocks(
     for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
         _check_integer(name, value, 0)
     _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    _choose_backend(backend, q)
+    branches = _choose_backend(backend, q, scale)
     with torch.autocast(q.device.type, enabled=False):
-        return _torch_select(
+        return branches.select(
             q, k_cmp, lse, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks, scale
         )
 
@@ -954,9 +2441,9 @@ def selective_attention(
     dtype, device = block_indices.dtype, block_indices.device
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
-    _choose_backend(backend, q)
+    branches = _choose_backend(backend, q, scale)
     settings = {"select_block_size": select_block_size, "scale": scale}
-    return _BranchFunction.apply(_TORCH_SELECTIVE, settings, q, k, v, block_indices)[0]
+    return _BranchFunction.apply(branches.selective, settings, q, k, v, block_indices)[0]
 
 
 def nsa_attention(
@@ -1028,8 +2515,8 @@ def nsa_attention(
         **options,
     )
     o_selective = selective_attention(q, k, v, chosen, select_block_size, **options)
-    g_local, g_compressed, g_selective = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
-    return (g_local * o_local).addcmul_(g_compressed, o_compressed).addcmul_(g_selective, o_selective)
+    branches = _choose_backend(backend, q, 1.0)
+    return _GateFunction.apply(branches.gates, gates, o_local, o_compressed, o_selective)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1262,10 +2749,10 @@ class NativeSparseAttention(nn.Module):
         # Plain parameters, so that a model's own `apply(init_weights)` leaves gate_init in place.
         self.gate_bias = nn.Parameter(torch.empty(cfg.heads, 3))
         self.gate_weight = nn.Parameter(torch.empty(cfg.heads * 3, cfg.dim)) if cfg.gate_mode == "q_cond" else None
-        self.reset_gates()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_gates(self) -> None:
+    def reset_parameters(self) -> None:
         self.gate_bias.copy_(torch.tensor(self.cfg.gate_init).expand(self.cfg.heads, 3))
         if self.gate_weight is not None:
             nn.init.zeros_(self.gate_weight)
@@ -1295,7 +2782,7 @@ class NativeSparseAttention(nn.Module):
             local=_dense_probabilities(p.q, p.k_local, _Window(cfg.local_window).sees(query, key)),
             compressed=_dense_probabilities(p.q, p.k_cmp, _Staircase(cfg.block_size, cfg.stride).sees(query, block)),
             selective=_dense_probabilities(p.q, p.k, of_chosen & (key <= query)),
-            gates=p.gates.float(),
+            gates=p.gates.to(_accumulation_dtype(p.gates)),
             block_indices=chosen,
         )
 
@@ -1340,7 +2827,7 @@ class NativeSparseAttention(nn.Module):
         _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
         _check(x.shape[1] <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
         _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = _autocast_enabled(x.device.type)
         _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
         _check(x.device == weight.device, "x.device", str(x.device), f"must be the weights', {weight.device}")
 
@@ -1348,7 +2835,8 @@ class NativeSparseAttention(nn.Module):
 def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
     """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    s = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) * q.shape[3] ** -0.5
+    wide = _accumulation_dtype(q)
+    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
     return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
 
 
@@ -1518,7 +3006,28 @@ def _selftest_flash() -> str:
 
 
 def _selftest_triton() -> str:
-    raise _Skip("this version has no Triton kernels")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    obstacle = _triton_obstacle(torch.empty(1, 1, 1, 64, device=device, dtype=dtype), 1.0)
+    if obstacle is not None:
+        raise _Skip(obstacle)
+    tokens = 1000 if device == "cuda" else 70
+    for heads, kv_heads in ((4, 4), (4, 1)):
+        shapes = [(tokens, heads), (tokens, kv_heads), (tokens, kv_heads), *[(tokens // 16 - 1, kv_heads)] * 2]
+        leaves = [torch.randn(1, *shape, 64, device=device, dtype=dtype) for shape in shapes]  # q, k, v, k_cmp, v_cmp
+        chosen = torch.arange(3, device=device, dtype=torch.int32).expand(1, tokens, kv_heads, 3)
+        upstream = torch.randn_like(leaves[0])
+        results = []
+        for precision, backend in ((torch.float64, "torch"), (dtype, "torch"), (dtype, "triton")):
+            q, k, v, k_cmp, v_cmp = x = [leaf.to(precision).requires_grad_() for leaf in leaves]
+            o = local_attention(q, k, v, 64, backend=backend)
+            o = o + selective_attention(q, k, v, chosen, 32, backend=backend)
+            o = o + compressed_attention(q, k_cmp, v_cmp, 32, 16, backend=backend)[0]
+            results.append((o, *torch.autograd.grad(o, x, upstream.to(precision))))
+        for label, exact, plain, kernel in zip(("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp"), *results, strict=True):
+            limit, error = (((y - exact).norm() / exact.norm()).item() for y in (plain, kernel))
+            worst = f"G = {heads // kv_heads}: {label} is off by {error:.1e}, PyTorch by {limit:.1e}"
+            assert error <= 2 * limit + 1e-6, worst
+    return "each branch within twice PyTorch's error, all gradients"
 
 
 _SELFTESTS = {

@@ -136,7 +136,8 @@ def assert_starts_at_the_mean(compressor: Compressor, random: Random) -> None:
     compressor.double()
     position = compressor.position if hasattr(compressor, "position") else torch.zeros(1, dtype=torch.float64)
     mean = oracle.avgpool(x, compressor.block, compressor.stride)
-    assert_close64(compressor(x), mean + position.mean(0), "start")
+    rounding = 8 * torch.finfo(torch.float32).eps  # of the weights 1/l, which were stored in float32
+    torch.testing.assert_close(compressor(x), mean + position.mean(0), rtol=0, atol=rounding)
     assert position.abs().max() < 0.1, "the position embedding starts small beside tokens of size 1"
 
 
@@ -325,9 +326,9 @@ def test_unknown_names_list_the_valid_ones(method: str) -> None:
     assert repr(method) in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [None, 3, dict], ids=repr)
+@pytest.mark.parametrize("method", [None, 3, lambda *sizes: sizes], ids=["None", "3", "a tuple"])
 def test_what_builds_no_module(method: object) -> None:
-    with pytest.raises((TypeError, ValueError), match="class|Module"):
+    with pytest.raises(TypeError, match="class|Module"):
         TokenCompressor(3, 8, method=method)
 
 

@@ -1,6 +1,6 @@
 """What the PyTorch path costs on a CPU, beside dense attention in the same run.
 
-    python tests/benchmarks/cpu.py speed     # forward + backward, 2k to 32k tokens, against scaled_dot_product_attention
+    python tests/benchmarks/cpu.py speed     # forward + backward, 2k to 32k tokens, against PyTorch's dense attention
     python tests/benchmarks/cpu.py parts     # where NSA's time goes
     python tests/benchmarks/cpu.py memory    # peak above the inputs, against eager dense attention
     python tests/benchmarks/cpu.py model     # a training step of the example's full-size model, NSA against dense
@@ -154,8 +154,9 @@ def model(batch: int, repeats: int) -> None:
 
     seconds = median(lambda: (step("nsa"), step("dense")), repeats)
     count = sum(p.numel() for p in models["nsa"].parameters()) / 1e6
-    print(f"| parameters | batch × context | NSA step | dense step | NSA / dense |\n|---|---|---|---|---|\n"
-          f"| {count:.1f} M | {batch} × 256 | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[0] / seconds[1]:.2f}× |")
+    print("| parameters | batch × context | NSA step | dense step | NSA / dense |\n|---|---|---|---|---|")
+    cells = f"{seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[0] / seconds[1]:.2f}×"
+    print(f"| {count:.1f} M | {batch} × 256 | {cells} |")
 
 
 def main() -> None:

@@ -1,0 +1,365 @@
+"""NativeSparseAttention against the oracle over its configurations, causality, patterns, and bad input."""
+
+from __future__ import annotations
+
+import random as python_random
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import Case, Random, gradients
+from conftest import assert_close64, assert_valid_choice, assert_within_budget
+from torch import Tensor, nn
+
+from native_sparse_attention import NativeSparseAttention, NSAConfig, TokenCompressor
+
+
+class Last(nn.Module):
+    """A compressor of the user's own: the last token of each block, scaled."""
+
+    def __init__(self, dim: int, block: int, stride: int) -> None:
+        super().__init__()
+        self.block, self.stride = block, stride
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.block - 1 :: self.stride] * self.weight
+
+
+BASE = {"dim": 12, "heads": 2, "seq_len": 64, "local_window": 5, "block_size": 4, "topk_blocks": 2}
+OVERLAP = {"block_size": 6, "stride": 2}
+PAPER = {"block_size": 4, "stride": 2, "select_block_size": 8, "topk_blocks": 4, "init_blocks": 1, "local_blocks": 2}
+PAPER |= {"heads": 4, "kv_heads": 2, "dim_head": 6, "gate_mode": "q_cond", "separate_kv": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped_mlp": {},
+    "conv1d": {"compression": "conv1d"},
+    "avgpool": {"compression": "avgpool"},
+    "own_class": {"compression": Last, **OVERLAP},
+    "overlapping_grouped_mlp": {"compression": "grouped_mlp", **OVERLAP},
+    "overlapping_conv1d": {"compression": "conv1d", **OVERLAP},
+    "overlapping_avgpool": {"compression": "avgpool", **OVERLAP},
+    "large_selection_blocks": {"select_block_size": 8},
+    "small_selection_blocks": {"block_size": 8, "stride": 2, "select_block_size": 2, "topk_blocks": 4},
+    "forced_blocks": {"topk_blocks": 4, "init_blocks": 1, "local_blocks": 2},
+    "no_forced_blocks": {"local_blocks": 0},
+    "static_gates": {"gate_init": (0.5, -3.0, 40.0)},
+    "q_cond_gates": {"gate_mode": "q_cond", "gate_init": (-1.0, 0.0, 2.0)},
+    "grouped_queries": {"heads": 6, "kv_heads": 2, "dim_head": 3},
+    "one_key_head": {"heads": 4, "kv_heads": 1},
+    "separate_kv": {"separate_kv": True},
+    "separate_kv_grouped_rope": {"separate_kv": True, "heads": 4, "kv_heads": 2, "dim_head": 4, "rope_theta": 50.0},
+    "rope": {"rope_theta": 10000.0},
+    "rope_overlapping": {"rope_theta": 100.0, **OVERLAP},
+    "bias": {"bias": True, "dim_head": 5},
+    "paper": PAPER,
+    "paper_rope_bias": {**PAPER, "rope_theta": 10000.0, "bias": True, "compression": "conv1d"},
+}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def build(random: Random, dtype: torch.dtype = torch.float64, **fields: Any) -> NativeSparseAttention:
+    """With random weights: those of a start would hide what position embeddings and gate weights do."""
+    attention = NativeSparseAttention(NSAConfig(**BASE | fields)).to(dtype)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * random(parameter.shape, dtype))
+    return attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The specification of the whole module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compress(x: Tensor, cfg: NSAConfig, compressor: TokenCompressor) -> Tensor:
+    """(B, T, K, D) → (B, C, K, D), head by head, by the oracle's definition of the compressor."""
+    w, sizes = dict(compressor.method.named_parameters()), (cfg.block_size, cfg.stride)
+    summarize = {
+        "avgpool": lambda y: oracle.avgpool(y, *sizes),
+        "conv1d": lambda y: oracle.conv1d(y, *sizes, w["position"], w["weight"], w["bias"]),
+        "grouped_mlp": lambda y: oracle.grouped_mlp(
+            y, *sizes, w["position"], w["w_in"], w["b_in"], w["w_out"], w["b_out"]
+        ),
+        Last: lambda y: oracle.compress(y, *sizes, lambda block: block[-1] * w["weight"].double()),
+    }[cfg.compression]
+    return torch.stack([summarize(head) for head in x.unbind(2)], dim=2)
+
+
+def project(attention: NativeSparseAttention, x: Tensor) -> dict[str, Tensor]:
+    """All tensors of the oracle's `nsa_attention`, in float64, from the module's weights."""
+    cfg = attention.cfg
+    x = x.double()
+
+    def linear(layer: nn.Linear, *shape: int) -> Tensor:
+        y = x @ layer.weight.double().T
+        y = y if layer.bias is None else y + layer.bias.double()
+        return y.view(*x.shape[:2], *shape)
+
+    sets = 3 if cfg.separate_kv else 1
+    q = linear(attention.to_q, cfg.heads, cfg.dim_head)
+    k = linear(attention.to_k, sets, cfg.kv_heads, cfg.dim_head)
+    v = linear(attention.to_v, sets, cfg.kv_heads, cfg.dim_head)
+    local, compressed, selective = (0, 1, 2) if cfg.separate_kv else (0, 0, 0)
+    k_local, k_selective = k[:, :, local], k[:, :, selective]
+    k_cmp = compress(k[:, :, compressed], cfg, attention.compress_k)
+    if cfg.rope_theta is not None:
+        q, k_local, k_selective = (oracle.rope(y, cfg.rope_theta) for y in (q, k_local, k_selective))
+        k_cmp = oracle.rope(k_cmp, cfg.rope_theta, position_step=cfg.stride)
+    logits = attention.gate_bias.double().expand(*x.shape[:2], cfg.heads, 3)
+    if cfg.gate_mode == "q_cond":
+        logits = logits + (x @ attention.gate_weight.double().T).view(logits.shape)
+    return {
+        "q": q,
+        "k": k_selective,
+        "v": v[:, :, selective],
+        "k_cmp": k_cmp,
+        "v_cmp": compress(v[:, :, compressed], cfg, attention.compress_v),
+        "gates": oracle.sigmoid(logits),
+        "k_local": k_local,
+        "v_local": v[:, :, local],
+    }
+
+
+def to_out(attention: NativeSparseAttention, o: Tensor) -> Tensor:
+    """(B, T, H, D) → (B, T, dim) in the dtype of o."""
+    layer = attention.to_out
+    y = o.flatten(2) @ layer.weight.to(o.dtype).T
+    return y if layer.bias is None else y + layer.bias.to(o.dtype)
+
+
+def reference(attention: NativeSparseAttention, x: Tensor, of: Any = oracle) -> tuple[Tensor, Tensor]:
+    """Exact output, and the blocks that the library chose, after every rule for that choice has been checked."""
+    cfg, tensors = attention.cfg, project(attention, x)
+    chosen = attention.attention_patterns(x).block_indices
+    blocks = {"block_size": cfg.block_size, "stride": cfg.stride, "select_block_size": cfg.select_block_size}
+    choice = blocks | {name: getattr(cfg, name) for name in ("topk_blocks", "init_blocks", "local_blocks")}
+    case = Case("", T=x.shape[1], B=x.shape[0], H=cfg.heads, K=cfg.kv_heads, D=cfg.dim_head, **choice)
+    importance = of.importance(tensors["q"], tensors["k_cmp"], **blocks)
+    assert_valid_choice(chosen, importance, case, tolerance=1e-10 if x.dtype == torch.float64 else 1e-5)
+    o = of.nsa_attention(**tensors, local_window=cfg.local_window, **choice, block_indices=chosen)
+    return to_out(attention, o), chosen
+
+
+def assert_is_the_reference(attention: NativeSparseAttention, x: Tensor, random: Random, of: Any = oracle) -> None:
+    """Output and every gradient, in float64."""
+    x = x.requires_grad_()
+    actual, (exact, _) = attention(x), reference(attention, x, of)
+    assert_close64(actual, exact, "output")
+    names, leaves = zip(("x", x), *attention.named_parameters(), strict=True)
+    upstream = [random(exact.shape)]
+    pairs = zip(gradients(actual, [*leaves], upstream), gradients(exact, [*leaves], upstream), strict=True)
+    for name, pair in zip(names, pairs, strict=True):
+        assert_close64(*pair, f"gradient of {name}")
+
+
+@every_config
+def test_output_and_gradients_against_the_oracle(name: str, random: Random) -> None:
+    assert_is_the_reference(build(random, **CONFIGS[name]), random((1, 21, 12)), random)
+
+
+@every_config
+@pytest.mark.parametrize("tokens", [1, 3, 4, 37])
+def test_other_lengths_against_the_oracle(name: str, tokens: int, random: Random) -> None:
+    assert_is_the_reference(build(random, **CONFIGS[name]), random((2, tokens, 12)), random, oracle.Dense)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_config_that_constructs_also_runs(seed: int, random: Random) -> None:
+    """Fields drawn at random, until they make a configuration."""
+    pick = python_random.Random(seed)
+    while True:
+        fields = {
+            "dim": pick.choice([4, 7, 12]),
+            "heads": pick.choice([1, 2, 3, 4, 6]),
+            "kv_heads": pick.choice([None, 1, 2, 3]),
+            "dim_head": pick.choice([None, 1, 2, 5, 8]),
+            "local_window": pick.choice([1, 2, 7, 16, 100]),
+            "block_size": pick.choice([1, 2, 4, 6, 9, 16]),
+            "stride": pick.choice([None, 1, 2, 3, 8]),
+            "select_block_size": pick.choice([None, 1, 3, 4, 8, 24]),
+            "topk_blocks": pick.choice([1, 2, 3, 5, 40]),
+            "init_blocks": pick.choice([0, 0, 1, 2]),
+            "local_blocks": pick.choice([0, 1, 1, 3]),
+            "compression": pick.choice(["grouped_mlp", "conv1d", "avgpool", Last]),
+            "gate_mode": pick.choice(["static", "q_cond"]),
+            "gate_init": tuple(pick.uniform(-4, 4) for _ in range(3)),
+            "separate_kv": pick.choice([False, True]),
+            "rope_theta": pick.choice([None, 10.0, 10000.0]),
+            "bias": pick.choice([False, True]),
+            "use_flash": pick.choice([False, True]),
+        }
+        try:
+            attention = build(random, **fields)
+            break
+        except ValueError:  # a combination that the rules forbid
+            continue
+    x = random((pick.choice([1, 2]), pick.choice([1, 5, 18, 33, 64]), fields["dim"]))
+    assert_is_the_reference(attention, x, random, oracle.Dense)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates, dropout and use_flash
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate_mode", ["static", "q_cond"])
+@pytest.mark.parametrize("gate_init", [(2.0, -2.0, -2.0), (0, 0, 0), (-30.0, 1.5, 30.0)], ids=str)
+def test_gates_start_from_gate_init(gate_mode: str, gate_init: tuple[float, ...], random: Random) -> None:
+    attention = NativeSparseAttention(NSAConfig(**BASE, gate_mode=gate_mode, gate_init=gate_init))
+    gates = attention.attention_patterns(random((2, 7, 12), torch.float32)).gates
+    assert gates.shape == (2, 7, 2, 3)
+    torch.testing.assert_close(gates, torch.tensor(gate_init, dtype=torch.float32).sigmoid().expand_as(gates))
+
+
+def test_dropout_acts_in_training_only(random: Random) -> None:
+    attention, x = build(random, dropout=0.5), random((2, 21, 12))
+    plain = attention.eval()(x)
+    assert torch.equal(attention(x), plain)
+    attention.train()
+    torch.manual_seed(0)
+    dropped = attention(x)
+    zero = dropped == 0
+    assert 0.3 < zero.double().mean() < 0.7, "dropout of one half drops about half of the outputs"
+    assert_close64(dropped, (2 * plain).masked_fill(zero, 0.0), "what is kept is scaled, nothing else changes")
+
+
+@every_config
+def test_use_flash_changes_no_result(name: str, random: Random) -> None:
+    attention, x = build(random, **CONFIGS[name]), random((2, 21, 12))
+    fast = attention(x)
+    attention.cfg.use_flash = False
+    assert_close64(attention(x), fast)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causality
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_config
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_the_future_changes_no_output_and_gets_no_gradient(name: str, training: bool, random: Random) -> None:
+    attention = build(random, **CONFIGS[name], dropout=0.2).train(training)
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(5)  # the same outputs are dropped every time
+        return attention(x)
+
+    x = random((1, 21, 12)).requires_grad_()
+    y = run(x)
+    for at in (1, 3, 4, 8, 13, 20):
+        changed = torch.cat([x[:, :at], random((1, 21 - at, 12))], dim=1)
+        after = run(changed)
+        assert_close64(after[:, :at], y[:, :at], f"output before token {at}")
+        assert not torch.equal(after[:, at:], y[:, at:]), f"nothing depends on the tokens from {at} on"
+        (gradient,) = torch.autograd.grad(y[:, :at], x, random((1, at, 12)), retain_graph=True)
+        assert not gradient[:, at:].any(), f"the output before token {at} has a gradient in the future"
+        assert gradient[:, :at].any(), f"the output before token {at} has no gradient at all"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention patterns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_patterns_have_rows_of_one_or_zero(name: str, random: Random) -> None:
+    attention, tokens = build(random, torch.float32, **CONFIGS[name]), 21
+    cfg, patterns = attention.cfg, attention.attention_patterns(random((2, tokens, 12), torch.float32))
+    blocks = oracle.compressed_count(tokens, cfg.block_size, cfg.stride)
+    assert patterns.local.shape == patterns.selective.shape == (2, cfg.heads, tokens, tokens)
+    assert patterns.compressed.shape == (2, cfg.heads, tokens, blocks)
+    assert patterns.gates.shape == (2, tokens, cfg.heads, 3)
+    assert patterns.block_indices.shape == (2, tokens, cfg.kv_heads, cfg.topk_blocks)
+    chosen = oracle.selective_mask(patterns.block_indices, cfg.select_block_size)  # (B, T, K, T)
+    group = cfg.heads // cfg.kv_heads
+    masks = {
+        "local": oracle.local_mask(tokens, cfg.local_window),
+        "compressed": oracle.compressed_mask(tokens, cfg.block_size, cfg.stride),
+        "selective": chosen.transpose(1, 2).repeat_interleave(group, dim=1),
+    }
+    for branch, mask in masks.items():
+        p = getattr(patterns, branch)
+        assert p.is_floating_point() and not p.requires_grad
+        assert torch.equal(p > 0, mask.expand_as(p)), f"{branch}: not what the rules let a query see"
+        assert p.ge(0).all(), f"{branch}: a negative probability"
+        torch.testing.assert_close(p.sum(-1), mask.any(-1).float().expand(p.shape[:-1]))
+
+
+@every_config
+def test_patterns_times_values_is_the_output(name: str, random: Random) -> None:
+    attention = build(random, torch.float32, **CONFIGS[name])
+    x = random((2, 21, 12), torch.float32)
+    patterns, group = attention.attention_patterns(x), attention.cfg.heads // attention.cfg.kv_heads
+    exact, _ = reference(attention, x, oracle.Dense)
+    tensors = project(attention, x)
+    branches = ((patterns.local, "v_local"), (patterns.compressed, "v_cmp"), (patterns.selective, "v"))
+    o = 0
+    for branch, (p, values) in enumerate(branches):
+        v = tensors[values].float().repeat_interleave(group, dim=2)
+        o = o + patterns.gates[..., branch, None] * torch.einsum("bhts,bshd->bthd", p, v)
+    assert_within_budget(to_out(attention, o), plain=attention(x), exact=exact, what="patterns · values")
+
+
+def test_patterns_look_the_same_in_training(random: Random) -> None:
+    """Dropout is never on probabilities."""
+    attention, x = build(random, dropout=0.5), random((2, 21, 12))
+    pairs = zip(attention.train().attention_patterns(x), attention.eval().attention_patterns(x), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Empty and bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_config
+@pytest.mark.parametrize("shape", [(2, 0, 12), (0, 21, 12), (0, 0, 12)], ids=str)
+def test_empty_input_gives_empty_output(name: str, shape: tuple[int, ...], random: Random) -> None:
+    attention = build(random, **CONFIGS[name])
+    x = random(shape).requires_grad_()
+    y = attention(x)
+    assert y.shape == shape and y.dtype == torch.float64
+    y.sum().backward()
+    assert x.grad.shape == shape
+    for parameter, weight in attention.named_parameters():
+        assert weight.grad is None or not weight.grad.any(), f"{parameter} learns from nothing"
+    patterns = attention.attention_patterns(x)
+    assert patterns.local.shape == (shape[0], attention.cfg.heads, shape[1], shape[1])
+    assert patterns.block_indices.shape == (*shape[:2], attention.cfg.kv_heads, attention.cfg.topk_blocks)
+
+
+BAD = {
+    "rank 2": (lambda x: x[0], ValueError, "x.shape", "(21, 12)", "3 dimensions"),
+    "rank 4": (lambda x: x[None], ValueError, "x.shape", "(1, 2, 21, 12)", "3 dimensions"),
+    "width": (lambda x: x[..., :11], ValueError, "x.shape", "(2, 21, 11)", "dim = 12"),
+    "too long": (lambda x: x.repeat(1, 4, 1)[:, :65], ValueError, "x.shape", "(2, 65, 12)", "seq_len = 64"),
+    "half": (lambda x: x.half(), ValueError, "x.dtype", "torch.float16", "torch.float64"),
+    "float": (lambda x: x.float(), ValueError, "x.dtype", "torch.float32", "torch.float64"),
+    "integers": (lambda x: x.long(), TypeError, "x.dtype", "torch.int64", "floating point"),
+    "complex": (lambda x: x.to(torch.complex128), TypeError, "x.dtype", "torch.complex128", "floating point"),
+    "device": (lambda x: x.to("meta"), ValueError, "x.device", "meta", "cpu"),
+    "list": (lambda x: x.tolist(), TypeError, "x", "list", "tensor"),
+    "none": (lambda x: None, TypeError, "x", "NoneType", "tensor"),
+}
+
+
+@pytest.mark.parametrize("method", ["forward", "attention_patterns"])
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_refused(kind: str, method: str, random: Random) -> None:
+    spoil, error, *parts = BAD[kind]
+    with pytest.raises(error) as caught:
+        getattr(build(random), method)(spoil(random((2, 21, 12))))
+    missing = [part for part in parts if part not in str(caught.value)]
+    assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+
+def test_the_longest_sequence_is_accepted(random: Random) -> None:
+    assert build(random)(random((1, 64, 12))).shape == (1, 64, 12)
+
+
+@pytest.mark.parametrize("config", [None, BASE, 512], ids=["None", "dict", "int"])
+def test_the_config_is_an_nsa_config(config: object) -> None:
+    with pytest.raises(TypeError, match="config.*NSAConfig"):
+        NativeSparseAttention(config)

@@ -1,0 +1,198 @@
+"""The file as a program: its self-tests and their exit code, what importing it needs, and its docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import native_sparse_attention as nsa
+
+MODULE = Path(nsa.__file__)
+
+
+def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a folder with nothing but a copy of the file."""
+    shutil.copy(MODULE, folder)
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The self-tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_running_the_file_prints_a_table_and_exits_with_0(tmp_path: Path) -> None:
+    result = python(MODULE.name, folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = {}
+    for line in result.stdout.splitlines():
+        if match := re.fullmatch(r"(\S+) +(pass|skip|FAIL) +(\d+\.\d) +(.+)", line):
+            rows[match[1]] = (match[2], match[4])
+    assert rows.keys() == nsa._SELFTESTS.keys(), result.stdout
+    optional = {"flash-attn", "triton"}  # need a GPU, or packages that may be missing
+    assert {rows[name][0] for name in rows.keys() - optional} == {"pass"}, result.stdout
+    assert all(rows[name][0] in ("pass", "skip") for name in optional), result.stdout
+    if not torch.cuda.is_available():
+        assert rows["flash-attn"] == ("skip", "no CUDA device")
+    skipped = sum(outcome == "skip" for outcome, _ in rows.values())
+    assert f"{len(rows) - skipped} passed, 0 failed, {skipped} skipped" in result.stdout
+
+
+def passing() -> str:
+    return "it works"
+
+
+def skipping() -> str:
+    raise nsa._Skip("nothing to test it on")
+
+
+def failing() -> str:
+    raise AssertionError("0.5 is not 0.25")
+
+
+def crashing() -> str:
+    raise RuntimeError("out of luck")
+
+
+def run_main(
+    tests: list[Callable[[], str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Exit code and output of `_main` with these self-tests."""
+    monkeypatch.setattr(nsa, "_SELFTESTS", {test.__name__: test for test in tests})
+    return nsa._main(), capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "broken, message", [(failing, "AssertionError: 0.5 is not 0.25"), (crashing, "RuntimeError: out of luck")]
+)
+def test_a_broken_self_test_gives_exit_code_1(
+    broken: Callable[[], str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And those behind it are run all the same."""
+    code, out = run_main([broken, passing, skipping], monkeypatch, capsys)
+    assert code == 1
+    assert re.search(rf"^{broken.__name__} +FAIL .*{re.escape(message)}$", out, re.MULTILINE), out
+    assert re.search(r"^passing +pass .*it works$", out, re.MULTILINE), out
+    assert "1 passed, 1 failed, 1 skipped" in out
+
+
+def test_a_skipped_self_test_says_why_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run_main([skipping, passing], monkeypatch, capsys)
+    assert code == 0
+    assert re.search(r"^skipping +skip .*nothing to test it on$", out, re.MULTILINE), out
+    assert "1 passed, 0 failed, 1 skipped" in out
+
+
+def test_one_broken_entry_among_the_real_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in nsa._SELFTESTS:
+        monkeypatch.setitem(nsa._SELFTESTS, name, failing if name == "dense" else passing)
+    assert nsa._main() == 1
+    assert f"{len(nsa._SELFTESTS) - 1} passed, 1 failed, 0 skipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The self-tests notice a broken library
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sees_the_next_token(rule: nsa._Window, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query + 1) & (key > query - rule.window)
+
+
+def sees_blocks_too_late(rule: nsa._Staircase, query: Tensor, block: Tensor) -> Tensor:
+    return block * rule.stride + rule.block_size <= query
+
+
+@pytest.mark.parametrize(
+    "selftest, rule, fault",
+    [
+        ("causality", nsa._Window, sees_the_next_token),
+        ("reference", nsa._Window, sees_the_next_token),
+        ("reference", nsa._Staircase, sees_blocks_too_late),
+    ],
+)
+def test_a_wrong_rule_is_noticed(
+    selftest: str, rule: type, fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "sees", fault)
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError):
+        nsa._SELFTESTS[selftest]()
+
+
+def test_a_missing_token_of_the_chosen_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = nsa.selective_attention
+
+    def without_the_first_block(
+        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int
+    ) -> Tensor:
+        return whole(q, k, v, block_indices.masked_fill(block_indices == 0, -1), select_block_size)
+
+    monkeypatch.setattr(nsa, "selective_attention", without_the_first_block)
+    with pytest.raises(AssertionError, match="dense"):
+        nsa._SELFTESTS["dense"]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Importing
+# ---------------------------------------------------------------------------------------------------------------------
+
+USE = """
+import torch
+import native_sparse_attention as nsa
+block = nsa.NSABlock(nsa.NSAConfig(dim=16, heads=2, block_size=4, seq_len=32))
+block(torch.randn(1, 19, 16)).sum().backward()
+block.attn.attention_patterns(torch.randn(1, 19, 16))
+"""
+OPTIONAL = ("triton", "flash_attn", "matplotlib", "tqdm")
+
+
+def test_importing_and_using_it_prints_nothing_and_loads_no_extras(tmp_path: Path) -> None:
+    # torch may import what it likes: only what the file adds counts.
+    script = "import sys, torch, einops; before = set(sys.modules)\n" + USE
+    script += "added = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+    script += "extras = added & {'flash_attn', 'matplotlib', 'tqdm'}; assert not extras, extras\n"
+    result = python("-c", script, folder=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_it_works_where_nothing_optional_can_be_imported(tmp_path: Path) -> None:
+    """Nor anything else but torch and einops: no GPU, no optional package."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
+    result = python("-c", blocked + USE, folder=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Docstrings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    torch.manual_seed(0)
+    result = doctest.testmod(nsa, extraglobs={"torch": torch, "nn": torch.nn, "F": torch.nn.functional})
+    assert result.failed == 0
+    assert result.attempted > 0
+
+
+@pytest.mark.parametrize("name", nsa.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    assert getattr(nsa, name).__doc__, f"{name} has no docstring"
+    assert not name.startswith("_")
