@@ -4,7 +4,7 @@
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
 
-Times are medians of device events, bf16, batch 1; `nsa_attention` from q, k, v, compressed k, v and gates to the output.
+Medians of device events, bf16, batch 1; `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def forward_backward(attention: Callable[..., Tensor], leaves: list[Tensor]) -> 
     """ms of a forward and of its backward, and the GiB that both take above the inputs at their peak."""
     with torch.no_grad():
         forward = milliseconds(lambda: attention(*leaves))
-    o = attention(*leaves)
-    upstream = torch.randn_like(o)
-    backward = milliseconds(lambda: torch.autograd.grad(o, leaves, upstream, retain_graph=True))
-    del o
+    output = [attention(*leaves)]
+    upstream = torch.randn_like(output[0])
+    backward = milliseconds(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True))
+    output.clear()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
