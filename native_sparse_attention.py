@@ -34,7 +34,7 @@ Where the paper's equations live.
 Sections; each one calls only those above it.
 
      1 imports and capability      5 Triton kernels                 9 NativeSparseAttention
-     2 configuration               6 autograd                      10 NSABlock
+     2 configuration           6 autograd
      3 block arithmetic            7 functions (the functional API) 11 self-tests
      4 PyTorch branches            8 compressors                   12 main
 """
@@ -2172,12 +2172,15 @@ _TRITON = _Backend(
 _BACKENDS = ("auto", "torch", "triton")
 
 
-def _choose_backend(backend: str, q: Tensor, scale: float) -> _Backend:
-    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper."""
+def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> _Backend:
+    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
+
+    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
+    """
     _check(backend in _BACKENDS, "backend", backend, f"must be one of {', '.join(map(repr, _BACKENDS))}")
     if backend == "torch":
         return _TORCH
-    obstacle = _triton_obstacle(q, scale)
+    obstacle = obstacle or _triton_obstacle(q, scale)
     if backend == "auto":
         usable = obstacle is None and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
         return _TRITON if usable and q.numel() > 0 else _TORCH
@@ -2290,7 +2293,8 @@ def local_attention(
         k, v: keys and values (B, T, K, D), K a divisor of H; query head h uses key head h // (H/K).
         window: W ≥ 1, in tokens.
         scale: factor on q·k; None is 1/sqrt(D).
-        backend: "auto", "torch" or "triton".
+        backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
+            where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
 
     Returns:
         (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
@@ -2394,7 +2398,8 @@ def select_blocks(
     for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
         _check_integer(name, value, 0)
     _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    branches = _choose_backend(backend, q, scale)
+    far = "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
+    branches = _choose_backend(backend, q, scale, obstacle=far)
     with torch.autocast(q.device.type, enabled=False):
         return branches.select(
             q, k_cmp, lse, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks, scale

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+# Without a GPU, Triton's interpreter runs the kernels on CPU tensors. Triton asks for the variable when a kernel is
+# defined, so it must be set before anything imports the library.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import oracle
 import pytest
-import torch
 from cases import Case, Random
 from torch import Tensor
 

@@ -1,0 +1,446 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter against the oracle, and compiled for Hopper.
+
+`test_gpu.py` holds the same kernels to the same error budget at real sizes, on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import (
+    BRANCHES,
+    Branch,
+    Case,
+    Library,
+    Random,
+    choice,
+    compressed,
+    double,
+    every_branch,
+    gradients,
+    local,
+    run,
+    selective,
+    whole,
+)
+from conftest import assert_valid_choice, assert_within_budget
+from torch import Tensor
+
+import native_sparse_attention as nsa
+
+TRITON = Library("triton")
+
+needs_triton = pytest.mark.skipif(nsa.triton is None, reason="needs Triton 3.4 or later")
+interpreted = pytest.mark.skipif(
+    nsa.triton is None or not nsa.triton.knobs.runtime.interpret,
+    reason="needs Triton's interpreter (TRITON_INTERPRET=1), which is on wherever there is no GPU",
+)
+
+# Every group size that has a path of its own, odd head dims and lengths, and every relation of l, d, l', S and W that
+# the kernels tell apart.
+CASES = (
+    Case("one_token", T=1, D=17),
+    Case("shorter_than_a_block", T=7, H=4, D=16, block_size=8, stride=8, select_block_size=8, topk_blocks=3),
+    Case("group_1", T=97, B=2, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=3,
+         init_blocks=1, window=20),
+    Case("group_3_small_selection", T=59, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8,
+         topk_blocks=4, local_blocks=2, window=9),
+    Case("group_4", T=33, B=2, H=4, K=1, D=64, block_size=8, stride=8, select_block_size=16, window=100),
+    Case("group_16", T=59, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=3,
+         init_blocks=1, local_blocks=1, window=17),
+    Case("group_16_unaligned", T=33, H=16, K=1, D=17, block_size=4, stride=4, window=1),
+    Case("group_20", T=33, H=20, K=1, D=16, block_size=8, stride=4, select_block_size=8, topk_blocks=3),
+    Case("fewer_blocks_than_slots", T=33, H=4, D=16, select_block_size=8, topk_blocks=9, init_blocks=2, local_blocks=2),
+    Case("blocks_longer_than_a_tile", T=97, H=4, D=16, block_size=24, stride=8, select_block_size=72, topk_blocks=2),
+    Case("many_strides_in_a_block", T=59, D=16, block_size=3, stride=1, select_block_size=40, topk_blocks=2),
+    Case("spill_over_many_blocks", T=59, H=3, K=1, D=16, block_size=16, stride=2, select_block_size=4, topk_blocks=6,
+         init_blocks=1, local_blocks=2, window=33),
+    Case("everything_one", T=33, D=16, block_size=1, stride=1, select_block_size=1, topk_blocks=5, window=1),
+)  # fmt: skip
+MIDDLE = CASES[2]
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+def draw(branch: Branch, case: Case, random: Random, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs, with random blocks to attend to; for `whole`, those that the kernels will choose."""
+    x = case.tensors(random, dtype)
+    x["block_indices"] = choice(TRITON, case, x) if branch is whole else random.block_indices(case)
+    return x
+
+
+def assert_as_exact_as_plain(branch: Branch, case: Case, x: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+    """Values and all gradients within the error budget, in the dtypes that are promised."""
+    dtype = x["q"].dtype
+    plain = run(branch, oracle.Dense, case, x, dtype)
+    exact = run(branch, oracle.Dense, case, double(x), dtype)
+    for name in exact:
+        assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), f"{name}: {actual[name].dtype}"
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values and gradients, by the interpreter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@every_branch
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_branch_and_gradient(branch: Branch, dtype: torch.dtype, case: Case, random: Random) -> None:
+    x = draw(branch, case, random, dtype)
+    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, dtype))
+
+
+@interpreted
+@every_branch
+def test_against_the_loops(branch: Branch, random: Random) -> None:
+    """The dense masks are the reference above; here the loops, which share nothing with them, have the word."""
+    case = replace(MIDDLE, T=19, B=1)
+    x = draw(branch, case, random, torch.float32)
+    exact, plain = run(branch, oracle, case, x), run(branch, oracle.Dense, case, x, torch.float32)
+    for name, value in run(branch, TRITON, case, x, torch.float32).items():
+        assert_within_budget(value, plain[name], exact[name].double(), name)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [MIDDLE, CASES[5]], ids=str)
+def test_the_log_sum_exp_alone_has_gradients(case: Case, random: Random) -> None:
+    x = case.tensors(random, torch.float32)
+    results = []
+    for of, tensors in ((TRITON, x), (oracle.Dense, x), (oracle.Dense, double(x))):
+        _, lse = compressed(of, case, tensors)
+        upstream = Random(seed=1)(lse.shape).masked_fill(torch.isinf(lse), 0.0)
+        results.append(gradients(lse, [tensors["q"], tensors["k_cmp"], tensors["v_cmp"]], [upstream]))
+    for name, actual, plain, exact in zip(("q", "k_cmp", "v_cmp"), *results, strict=True):
+        assert_within_budget(actual, plain, exact, f"gradient of {name}")
+    assert (results[0][0] != 0).any() and (results[0][2] == 0).all(), "lse depends on q and k_cmp, not on v_cmp"
+
+
+# Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.
+SMALL_PIECES = {
+    "chunks_of_64_queries": {"_PARTIAL_BYTES": 1},
+    "short_runs_of_pairs": {"_RUN": 64},
+    "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 1},
+    "short_spans_of_rows": {"_FORWARD_SPAN": 64, "_SPAN": {2: 64, 4: 32}},
+    "every_loop_by_query": {"_QUERY_OUTER_GROUP": 1},
+}
+
+
+@interpreted
+@every_dtype
+@pytest.mark.parametrize("pieces", SMALL_PIECES)
+def test_selective_attention_in_small_pieces(
+    dtype: torch.dtype, pieces: str, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SMALL_PIECES[pieces].items():
+        monkeypatch.setattr(nsa, name, value)
+    case = replace(MIDDLE, D=16, H=4)
+    x = draw(selective, case, random, dtype)
+    assert_as_exact_as_plain(selective, case, x, run(selective, TRITON, case, x, dtype))
+
+
+@interpreted
+@every_dtype
+def test_compressed_gradients_in_parts(dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few keys with many queries: dk and dv are sums over parts of the queries, whose sums are added."""
+    monkeypatch.setattr(nsa, "_parts", lambda *_: 3)
+    case = replace(MIDDLE, H=8, D=16)
+    x = draw(compressed, case, random, dtype)
+    assert_as_exact_as_plain(compressed, case, x, run(compressed, TRITON, case, x, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("blind", [slice(None), slice(None, None, 2)], ids=["all", "every_second"])
+@pytest.mark.parametrize("case", [MIDDLE, CASES[5]], ids=str)
+def test_queries_without_a_chosen_block(case: Case, blind: slice, random: Random) -> None:
+    case = replace(case, T=40)
+    x = draw(selective, case, random, torch.float16)
+    x["block_indices"][:, blind] = -1
+    actual = run(selective, TRITON, case, x, torch.float16)
+    assert (actual["o"][:, blind] == 0).all() and (actual["gradient of q"][:, blind] == 0).all()
+    assert_as_exact_as_plain(selective, case, x, actual)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [MIDDLE, CASES[5]], ids=str)
+def test_slots_in_any_order_and_blocks_that_have_not_begun(case: Case, random: Random) -> None:
+    x = draw(selective, case, random, torch.float32)
+    own = (torch.arange(case.T) // case.select_block_size).int()[None, :, None, None]
+    last = (case.T - 1) // case.select_block_size
+    ahead = (own + 1).clamp(max=last).expand(case.B, case.T, case.K, 1)
+    x["block_indices"] = torch.cat([x["block_indices"], ahead], dim=-1).flip(-1)
+    at_the_end = own[0, :, 0, 0] == last  # here, the block ahead is the own one: each block is chosen at most once
+    x["block_indices"][:, at_the_end, :, 0] = -1
+    assert_as_exact_as_plain(selective, case, x, run(selective, TRITON, case, x, torch.float32))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last_dimension_strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "slice_of_a_packed_tensor": lambda x: torch.cat([x, x + 1], dim=2)[:, :, : x.shape[2]],
+    "every_second_token": lambda x: x.repeat_interleave(2, dim=1)[:, 1::2],
+    "start_not_aligned": lambda x: torch.cat([x, x], dim=-1)[..., 1 : 1 + x.shape[-1]].copy_(x),
+}
+
+
+@interpreted
+@every_branch
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(branch: Branch, layout: str, random: Random) -> None:
+    case = replace(MIDDLE, T=33, D=16)
+    x = draw(branch, case, random, torch.float16)
+    strided = {name: LAYOUTS[layout](tensor.detach()) for name, tensor in x.items()}
+    assert not strided["q"].is_contiguous()
+    for name in BRANCHES[branch]:
+        strided[name].requires_grad_()
+    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, strided, torch.float16))
+
+
+@interpreted
+@every_branch
+def test_an_expanded_upstream_gradient(branch: Branch, random: Random) -> None:
+    """`o.sum().backward()` hands every branch a gradient of stride 0."""
+    case = replace(MIDDLE, T=33)
+    x = draw(branch, case, random, torch.float32)
+    o = branch(TRITON, case, x)[0]
+    leaves = [x[name] for name in BRANCHES[branch]]
+    expanded = torch.autograd.grad(o.sum(), leaves, retain_graph=True)
+    for one, other in zip(expanded, gradients(o, leaves, [torch.ones_like(o)]), strict=True):
+        assert torch.equal(one, other)
+
+
+@interpreted
+@every_branch
+@pytest.mark.parametrize("case", [MIDDLE, CASES[1]], ids=str)
+def test_no_uninitialised_memory_is_read(
+    branch: Branch, case: Case, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is full of NaN, or of the largest integer, before anything is written to it."""
+    case = replace(case, T=min(case.T, 40))
+    x = draw(branch, case, random, torch.float16)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan() and torch.zeros(1).new_empty(1).isnan()
+        actual = run(branch, TRITON, case, x, torch.float16)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    assert_as_exact_as_plain(branch, case, x, actual)
+
+
+@interpreted
+@every_branch
+def test_scores_too_large_for_exp(branch: Branch, random: Random) -> None:
+    case = replace(MIDDLE, T=40)
+    x = case.tensors(random, torch.float32)
+    for name in ("q", "k", "k_cmp"):
+        x[name] = (30 * x[name].detach()).requires_grad_()
+    x["block_indices"] = choice(TRITON, case, x)
+    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize("branch", [local, selective], ids=lambda branch: branch.__name__)
+def test_scale_is_the_callers(branch: Branch, random: Random) -> None:
+    case = replace(MIDDLE, T=33)
+    x = draw(branch, case, random, torch.float32)
+    name, last = ("local_attention", (case.window,)) if branch is local else (
+        "selective_attention", (x["block_indices"], case.select_block_size))  # fmt: skip
+    outputs = [
+        getattr(of, name)(tensors["q"], tensors["k"], tensors["v"], *last, scale=0.75)
+        for of, tensors in ((TRITON, x), (oracle.Dense, x), (oracle.Dense, double(x)))
+    ]
+    assert_within_budget(*outputs, "o")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice of blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_chooses_well(case: Case, x: dict[str, Tensor]) -> None:
+    """The rules, and scores within twice the error of each: half types are multiplied exactly and summed in float32."""
+    sizes = case.compression | {"select_block_size": case.select_block_size}
+    exact = oracle.Dense.importance(x["q"].double(), x["k_cmp"].double(), **sizes)
+    plain = oracle.Dense.importance(x["q"].float(), x["k_cmp"].float(), **sizes)
+    largest = exact.max().item() if exact.numel() else 0.0
+    budget = 2 * (plain - exact).abs().max().item() + 4 * torch.finfo(torch.float32).eps * largest
+    assert_valid_choice(choice(TRITON, case, x), exact, case, tolerance=2 * budget)
+
+
+@interpreted
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_choice_by_importance(case: Case, dtype: torch.dtype, random: Random) -> None:
+    assert_chooses_well(case, case.tensors(random, dtype))
+
+
+@interpreted
+def test_choice_in_chunks_of_queries(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nsa, "_SCORE_BYTES", 1)
+    assert_chooses_well(replace(MIDDLE, T=150, D=16), replace(MIDDLE, T=150, D=16).tensors(random, torch.float32))
+
+
+@interpreted
+@every_dtype
+@pytest.mark.parametrize("spread", [1e-3, 1e-6], ids=lambda spread: f"keys_differ_by_{spread}")
+def test_choice_among_near_ties(dtype: torch.dtype, spread: float, random: Random) -> None:
+    x = MIDDLE.tensors(random)
+    x["k_cmp"] = x["k_cmp"][:, :1] + spread * x["k_cmp"]
+    assert_chooses_well(MIDDLE, {name: tensor.detach().to(dtype) for name, tensor in x.items()})
+
+
+@interpreted
+@every_dtype
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("winners", ["none", "every_fifth"])
+def test_exact_ties_go_to_the_lower_block(dtype: torch.dtype, group: int, winners: str, random: Random) -> None:
+    """Queries and keys at right angles: every score is exactly 0 in any order of summation. A few blocks stand out."""
+    case = Case("ties", T=90, H=2 * group, topk_blocks=7, init_blocks=1, local_blocks=2)
+    x = {name: tensor.detach() for name, tensor in case.tensors(random, dtype).items()}
+    x["q"][..., 2:] = 0
+    x["k_cmp"][..., :2] = 0
+    if winners == "every_fifth":
+        x["k_cmp"][:, ::5, :, :2] = random(x["k_cmp"][:, ::5, :, :2].shape, dtype)
+    assert torch.equal(choice(TRITON, case, x), oracle.select_blocks(x["q"], x["k_cmp"], **case.choice))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is no kernel for
+# ---------------------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "head_dim": ({"D": 300}, torch.float32, 1.0, "300"),
+    "float64": ({}, torch.float64, 1.0, "float64"),
+    "bfloat16": ({}, torch.bfloat16, 1.0, "bfloat16"),
+    "negative_scale": ({}, torch.float32, -0.5, "-0.5"),
+    "zero_scale": ({}, torch.float32, 0.0, "0.0"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
+    sizes, dtype, scale, said = REFUSED[reason]
+    case = replace(MIDDLE, T=20, **sizes)
+    x = draw(selective, replace(case, D=16), random, torch.float32) | case.tensors(random, dtype)
+    of = {"scale": scale, "backend": "triton"}
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: nsa.local_attention(x["q"], x["k"], x["v"], 5, **of),
+        lambda: nsa.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], **case.compression, **of),
+        lambda: nsa.select_blocks(x["q"], x["k_cmp"], torch.randn(case.B, 20, case.H), **case.choice, **of),
+        lambda: nsa.selective_attention(x["q"], x["k"], x["v"], x["block_indices"], case.select_block_size, **of),
+        lambda: nsa.nsa_attention(*(x[name] for name in BRANCHES[whole]), **case.whole, **of),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"backend = 'triton'.*{re.escape(said)}"):
+            call()
+        of["backend"] = "auto"
+        call()  # the PyTorch path serves
+        of["backend"] = "triton"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled for Hopper, without one
+# ---------------------------------------------------------------------------------------------------------------------
+
+# dtype, G and D of the tuned settings, and of two that are right but not tuned.
+BUILDS = {
+    "bf16-16-128": (torch.bfloat16, 16, 128),
+    "bf16-4-128": (torch.bfloat16, 4, 128),
+    "bf16-1-64": (torch.bfloat16, 1, 64),
+    "fp16-1-80": (torch.float16, 1, 80),
+    "bf16-3-256": (torch.bfloat16, 3, 256),
+    "fp32-1-64": (torch.float32, 1, 64),
+}
+
+
+def launch_everything(dtype: torch.dtype, G: int, D: int, T: int = 1024, K: int = 2) -> None:
+    """Every launcher of section 5 once, with the paper's block sizes."""
+    random, H, C, S = Random(seed=1), K * G, (T - 32) // 16 + 1, 16
+    q, k, compressed_keys = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
+    lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
+    chosen = torch.zeros(1, T, K, S, dtype=torch.int32)
+    kernels, scale = nsa._TRITON, 0.1
+    for branch, inputs, settings in (
+        (kernels.local, (q, k, k), {"window": 512}),
+        (kernels.compressed, (q, compressed_keys, compressed_keys), {"block_size": 32, "stride": 16}),
+        (kernels.selective, (q, k, k, chosen), {"select_block_size": 64}),
+    ):
+        branch.forward(*inputs, **settings, scale=scale)
+        branch.backward(q, lse, *inputs, q, lse, **settings, scale=scale)
+    kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
+    kernels.gates.forward(gates, q, q, q)
+    kernels.gates.backward(q, gates, q, q, q)
+
+
+def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
+    """What NVIDIA's tool, which Triton brings along, sees in the machine code; None where it is missing."""
+    bundled = Path(nsa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        return None
+    path.write_bytes(cubin)
+    code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    return {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "STL", "LDL")}
+
+
+def build(names: list[str], folder: str) -> None:
+    """Compile every launch for sm_90 where it would have run, and print what came out as JSON."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Hopper:
+        """All that the compiler asks about a device."""
+
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    driver.set_active(Hopper())
+    launch, built = JITFunction.run, {}
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        label = self.fn.__name__.removeprefix("_").removesuffix("_kernel")
+        if label.startswith("span"):
+            label = label.replace("span", "local" if options["WINDOW"] else "compressed")
+        machine = disassemble(kernel.asm["cubin"], Path(folder) / "kernel.cubin")
+        built[label] = {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "machine": machine}
+
+    JITFunction.run = compile_only
+    result = {}
+    for name in names:
+        built = result[name] = {}
+        launch_everything(*BUILDS[name])
+    print(json.dumps(result))
+
+
+@cache
+def built(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every kernel of every build. In a process of its own: in this one, kernels belong to the interpreter."""
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    script = f"import test_kernels; test_kernels.build({list(BUILDS)!r}, {str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
