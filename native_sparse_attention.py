@@ -33,10 +33,10 @@ Where the paper's equations live.
 
 Sections; each one calls only those above it.
 
-     1 imports and capability      5 Triton kernels                 9 NativeSparseAttention
-     2 configuration           6 autograd
-     3 block arithmetic            7 functions (the functional API) 11 self-tests
-     4 PyTorch branches            8 compressors                   12 main
+     1 imports and capability      5 Triton kernels                  9 NativeSparseAttention
+     2 configuration               6 autograd                       10 NSABlock
+     3 block arithmetic            7 functions: the functional API  11 self-tests
+     4 PyTorch branches            8 compressors                    12 main
 """
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
