@@ -257,7 +257,8 @@ def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size
     """
     spread, gather = block_size // stride, select_block_size // stride
     count, length = p.shape[-1], max(blocks * gather, p.shape[-1] + spread - 1)
-    cells = sum(F.pad(p, (m, length - count - m)) for m in range(spread))  # block i − m reaches cell i
+    shifted = (F.pad(p, (m, length - count - m)) for m in range(spread))  # block i − m reaches cell i
+    cells = functools.reduce(torch.Tensor.add_, shifted)
     cells = cells[..., : blocks * gather]  # no whole block ends behind the last selection block
     return cells.unflatten(-1, (blocks, gather)).sum(-1)  # (..., N·l'/d) → (..., N)
 
@@ -304,7 +305,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
-_PARTIAL_VALUES = 2**22  # numbers in the partial outputs of a chunk of rows: 16 MiB of float32
+_PARTIAL_VALUES = 2**24  # numbers in the partial outputs of a chunk of rows, 64 MiB: short chunks leave tiles half empty
 _LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
 

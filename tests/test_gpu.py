@@ -1,0 +1,327 @@
+"""The Triton kernels on a GPU, at real sizes: the error budget, determinism, training, 64k tokens, CUDA graphs.
+
+Outputs are held to float64 on the same GPU: at most twice the error of plain PyTorch at the same precision.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every_branch, whole
+from conftest import assert_within_budget
+from test_kernels import CASES, LAYOUTS
+from torch import Tensor, nn
+
+import native_sparse_attention as nsa
+
+pytestmark = pytest.mark.gpu
+
+TRITON = Library("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class DeviceRandom(Random):
+    """Normal numbers that are drawn where they are needed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=DEVICE).to(dtype)
+
+
+@pytest.fixture
+def random() -> Random:
+    return DeviceRandom(seed=20250216)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu() -> Iterator[None]:
+    """Tensors made without a device, those of the oracle among them, are on the GPU."""
+    with torch.device(DEVICE):
+        yield
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN, or the largest integer."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, device=DEVICE).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def real(G: int, D: int, T: int = 1000) -> Case:
+    """The paper's ratios, two key heads, and a batch of two where it is small."""
+    K, B = (1, 1) if G > 16 else (2, 2 if G * D <= 256 else 1)
+    return Case(f"{G}_heads_a_group_of_{D}", T=T, B=B, H=G * K, K=K, D=D, block_size=32, stride=16,
+                select_block_size=64, topk_blocks=6, init_blocks=1, local_blocks=2, window=130)  # fmt: skip
+
+
+# Every group size and every head dim in bfloat16; each kind of tile again in the other types; then the awkward cases.
+SWEEP = (
+    *((real(G, D), torch.bfloat16) for G, D in ((1, 64), (2, 192), (3, 80), (4, 128), (7, 16), (16, 256), (64, 96))),
+    *((real(G, D, T=1027), torch.float16) for G, D in ((1, 128), (3, 192), (16, 64))),
+    *((real(G, D, T=777), torch.float32) for G, D in ((1, 64), (4, 80), (7, 256), (16, 128))),
+    *((case, torch.bfloat16) for case in CASES),
+)
+LAYOUT_CASE = replace(real(2, 64), T=500)
+LONG = Case("64k", T=65536, H=64, K=4, D=128, block_size=32, stride=16, select_block_size=64, topk_blocks=16,
+            init_blocks=1, local_blocks=2, window=512)  # fmt: skip
+
+
+def draw(case: Case, dtype: torch.dtype, seed: int = 20250216) -> dict[str, Tensor]:
+    """Inputs, and the blocks that the kernels choose for them, which every branch and every reference takes."""
+    x = case.tensors(DeviceRandom(seed), dtype)
+    x["block_indices"] = choice(TRITON, case, x)
+    return x
+
+
+def run(branch: Branch, of: object, case: Case, x: dict[str, Tensor], layout: str | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients by name, for upstream gradients that are the same in every run; 0 where lse is −inf."""
+    names = BRANCHES[branch]
+    if layout is not None:
+        x = {name: LAYOUTS[layout](tensor.detach()) for name, tensor in x.items()}
+        for name in names:
+            x[name].requires_grad_()
+    outputs = branch(of, case, x)
+    random, dtype = DeviceRandom(seed=1), torch.bfloat16  # exact in every type
+    upstream = [random(o.shape, dtype).to(o.dtype).masked_fill(torch.isinf(o), 0.0) for o in outputs]
+    leaves = [x[name] for name in names]
+    of_leaves = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+    values = dict(zip(("o", "lse"), outputs, strict=False))
+    return values | {f"gradient of {name}": g for name, g in zip(names, of_leaves, strict=True)}
+
+
+def warm_up(case: Case, dtype: torch.dtype, layout: str | None = None) -> None:
+    """Leave all kernels of a case in Triton's cache on disk."""
+    with torch.device(DEVICE):
+        x = draw(case, dtype)
+        for branch in BRANCHES if layout is None and case is not LONG else (whole,):
+            run(branch, TRITON, case, x, layout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Compile what the tests below need with all cores: one after the other it would take longer than the tests."""
+    jobs = [*SWEEP, (LONG, torch.bfloat16), *((LAYOUT_CASE, torch.bfloat16, layout) for layout in LAYOUTS)]
+    processes = min(len(jobs), len(os.sched_getaffinity(0)), 16)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job in [pool.submit(warm_up, *job) for job in reversed(jobs)]:
+            job.exception()  # a failure is reported by the test that meets it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values, gradients, choice of blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assert_as_exact_as_plain(branch: Branch, case: Case, x: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+    """Values and all gradients within the error budget, in the dtypes that are promised."""
+    dtype = x["q"].dtype
+    plain, exact = run(branch, oracle.Dense, case, x), run(branch, oracle.Dense, case, double(x))
+    for name in exact:
+        assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), f"{name}: {actual[name].dtype}"
+        assert_within_budget(actual[name], plain[name], exact[name], name)
+
+
+@every_branch
+@pytest.mark.parametrize("case, dtype", SWEEP, ids=str)
+def test_error_budget_and_repeatability(branch: Branch, case: Case, dtype: torch.dtype, compiled: None) -> None:
+    """In memory full of NaN, twice: gradients are the same to the bit."""
+    x = draw(case, dtype)
+    with poisoned_memory():
+        actual, again = run(branch, TRITON, case, x), run(branch, TRITON, case, x)
+    for name, value in actual.items():
+        assert torch.equal(value, again[name]), f"{name} differs from run to run"
+    assert_as_exact_as_plain(branch, case, x, actual)
+
+
+def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, tolerance: float) -> None:
+    """The rules of `conftest.assert_valid_choice`, for all queries at once: (B, T, K, S) of (B, T, K, N)."""
+    assert chosen.dtype == torch.int32 and chosen.shape == (case.B, case.T, case.K, case.topk_blocks)
+    N = importance.shape[-1]
+    own = (torch.arange(case.T) // case.select_block_size)[:, None, None]  # (T, 1, 1)
+    block, slot = torch.arange(N), torch.arange(case.topk_blocks)
+    candidate = (block <= own).expand_as(importance)
+    forced = candidate & ((block < case.init_blocks) | (own - block < case.local_blocks))
+    filled = slot < (own + 1).clamp(max=case.topk_blocks)  # (T, 1, S)
+    assert torch.equal(chosen == -1, ~filled.expand_as(chosen)), "as many blocks as there are, then −1"
+    assert ((chosen <= own) & (chosen >= -1)).all(), "only blocks that have begun"
+    ascending = (chosen[..., 1:] > chosen[..., :-1]) | ~filled[..., 1:]
+    assert ascending.all(), "ascending, and none twice"
+    taken = torch.zeros(*importance.shape[:-1], N + 1, dtype=torch.bool)  # the last column collects the free slots
+    taken = taken.scatter(-1, chosen.long().where(filled, N), True)[..., :N]
+    assert (taken | ~forced).all(), "every forced block"
+    worst = importance.masked_fill(~taken | forced, torch.inf).amin(dim=-1)
+    best = importance.masked_fill(taken | ~candidate, -torch.inf).amax(dim=-1)
+    regret = (best - worst).max().item()
+    assert regret <= tolerance, f"a block that is more important by {regret:.3g} is missed"
+
+
+@pytest.mark.parametrize("case, dtype", SWEEP, ids=str)
+@pytest.mark.parametrize("spread", [1.0, 1e-3], ids=lambda spread: f"keys_differ_by_{spread}")
+def test_choice_by_importance(case: Case, dtype: torch.dtype, spread: float, compiled: None) -> None:
+    """Scores are held to float32: the kernels multiply half types exactly and sum in float32."""
+    x = {name: tensor.detach() for name, tensor in case.tensors(DeviceRandom(7), dtype).items()}
+    x["k_cmp"] = x["k_cmp"][:, :1] + spread * x["k_cmp"]
+    sizes = case.compression | {"select_block_size": case.select_block_size}
+    exact = oracle.Dense.importance(x["q"].double(), x["k_cmp"].double(), **sizes)
+    plain = oracle.Dense.importance(x["q"].float(), x["k_cmp"].float(), **sizes)
+    budget = 2 * (plain - exact).abs().max().item() + 4 * torch.finfo(torch.float32).eps * exact.max().item()
+    with poisoned_memory():
+        chosen = choice(TRITON, case, x)
+    assert_valid_choice(chosen, exact, case, tolerance=2 * budget)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(layout: str, compiled: None) -> None:
+    x = draw(LAYOUT_CASE, torch.bfloat16)
+    assert not LAYOUTS[layout](x["q"]).is_contiguous()
+    assert_as_exact_as_plain(whole, LAYOUT_CASE, x, run(whole, TRITON, LAYOUT_CASE, x, layout))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long sequences
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def exact_row(case: Case, x: dict[str, Tensor], t: int, h: int) -> Tensor:
+    """The output (D) of one query head at one token, in the dtype of x, by the rules of the oracle."""
+    kv_head = h // (case.H // case.K)
+    q, k, v, k_cmp, v_cmp = (x[name].detach()[0] for name in ("q", "k", "v", "k_cmp", "v_cmp"))
+    window = torch.arange(max(0, t - case.window + 1), t + 1)
+    blocks = torch.tensor(oracle.visible_blocks(t, case.T, case.block_size, case.stride), dtype=torch.int64)
+    chosen = x["block_indices"][0, t, kv_head].long()
+    tokens = (chosen[chosen >= 0, None] * case.select_block_size + torch.arange(case.select_block_size)).flatten()
+    outputs = [
+        oracle.attend(q[t, h], keys[rows, kv_head], values[rows, kv_head], case.D**-0.5)[0]
+        for keys, values, rows in ((k, v, window), (k_cmp, v_cmp, blocks), (k, v, tokens[tokens <= t]))
+    ]
+    return (x["gates"].detach()[0, t, h, :, None] * torch.stack(outputs)).sum(dim=0)
+
+
+def assert_long_sequence(case: Case, dtype: torch.dtype) -> None:
+    """All numbers finite, and a few rows near the ends and in the middle within the error budget."""
+    x = draw(case, dtype)
+    values = run(whole, TRITON, case, x)
+    for name, value in values.items():
+        assert torch.isfinite(value).all(), f"{name} is not finite"
+        assert (value != 0).any(), f"{name} is 0"
+    rows = [(t, h) for t in (0, case.block_size, case.T // 3, case.T - 1) for h in (0, case.H // 3, case.H - 1)]
+    exact = double({name: tensor for name, tensor in x.items()})
+    assert_within_budget(
+        torch.stack([values["o"][0, t, h] for t, h in rows]),
+        torch.stack([exact_row(case, x, t, h) for t, h in rows]),
+        torch.stack([exact_row(case, exact, t, h) for t, h in rows]),
+        "o",
+    )
+
+
+def test_64k_tokens(compiled: None) -> None:
+    assert_long_sequence(LONG, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, host synchronisation, CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(dtype: torch.dtype, use_flash: bool, tokens: int, steps: int = 10) -> tuple[Tensor, Tensor]:
+    """Losses (steps) and final parameters of a small stack that learns random text by heart."""
+    torch.manual_seed(0)
+    cfg = nsa.NSAConfig(dim=128, heads=4, kv_heads=2, seq_len=tokens, block_size=16, stride=8, select_block_size=32,
+                        topk_blocks=4, init_blocks=1, local_window=48, rope_theta=1e4, use_flash=use_flash)  # fmt: skip
+    model = nn.Sequential(nn.Embedding(50, 128), nsa.NSABlock(cfg), nsa.NSABlock(cfg), nn.Linear(128, 50)).to(dtype)
+    text = torch.randint(50, (2, tokens + 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def assert_trains_alike(tokens: int) -> None:
+    """Ten steps with the kernels stay as close to float64 as ten steps of the PyTorch path do."""
+    runs = ((torch.float32, True), (torch.float32, False), (torch.float64, False))
+    losses, parameters = zip(*(train(dtype, use_flash, tokens) for dtype, use_flash in runs), strict=True)
+    assert losses[2][-1] < losses[2][0], "it learns"
+    assert_within_budget(*losses, "losses")
+    assert_within_budget(*parameters, "parameters after ten steps")
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"
+)
+def test_ten_steps_of_training() -> None:
+    assert nsa._choose_backend("auto", torch.empty(1, 1, 1, 32), 1.0) is nsa._TRITON
+    assert_trains_alike(tokens=384)
+
+
+STEADY = real(1, 64)
+
+
+@every_branch
+def test_the_host_never_waits(branch: Branch, compiled: None) -> None:
+    x = draw(STEADY, torch.bfloat16)
+    leaves = [x[name] for name in BRANCHES[branch]]
+
+    def step() -> tuple[Tensor, ...]:
+        outputs = branch(TRITON, STEADY, x)[:1]
+        return outputs + torch.autograd.grad(outputs, leaves, [torch.ones_like(outputs[0])], allow_unused=True)
+
+    step()  # kernels are compiled and loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_of_forward_and_backward(compiled: None) -> None:
+    """Captured once, replayed on other numbers: the same bits as without a graph."""
+    x, other = draw(STEADY, torch.bfloat16), draw(STEADY, torch.bfloat16, seed=3)
+    leaves = [x[name] for name in BRANCHES[whole]]
+    upstream = DeviceRandom(seed=1)(x["q"].shape, torch.bfloat16)
+
+    def step() -> tuple[Tensor, ...]:
+        (o,) = whole(TRITON, STEADY, x)
+        return o, *torch.autograd.grad(o, leaves, upstream)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for name in BRANCHES[whole]:
+            x[name].copy_(other[name])
+    graph.replay()
+    for name, actual, expected in zip(("o", *BRANCHES[whole]), captured, step(), strict=True):
+        assert torch.equal(actual, expected), f"{name} differs from what runs without a graph"
+        assert torch.isfinite(actual).all(), f"{name} is not finite"
