@@ -305,7 +305,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
-_PARTIAL_VALUES = 2**24  # numbers in the partial outputs of a chunk of rows, 64 MiB: short chunks leave tiles half empty
+_PARTIAL_VALUES = 2**24  # numbers in the partial outputs of a chunk of rows, 64 MiB; short chunks half-fill tiles
 _LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
 

@@ -251,7 +251,7 @@ def train(dtype: torch.dtype, use_flash: bool, tokens: int, steps: int = 10) -> 
                         topk_blocks=4, init_blocks=1, local_window=48, rope_theta=1e4, use_flash=use_flash)  # fmt: skip
     model = nn.Sequential(nn.Embedding(50, 128), nsa.NSABlock(cfg), nsa.NSABlock(cfg), nn.Linear(128, 50)).to(dtype)
     text = torch.randint(50, (2, tokens + 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
     losses = []
     for _ in range(steps):
         loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())

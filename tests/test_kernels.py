@@ -42,6 +42,9 @@ from torch import Tensor
 
 import native_sparse_attention as nsa
 
+# Rows that see nothing are −inf − −inf on their way, as on a GPU; NumPy, the engine of the interpreter, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 TRITON = Library("triton")
 
 needs_triton = pytest.mark.skipif(nsa.triton is None, reason="needs Triton 3.4 or later")
@@ -72,7 +75,7 @@ CASES = (
 )  # fmt: skip
 MIDDLE = replace(CASES[1], name="middle", T=41, B=2, D=17)
 # (case, dtype): all in float16, and in float32 those that bring a path of their own to it.
-IN_BOTH = [*((case, torch.float16) for case in CASES), *((case, torch.float32) for case in CASES[:6])]
+IN_BOTH = [*((case, torch.float16) for case in CASES), *((case, torch.float32) for case in CASES[1:5])]
 every_case = pytest.mark.parametrize("case, dtype", IN_BOTH, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
@@ -119,7 +122,7 @@ def test_the_whole_with_gates(dtype: torch.dtype, case: Case, random: Random) ->
 
 @interpreted
 @every_dtype
-@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("branch", [local, selective], ids=lambda branch: branch.__name__)
 def test_a_single_key(branch: Branch, tokens: int, dtype: torch.dtype, random: Random) -> None:
     """Its probability is 1: o is v, dv the sum of do over the group, and no gradient flows to q and k.
@@ -234,37 +237,33 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @interpreted
-@every_branch
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_layout_does_not_matter(branch: Branch, layout: str, random: Random) -> None:
+def test_memory_layout_does_not_matter(layout: str, random: Random) -> None:
     case = replace(MIDDLE, T=33, B=1, D=16)
-    x = draw(branch, case, random, torch.float16)
+    x = draw(whole, case, random, torch.float16)
     strided = {name: LAYOUTS[layout](tensor.detach()) for name, tensor in x.items()}
     assert not strided["q"].is_contiguous()
-    for name in BRANCHES[branch]:
+    for name in BRANCHES[whole]:
         strided[name].requires_grad_()
-    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, strided, torch.float16))
+    assert_as_exact_as_plain(whole, case, x, run(whole, TRITON, case, strided, torch.float16))
 
 
 @interpreted
-@every_branch
-def test_an_expanded_upstream_gradient(branch: Branch, random: Random) -> None:
-    """`o.sum().backward()` hands every branch a gradient of stride 0."""
+def test_an_expanded_upstream_gradient(random: Random) -> None:
+    """`o.sum().backward()` hands the kernels a gradient of stride 0."""
     case = replace(MIDDLE, T=33, B=1)
-    x = draw(branch, case, random, torch.float32)
-    o = branch(TRITON, case, x)[0]
-    leaves = [x[name] for name in BRANCHES[branch]]
+    x = draw(whole, case, random, torch.float32)
+    o = whole(TRITON, case, x)[0]
+    leaves = [x[name] for name in BRANCHES[whole]]
     expanded = torch.autograd.grad(o.sum(), leaves, retain_graph=True)
     for one, other in zip(expanded, gradients(o, leaves, [torch.ones_like(o)]), strict=True):
         assert torch.equal(one, other)
 
 
 @interpreted
-@every_branch
+@pytest.mark.parametrize("branch", [local, compressed, selective], ids=lambda branch: branch.__name__)
 @pytest.mark.parametrize("case", [MIDDLE, CASES[0]], ids=str)
-def test_no_uninitialised_memory_is_read(
-    branch: Branch, case: Case, random: Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_uninitialised_memory_is_read(branch: Branch, case: Case, random: Random) -> None:
     """Memory is full of NaN, or of the largest integer, before anything is written to it."""
     case = replace(case, B=1)
     x = draw(branch, case, random, torch.float16)
@@ -281,20 +280,20 @@ def test_no_uninitialised_memory_is_read(
 @interpreted
 @every_branch
 def test_scores_too_large_for_exp(branch: Branch, random: Random) -> None:
-    """Scores up to some thousand. A gradient then carries the rounding of lse, which PyTorch's path keeps as well."""
+    """Scores up to some thousand. Dense masks would round them to float16, so the budget is that of PyTorch's path."""
     case = replace(MIDDLE, B=1)
-    x = case.tensors(random, torch.float32)
+    x = case.tensors(random, torch.float16)
     for name in ("q", "k", "k_cmp"):
-        x[name] = (30 * x[name].detach()).requires_grad_()
+        x[name] = (20 * x[name].detach()).requires_grad_()
     x["block_indices"] = choice(TRITON, case, x)
-    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, torch.float32), plain_of=PLAIN)
+    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, torch.float16), plain_of=PLAIN)
 
 
 @interpreted
 @pytest.mark.parametrize("branch", [local, selective], ids=lambda branch: branch.__name__)
 def test_scale_is_the_callers(branch: Branch, random: Random) -> None:
     case = replace(MIDDLE, T=33)
-    x = draw(branch, case, random, torch.float32)
+    x = draw(branch, case, random, torch.float16)
     name, last = ("local_attention", (case.window,)) if branch is local else (
         "selective_attention", (x["block_indices"], case.select_block_size))  # fmt: skip
     outputs = [
@@ -347,7 +346,7 @@ def test_choice_among_near_ties(dtype: torch.dtype, spread: float, random: Rando
 @pytest.mark.parametrize("winners", ["none", "every_fifth"])
 def test_exact_ties_go_to_the_lower_block(dtype: torch.dtype, group: int, winners: str, random: Random) -> None:
     """Queries and keys at right angles: every score is exactly 0 in any order of summation. A few blocks stand out."""
-    case = Case("ties", T=90, H=2 * group, topk_blocks=7, init_blocks=1, local_blocks=2)
+    case = Case("ties", T=61, H=2 * group, topk_blocks=7, init_blocks=1, local_blocks=2)
     x = {name: tensor.detach() for name, tensor in case.tensors(random, dtype).items()}
     x["q"][..., 2:] = 0
     x["k_cmp"][..., :2] = 0
@@ -395,11 +394,12 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # Compiled for Hopper, without one
 # ---------------------------------------------------------------------------------------------------------------------
 
-# dtype, G and D: the settings whose tile sizes are tuned.
+# G, D and what is launched: the settings whose tile sizes are tuned. Groups of 4 and 16 differ in the selective branch.
+EVERYTHING = ("local", "compressed", "selective", "select", "gates")
 BUILDS = {
-    "16_heads_a_group_of_128": (torch.bfloat16, 16, 128),
-    "4_heads_a_group_of_128": (torch.bfloat16, 4, 128),
-    "1_head_a_group_of_64": (torch.bfloat16, 1, 64),
+    "16_heads_a_group_of_128": (16, 128, EVERYTHING),
+    "4_heads_a_group_of_128": (4, 128, ("selective",)),
+    "1_head_a_group_of_64": (1, 64, EVERYTHING),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
@@ -408,7 +408,7 @@ BY_BLOCK = (*SPANS, "selective_partial", "selective_gradient", "block_scores")
 BY_QUERY = (*SPANS, "selective_gradient", "block_scores")
 PRODUCTS = {
     "16_heads_a_group_of_128": BY_QUERY,
-    "4_heads_a_group_of_128": BY_BLOCK,
+    "4_heads_a_group_of_128": ("selective_partial", "selective_gradient"),
     "1_head_a_group_of_64": BY_BLOCK,
 }
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
@@ -424,23 +424,27 @@ SPILLS = {
 }
 
 
-def launch_everything(dtype: torch.dtype, G: int, D: int, T: int = 1024, K: int = 2) -> None:
-    """Every launcher of section 5 once, with the paper's block sizes."""
-    random, H, C, S = Random(seed=1), K * G, (T - 32) // 16 + 1, 16
+def launch(G: int, D: int, launched: tuple[str, ...], T: int = 1024, K: int = 2) -> None:
+    """The launchers of section 5, once each, in bfloat16 with the paper's block sizes."""
+    random, dtype, H, C, S = Random(seed=1), torch.bfloat16, K * G, (T - 32) // 16 + 1, 16
     q, k, compressed_keys = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen = torch.zeros(1, T, K, S, dtype=torch.int32)
     kernels, scale = nsa._TRITON, 0.1
-    for branch, inputs, settings in (
-        (kernels.local, (q, k, k), {"window": 512}),
-        (kernels.compressed, (q, compressed_keys, compressed_keys), {"block_size": 32, "stride": 16}),
-        (kernels.selective, (q, k, k, chosen), {"select_block_size": 64}),
-    ):
+    branches = {
+        "local": ((q, k, k), {"window": 512}),
+        "compressed": ((q, compressed_keys, compressed_keys), {"block_size": 32, "stride": 16}),
+        "selective": ((q, k, k, chosen), {"select_block_size": 64}),
+    }
+    for name in set(launched) & set(branches):
+        branch, (inputs, settings) = getattr(kernels, name), branches[name]
         branch.forward(*inputs, **settings, scale=scale)
         branch.backward(q, lse, *inputs, q, lse, **settings, scale=scale)
-    kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
-    kernels.gates.forward(gates, q, q, q)
-    kernels.gates.backward(q, gates, q, q, q)
+    if "select" in launched:
+        kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
+    if "gates" in launched:
+        kernels.gates.forward(gates, q, q, q)
+        kernels.gates.backward(q, gates, q, q, q)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -468,10 +472,10 @@ def build(names: list[str], folder: str) -> None:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
     driver.set_active(Hopper())
-    launch, built = JITFunction.run, {}
+    compile_and_launch, built = JITFunction.run, {}
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
         label = self.fn.__name__.removeprefix("_").removesuffix("_kernel")
         if label.startswith("span"):
             label = label.replace("span", "local" if options["WINDOW"] else "compressed")
@@ -482,7 +486,7 @@ def build(names: list[str], folder: str) -> None:
     result = {}
     for name in names:
         built = result[name] = {}
-        launch_everything(*BUILDS[name])
+        launch(*BUILDS[name])
     print(json.dumps(result))
 
 
@@ -510,7 +514,8 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    assert set(PRODUCTS[name]) | {"choose", "gate_forward", "gate_backward"} <= set(kernels), f"not all: {kernels}"
+    rest = {"choose", "gate_forward", "gate_backward"} if "gates" in BUILDS[name][2] else {"sum_over_slots"}
+    assert set(PRODUCTS[name]) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in PRODUCTS[name]:
         assert kernels[kernel]["wgmma"] > 0, f"{kernel} does without Hopper's matrix unit"
 
@@ -522,8 +527,9 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
     if None in kernels.values():
         pytest.skip("needs cuobjdump, which some packages of Triton leave out")
     for kernel, machine in kernels.items():
-        _, limit = SPILLS.get(kernel, (0, 0)) if BUILDS[name][-1] == 128 else (0, 0)
+        _, limit = SPILLS.get(kernel, (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
         assert (machine["HGMMA"] > 0) == (kernel in PRODUCTS[name]), f"{kernel}: {machine}"
-    for kernel in SPANS:  # an operand that stays for the whole loop in registers has been seen to be overwritten there
+    # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
+    for kernel in set(SPANS) & set(kernels):
         assert kernels[kernel]["LDSM"] == 0, f"{kernel} keeps an operand of its products in registers"
