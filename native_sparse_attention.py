@@ -2207,15 +2207,19 @@ def _triton_obstacle(q: Tensor, scale: float) -> str | None:
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
-def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
-    """flash-attn's function, where that package is installed and takes such a query; None elsewhere."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256 or q.numel() == 0:
-        return None
+@functools.cache
+def _flash_function() -> Callable[..., Tensor] | None:
     try:
         from flash_attn import flash_attn_func
-    except Exception:  # a broken build of it raises all kinds of errors
+    except Exception:  # not installed; or a broken build, which raises all kinds of errors
         return None
     return flash_attn_func
+
+
+def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
+    """flash-attn's function, where that package is installed and takes such a query; None elsewhere."""
+    takes = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
+    return _flash_function() if takes else None
 
 
 def _autocast_enabled(device: str) -> bool:

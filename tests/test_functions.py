@@ -303,3 +303,30 @@ def test_auto_is_the_torch_backend_on_a_cpu(function: Callable[..., Any], random
     auto, plain = function(**call), function(**call, backend="torch")
     for one, other in zip(as_tuple(auto), as_tuple(plain), strict=True):
         assert torch.equal(one, other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flash-attn
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_flash_attention_sees_the_same_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flash-attn serves, it is asked for W keys; here a dense mask stands in for the package."""
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: tuple) -> Tensor:
+        assert causal, "flash-attn must be asked for causal attention"
+        left, right = window_size
+        t, s = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])
+        seen = (s <= t + right) & (s >= t - left)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale, enable_gqa=True)
+        return o.transpose(1, 2)
+
+    shapes = ((1, 40, 4, 16), (1, 40, 2, 16), (1, 40, 2, 16))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    own = nsa.local_attention(q, k, v, 7, scale=0.3)
+    monkeypatch.setattr(nsa, "_flash_attention", lambda q: flash)
+    torch.testing.assert_close(nsa.local_attention(q, k, v, 7, scale=0.3), own, rtol=1e-10, atol=1e-12)
+    explicit = nsa.local_attention(q, k, v, 7, scale=0.3, backend="torch")
+    assert torch.equal(explicit, own), "backend='torch' must not take flash-attn"
