@@ -790,7 +790,7 @@ def _padded(D: int) -> int:
     return max(triton.next_power_of_2(D), 16)
 
 
-def _precision(x: Tensor) -> str:
+def _precision() -> str:
     """float32 products are exact unless torch's own switch allows tf32; half types do not care."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
@@ -1046,7 +1046,7 @@ def _triton_select(
             q, k_cmp, lse, scores, C, n_tokens, n_blocks, t0, scale,
             *q.stride()[:3], *k_cmp.stride()[:3], *lse.stride(),
             K=K, G=G, D=D, DP=_padded(D), STRIDE=stride, BLOCK=block_size, SELECT=select_block_size,
-            SPILL=spill, PRECISION=_precision(q), **tiles,
+            SPILL=spill, PRECISION=_precision(), **tiles,
         )  # fmt: skip
         width = max(triton.next_power_of_2(n_blocks), triton.next_power_of_2(S))
         rows = max(1, 512 // width)
@@ -1362,7 +1362,7 @@ def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, obj
     constants = {
         "GROUP_PAD": triton.next_power_of_2(H // K),
         "DIM": _padded(D),
-        "PRECISION": _precision(q),
+        "PRECISION": _precision(),
     }
     return rows, keys, constants | {"num_warps": warps, "num_stages": stages}
 
@@ -1786,7 +1786,7 @@ def _selective_by_query(q, k, v, block_indices, o, lse, select_block_size, scale
     _selective_query_kernel[(T, B * K, triton.cdiv(H // K, tiles["HEADS"]))](
         q, k_desc, v_desc, block_indices, o, lse, scale, *q.stride()[:3], *block_indices.stride()[:3],
         *o.stride()[:3], *lse.stride(), K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size,
-        PRECISION=_precision(q), **tiles,
+        PRECISION=_precision(), **tiles,
     )  # fmt: skip
 
 
@@ -1828,7 +1828,7 @@ def _triton_selective_forward(
         cut = _cut_tiles(pairs, G, _FORWARD_SPAN)
         _selective_partial_kernel[(cut.bound, Z)](
             q, k, v, *pairs, cut.begin, cut.block_of, o_part, lse_part, T, N, cut.bound, n_tokens * S, t0, scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(q),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(),
             **tiles,
         )  # fmt: skip
         _selective_merge_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
@@ -2022,7 +2022,7 @@ def _triton_selective_backward(
             do, q, k, v, lse, delta, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
             T, N, cut.bound, n_tokens * S, t0, scale,
             *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *lse.stride(),
-            **constants, G=G, S=S, SPAN=span, PRECISION=_precision(q), **tiles,
+            **constants, G=G, S=S, SPAN=span, PRECISION=_precision(), **tiles,
         )  # fmt: skip
         _sum_over_tiles_kernel[(N, parts, Z)](
             dk_part, dv_part, cut.begin, cut.end, dk, dv, T, N, cut.bound, *dk.stride()[:3],
@@ -2131,7 +2131,8 @@ class _GateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(branch: _Branch, *tensors: Tensor) -> Tensor:
-        return branch.forward(*tensors)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return branch.forward(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -2141,14 +2142,18 @@ class _GateFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.branch.backward(do, *ctx.saved_tensors)
+        with torch.autocast(do.device.type, enabled=False):
+            return None, *ctx.branch.backward(do, *ctx.saved_tensors)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 7  Functions: the functional API. The only place that knows every backend.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+
 class _Backend(NamedTuple):
+    """All that a backend must bring: the pairs for section 6, and the choice of blocks, which has no gradient."""
+
     local: _Branch
     compressed: _Branch
     selective: _Branch
