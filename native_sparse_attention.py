@@ -84,10 +84,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def _check(holds: bool, argument: str, value: object, rule: str, error: type[Exception] = ValueError) -> None:
-    """The one form of every complaint: the argument, what it was, and the rule that it breaks."""
+def _check(
+    holds: bool, argument: str, value: object, rule: str | Callable[[], str], error: type[Exception] = ValueError
+) -> None:
+    """The one form of every complaint: the argument, what it was, and the rule that it breaks.
+
+    A rule that speaks of shapes is a function, called on failure only: torch.compile would bind itself to their values.
+    """
     if not holds:
-        raise error(f"{argument} = {value!r}: {rule}")
+        raise error(f"{argument} = {value!r}: {rule() if callable(rule) else rule}")
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -314,6 +319,11 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _wide_zeros(x: Tensor) -> Tensor:
+    """Zeros of x's shape in the accumulation dtype, contiguous."""
+    return torch.zeros(x.shape, dtype=_accumulation_dtype(x), device=x.device)
+
+
 def _hide(hidden: Tensor, like: Tensor) -> Tensor:
     """True → −1e30, False → 0: added to scores, hides them. Finite, so that a row that sees nothing makes no NaN."""
     return hidden.to(_accumulation_dtype(like)).mul_(_HIDDEN)
@@ -354,32 +364,62 @@ class _Rows(NamedTuple):
 
     q: Tensor
     do: Tensor
-    lse: Tensor  # of the whole row
-    delta: Tensor  # Σ_d do·o − dlse: what the normalisation of the softmax takes back
+    shift: Tensor  # the gradient's share of a key is exp(s − shift)
+    delta: Tensor  # what the normalisation of the softmax takes back
 
     def map(self, function: Callable[[Tensor], Tensor]) -> _Rows:
         return _Rows(*map(function, self))
 
 
-def _delta(do: Tensor, dlse: Tensor, o: Tensor) -> Tensor:
-    """(B, T, H) in the precision of dlse, without a copy of `do` in it."""
-    return torch.einsum("bthd,bthd->bth", do.to(dlse.dtype), o.to(dlse.dtype)) - dlse
-
-
 def _tile_backward(
     rows: _Rows, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P = exp(scale·Q·Kᵀ − lse), for the lse of whole rows, which may span tiles; then
+    """P = exp(scale·Q·Kᵀ − shift), for the shift of whole rows, which may span tiles; then
 
     dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)
     """
-    lse = rows.lse.masked_fill(rows.lse == -math.inf, math.inf)  # makes P 0 in a row that sees nothing
     # In powers of two, which a CPU computes several times faster than exp.
-    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, lse[..., None] * -_LOG2E).exp2_()
+    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, rows.shift[..., None] * -_LOG2E).exp2_()
     ds = torch.baddbmm(rows.delta[..., None], rows.do, v.mT, beta=-1).mul_(p)
     dq = torch.bmm(ds, k).mul_(scale)
     dk = torch.bmm(ds.mT, rows.q).mul_(scale)
     return dq, dk, torch.bmm(p.mT, rows.do)
+
+
+# What a backward needs of each query row ──────────────────────────────────────────────────────────────────────────────
+#
+# With p = exp(s − lse) the gradient of a branch's scores is ds = p·(do·v − do·o + dlse). Under a gate g, do is g times
+# the gradient of the sum, so that ds = g·p·(do·v − do·o): the gate goes into the exponent, and into nothing else. So a
+# row brings two numbers, in the accumulation dtype: shift = lse − log g, +∞ where nothing flows; delta = do·o − dlse.
+
+
+class _RowTerms(NamedTuple):
+    """Of each query row, laid out as the backend likes it; here (B, T, H)."""
+
+    shift: Tensor
+    delta: Tensor
+
+
+def _row_dots(do: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
+    """do·o, (B, T, H)."""
+    return torch.einsum("bthd,bthd->bth", do.to(dtype), o.to(dtype))
+
+
+def _torch_row_terms(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _RowTerms:
+    """Those of a branch that stands alone."""
+    return _RowTerms(lse.masked_fill(lse == -math.inf, math.inf), _row_dots(do, o, lse.dtype) - dlse)
+
+
+def _torch_gated_row_terms(
+    do: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], kv_heads: int
+) -> tuple[Tensor, list[_RowTerms]]:
+    """dgates, (B, T, H, 3), and those of the three branches under their gates."""
+    dots = [_row_dots(do, o, lse.dtype) for o, lse in zip(outputs, lses, strict=True)]
+    terms = []
+    for gate, lse, dot in zip(gates.unbind(3), lses, dots, strict=True):
+        shift = (lse - gate.to(lse.dtype).log()).masked_fill_((gate == 0) | (lse == -math.inf), math.inf)
+        terms.append(_RowTerms(shift, dot))
+    return torch.stack(dots, dim=-1).to(gates.dtype), terms
 
 
 # Local and compressed: tiles along the sequence ───────────────────────────────────────────────────────────────────────
@@ -452,27 +492,26 @@ def _sequence_forward(
 
 def _sequence_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
     rule: _Window | _Staircase,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _Rows(q, do, lse, _delta(do, dlse, o)).map(lambda x: _grouped(x, k.shape[2]))
-    k, v = k.unsqueeze(3), v.unsqueeze(3)
-    dq = torch.empty_like(rows.q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+    dq = _wide_zeros(q) if dq is None else dq
+    rows = _Rows(q, do, *terms).map(lambda x: _grouped(x, k.shape[2]))
+    k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(dq, k.shape[2])
+    dk, dv = _wide_zeros(k), _wide_zeros(v)
     for tile in _sequence_tiles(rows.q, rule):
         tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
         keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
         dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.mask, scale)
-        tile.rows(dq).copy_(_unfold(dq_tile, tile.rows(dq)))
+        tile.rows(dq_rows).add_(_unfold(dq_tile, tile.rows(dq_rows)))
         tile.columns(dk).add_(_unfold(dk_tile, tile.columns(dk)))
         tile.columns(dv).add_(_unfold(dv_tile, tile.columns(dv)))
-    return dq.flatten(2, 3), dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
+    return dq, dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
 
 
 def _torch_local_forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -480,9 +519,9 @@ def _torch_local_forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: fl
 
 
 def _torch_local_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _sequence_backward(do, dlse, q, k, v, o, lse, _Window(window), scale)
+    return _sequence_backward(do, terms, q, k, v, _Window(window), scale, dq)
 
 
 def _torch_compressed_forward(
@@ -493,17 +532,16 @@ def _torch_compressed_forward(
 
 def _torch_compressed_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
-    o: Tensor,
-    lse: Tensor,
     block_size: int,
     stride: int,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _sequence_backward(do, dlse, q, k_cmp, v_cmp, o, lse, _Staircase(block_size, stride), scale)
+    return _sequence_backward(do, terms, q, k_cmp, v_cmp, _Staircase(block_size, stride), scale, dq)
 
 
 # Choice of blocks: the compressed tiles once more ─────────────────────────────────────────────────────────────────────
@@ -643,48 +681,41 @@ def _torch_selective_forward(
 
 def _torch_selective_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
     select_block_size: int,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dq = _wide_zeros(q) if dq is None else dq
     group, dim = q.shape[2] // k.shape[2], q.shape[3]
-    rows = _Rows(q, do, lse, _delta(do, dlse, o)).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
-    keys, values = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (rows.q, keys, values))
+    rows = _Rows(q, do, *terms).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
+    keys, values, dq_rows = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim), dq.view(-1, group, dim)
+    dk, dv = _wide_zeros(keys), _wide_zeros(values)
     for chunk in _row_chunks(block_indices, group * dim):
-        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group, lse):
+        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group, dq):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
             # What only fills up a tile has no gradient.
-            tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
+            tile_rows.shift.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
             dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, k_tile, v_tile, tiles.mask, scale)
-            dq.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
+            dq_rows.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
             dk.index_add_(0, tiles.key.flatten(), dk_tile.reshape(-1, 1, dim))
             dv.index_add_(0, tiles.key.flatten(), dv_tile.reshape(-1, 1, dim))
-    return dq.to(q.dtype).view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+    return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
 # Gates: eq. 5 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _torch_gate_forward(gates: Tensor, *branches: Tensor) -> Tensor:
+def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     """Σ_c gates[..., c]·branches[c]:  (B, T, H, 3) and three of (B, T, H, D) → (B, T, H, D)."""
     first, second, third = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
     o = first * branches[0]
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
-
-
-def _torch_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple[Tensor, ...]:
-    """dgates[..., c] = do·branches[c] and dbranches[c] = gates[..., c]·do."""
-    wide = _accumulation_dtype(do)
-    dots = [torch.einsum("bthd,bthd->bth", do.to(wide), x.to(wide)) for x in branches]
-    return torch.stack(dots, dim=-1).to(gates.dtype), *(gate * do for gate in gates.unsqueeze(-1).unbind(3))
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1058,6 +1089,85 @@ def _triton_select(
     return chosen
 
 
+# What a backward needs of each query row ──────────────────────────────────────────────────────────────────────────────
+#
+# Shift, in powers of two, and delta as in section 4, for row n of key head z: token n // Gp, head n % Gp of the group,
+# where Gp is G rounded up to a power of two. Rows that do not exist have a shift of +inf, so that their p is 0.
+
+
+def _group_pad(G: int) -> int:
+    """Gp."""
+    return triton.next_power_of_2(G)
+
+
+@_kernel
+def _row_terms_kernel(
+    do, dlse, gates, o_0, o_1, o_2, lse_0, lse_1, lse_2, dgates, shift, delta, T, rows_pad,
+    stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh, stride_gc,
+    K: tl.constexpr, G: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr, BRANCHES: tl.constexpr,
+):  # fmt: skip
+    """Of each branch c: dgates[c] = do . o_c, delta[c] = do . o_c - dlse, shift[c] = (lse_c - log gates[c]) log2(e).
+
+    One branch stands alone, ungated, with the gradient of its lse; three are under their gates, which have gradients.
+    """
+    z = tl.program_id(1)
+    b, h = (z // K).to(tl.int64), (z % K) * G
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t, g = (n // GROUP_PAD).to(tl.int64), n % GROUP_PAD
+    exists = (t < T) & (g < G)
+    row = (b * T + t) * (K * G) + h + g  # of the contiguous (B, T, H)
+    d = tl.arange(0, DP)
+    mask = exists[:, None] & (d < D)[None, :]
+    do_row = b * stride_db + t * stride_dt + (h + g).to(tl.int64) * stride_dh
+    d_out = tl.load(do + do_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    for c in tl.static_range(BRANCHES):
+        o = o_0 if c == 0 else (o_1 if c == 1 else o_2)
+        lse = lse_0 if c == 0 else (lse_1 if c == 1 else lse_2)
+        term = tl.sum(d_out * tl.load(o + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32), axis=1)
+        lse_row = tl.load(lse + row, mask=exists, other=float("-inf"))
+        log_gate = tl.zeros([ROWS], tl.float32)
+        if BRANCHES > 1:
+            gate = b * stride_gb + t * stride_gt + (h + g).to(tl.int64) * stride_gh + c * stride_gc
+            tl.store(dgates + row * BRANCHES + c, term.to(dgates.dtype.element_ty), mask=exists)
+            log_gate = tl.log2(tl.load(gates + gate, mask=exists, other=0.0).to(tl.float32))
+        else:
+            term -= tl.load(dlse + row, mask=exists, other=0.0)
+        out = (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n
+        nothing = (lse_row == float("-inf")) | (log_gate == float("-inf"))
+        tl.store(shift + out, tl.where(nothing, float("inf"), lse_row * _TL_LOG2E - log_gate))
+        tl.store(delta + out, term)
+
+
+def _launch_row_terms(
+    do: Tensor, dlse: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], dgates: Tensor, kv_heads: int
+) -> list[_RowTerms]:
+    """The terms of one branch or of three; what a launch has no use for may be any tensor."""
+    B, T, H, D = do.shape
+    G, branches = H // kv_heads, len(outputs)
+    rows_pad = triton.cdiv(T * _group_pad(G), _MAX_ROWS) * _MAX_ROWS
+    shift, delta = torch.empty(2, branches, B, kv_heads, rows_pad, dtype=torch.float32, device=do.device)
+    do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
+    rows = _merge_rows(D)
+    _row_terms_kernel[(triton.cdiv(rows_pad, rows), B * kv_heads)](
+        do, dlse.contiguous(), gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, shift, delta, T, rows_pad,
+        *do.stride()[:3], *gates.stride(), K=kv_heads, G=G, GROUP_PAD=_group_pad(G), D=D, DP=_padded(D), ROWS=rows,
+        BRANCHES=branches,
+    )  # fmt: skip
+    return [_RowTerms(*terms) for terms in zip(shift, delta, strict=True)]
+
+
+def _triton_row_terms(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _RowTerms:
+    return _launch_row_terms(do, dlse, do, [o], [lse], dlse, kv_heads)[0]
+
+
+def _triton_gated_row_terms(
+    do: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], kv_heads: int
+) -> tuple[Tensor, list[_RowTerms]]:
+    dgates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    return dgates, _launch_row_terms(do, lses[0], gates, outputs, lses, dgates, kv_heads)
+
+
 # Local and compressed: spans of keys ──────────────────────────────────────────────────────────────────────────────────
 #
 # In both branches a query sees one contiguous span of keys, so one algorithm serves them. Key i ends at token
@@ -1130,15 +1240,29 @@ def _rows_of(tile, T, ROWS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.con
 
 
 @_kernel
+def _row_offsets(strides, b, head, t, exists, D, DIM: tl.constexpr):
+    """Where (ROWS, DIM) query rows of a (B, T, H, D) tensor lie, and which of them exist."""
+    column = tl.arange(0, DIM)
+    row = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+    return row[:, None] + column[None, :], exists[:, None] & (column < D)[None, :]
+
+
+@_kernel
 def _load_resident_rows(x_ptr, strides, b, head, t, exists, D, DIM: tl.constexpr):
     """(ROWS, DIM) query rows of a (B, T, H, D) tensor that stay for the whole program.
 
     By plain pointers, because then the tile is a matrix operand in shared memory. Loaded through a descriptor it would
     be one in registers, and ptxas (13.0) has been seen to overwrite such registers inside the loop.
     """
-    column = tl.arange(0, DIM)
-    row = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
-    return tl.load(x_ptr + row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
+    offsets, mask = _row_offsets(strides, b, head, t, exists, D, DIM)
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0)
+
+
+@_kernel
+def _store_rows(x_ptr, strides, x, b, head, t, exists, D, DIM: tl.constexpr):
+    """Write (ROWS, DIM) query rows into a (B, T, H, D) tensor; those that do not exist are dropped."""
+    offsets, mask = _row_offsets(strides, b, head, t, exists, D, DIM)
+    tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @_kernel
@@ -1146,15 +1270,6 @@ def _load_rows(desc, b, k, tile, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DI
     """(ROWS, DIM) query rows of a (B, K, T, G, D) view, inside a loop; what does not exist is zero."""
     n = tile * ROWS
     return desc.load([b, k, n // GROUP_PAD, n % GROUP_PAD, 0]).reshape(ROWS, DIM)
-
-
-@_kernel
-def _store_rows(desc, b, k, tile, x, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
-    """Write (ROWS, DIM) query rows into a (B, K, T, G, D) view; those that do not exist are dropped."""
-    n = tile * ROWS
-    TOKENS: tl.constexpr = ROWS // GROUP_PAD if ROWS > GROUP_PAD else 1
-    x = x.to(desc.dtype).reshape(1, 1, TOKENS, ROWS // TOKENS, DIM)
-    desc.store([b, k, n // GROUP_PAD, n % GROUP_PAD, 0], x)
 
 
 @_kernel
@@ -1188,7 +1303,7 @@ def _forward_tile(
 
 @_kernel(do_not_specialize=["T"])
 def _span_forward_kernel(
-    q_ptr, q_strides, k_desc, v_desc, o_desc, lse_ptr, T, H, K, D, scale,
+    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, T, H, K, D, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -1218,7 +1333,7 @@ def _span_forward_kernel(
         )  # fmt: skip
     # Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(o_desc, b, k, tile, acc, ROWS, GROUP_PAD, DIM)
+    _store_rows(o_ptr, o_strides, acc, b, k * GROUP + g, t, exists, D, DIM)
     row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
     tl.store(lse_ptr + row, (peak + tl.log2(total)) * _TL_LN2, mask=exists)
 
@@ -1244,32 +1359,25 @@ def _dq_tile(
 
 @_kernel(do_not_specialize=["T"])
 def _span_dq_kernel(
-    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, dlse_ptr,
-    dq_desc, shift_ptr, delta_ptr, T, H, K, D, rows_pad, scale,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, shift_ptr, delta_ptr, dq_ptr, dq_strides,
+    T, K, D, rows_pad, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ADD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), delta_t = do_t.o_t - dlse_t.
+    """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), p_ti = exp(scale*q_t.k_i - shift_t).
 
-    Leaves delta and shift = lse*log2(e) behind for the next kernel, each (B, K, rows_pad).
+    Added to what dq holds, where ADD.
     """
     heads = tl.num_programs(0) // (rows_pad // ROWS)  # B * K
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
     b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
     t, g, exists = _rows_of(tile, T, ROWS, GROUP, GROUP_PAD)
     t_low, t_high = tile * ROWS // GROUP_PAD, tl.minimum((tile * ROWS + ROWS - 1) // GROUP_PAD, T - 1)
-    # What softmax and its derivative subtract from each row; p is 0 in rows that do not exist.
     do = _load_resident_rows(do_ptr, do_strides, b, k * GROUP + g, t, exists, D, DIM)
-    o = _load_resident_rows(o_ptr, o_strides, b, k * GROUP + g, t, exists, D, DIM)
-    row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
-    shift = tl.load(lse_ptr + row, mask=exists, other=float("inf")) * _TL_LOG2E
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    delta -= tl.load(dlse_ptr + row, mask=exists, other=0.0)
-    n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
-    tl.store(shift_ptr + n, shift)
-    tl.store(delta_ptr + n, delta)
     q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
+    n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
+    shift, delta = tl.load(shift_ptr + n), tl.load(delta_ptr + n)
     dq = tl.zeros((ROWS, DIM), tl.float32)
     # Tiles that every row sees whole, then the ones at both edges of the span.
     first, before, full, tiles = _key_tiles(t_low, t_high, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
@@ -1284,7 +1392,10 @@ def _span_dq_kernel(
             dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, scale * _TL_LOG2E,
             True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
         )  # fmt: skip
-    _store_rows(dq_desc, b, k, tile, dq * scale, ROWS, GROUP_PAD, DIM)
+    dq *= scale
+    if ADD:
+        dq += _load_resident_rows(dq_ptr, dq_strides, b, k * GROUP + g, t, exists, D, DIM)
+    _store_rows(dq_ptr, dq_strides, dq, b, k * GROUP + g, t, exists, D, DIM)
 
 
 @_kernel
@@ -1360,7 +1471,7 @@ def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, obj
     assert D <= 256, f"no tile sizes for head dim {D}: at most 256"
     rows, keys, warps, stages = _SPAN_TILES["float32" if q.dtype == torch.float32 else kernel][max(64, _padded(D))]
     constants = {
-        "GROUP_PAD": triton.next_power_of_2(H // K),
+        "GROUP_PAD": _group_pad(H // K),
         "DIM": _padded(D),
         "PRECISION": _precision(),
     }
@@ -1392,7 +1503,7 @@ def _row_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
     """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
     (B, T, H, D), (sb, st, sh, sd) = x.shape, x.stride()
     G = H // K
-    group_pad = triton.next_power_of_2(G)
+    group_pad = _group_pad(G)
     box = [1, 1, max(1, rows // group_pad), min(rows, group_pad), _padded(D)]
     return TensorDescriptor(x, [B, K, T, G, D], [sb, G * sh, st, sh, sd], box)
 
@@ -1412,68 +1523,65 @@ def _span_forward(
     lse = q.new_empty((B, T, H), dtype=torch.float32)
     if q.numel() == 0 or C == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse.fill_(float("-inf"))
-    q, k, v, o = _aligned(q), _aligned(k), _aligned(v), _empty_aligned(q.shape, q)
+    q, k, v, o = _unit_stride(q), _aligned(k), _aligned(v), q.new_empty(q.shape)
     rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
     grid = (triton.cdiv(T * options["GROUP_PAD"], rows) * B * K,)
     _span_forward_kernel[grid](
-        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), _row_descriptor(o, K, rows),
+        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
         lse, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
-    return o.contiguous(), lse
+    return o, lse
 
 
 def _span_backward(
-    branch: str, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    o: Tensor, lse: Tensor, scale: float, **span: int,
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    **span: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values."""
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    do, q, k, v, o = _aligned(do), _aligned(q), _aligned(k), _aligned(v), _aligned(o)
-    dq, shift, delta = _span_dq(branch, do, dlse, q, k, v, o, lse, scale, **span)
-    dk, dv = _span_dkv(branch, do, q, k, v, shift, delta, scale, **span)
-    return dq.contiguous(), dk, dv
+        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
+    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
+    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, **span)
+    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, **span)
 
 
 def _span_dq(
-    branch: str, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    o: Tensor, lse: Tensor, scale: float, **span: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, and what the next kernel subtracts from each row: shift = lse*log2(e) and delta = do.o - dlse."""
-    B, T, H, D = q.shape
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    **span: int,
+) -> Tensor:  # fmt: skip
+    """dq, added to what is there."""
+    T, H, D = q.shape[1:]
     K = k.shape[2]
     rows, keys, options = _tile_sizes(f"{branch}_dq", q, K)
-    rows_pad = triton.cdiv(T * options["GROUP_PAD"], _MAX_ROWS) * _MAX_ROWS
-    dq, (shift, delta) = _empty_aligned(q.shape, q), lse.new_empty((2, B, K, rows_pad))
-    _span_dq_kernel[(rows_pad // rows * B * K,)](
-        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
-        lse.contiguous(), dlse.contiguous(), _row_descriptor(dq, K, rows), shift, delta, T, H, K, D, rows_pad, scale,
-        GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+    out = q.new_empty(q.shape) if dq is None else dq
+    _span_dq_kernel[(terms.shift.numel() // rows,)](
+        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms,
+        out, out.stride(), T, K, D, terms.shift.shape[-1], scale,
+        GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
-    return dq, shift, delta
+    return out
 
 
 def _span_dkv(
-    branch: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    shift: Tensor, delta: Tensor, scale: float, **span: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, **span: int
+) -> tuple[Tensor, Tensor]:
     """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
     B, T, _, D = q.shape
     C, K = k.shape[1:3]
     rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
     row_tiles, key_tiles = triton.cdiv(T * options["GROUP_PAD"], rows), triton.cdiv(C, keys)
     parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
-    out = _empty_aligned((2, parts * B, C, K, D), k, k.dtype if parts == 1 else torch.float32)
-    dk, dv = out
+    dtype = k.dtype if parts == 1 else torch.float32
+    dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
     _span_dkv_kernel[(parts * key_tiles * B * K,)](
         _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
-        shift, delta, _key_descriptor(dk, keys), _key_descriptor(dv, keys),
-        T, K, C, B, shift.shape[-1], triton.cdiv(row_tiles, parts), scale, **span, ROWS=rows, KEYS=keys, **options,
+        *terms, _key_descriptor(dk, keys), _key_descriptor(dv, keys),
+        T, K, C, B, terms.shift.shape[-1], triton.cdiv(row_tiles, parts), scale,
+        **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
-        out = out.unflatten(1, (parts, B)).sum(1).to(k.dtype)
-    dk, dv = out.contiguous()
-    return dk, dv
+        dk, dv = (x.unflatten(0, (parts, B)).sum(0).to(k.dtype) for x in (dk, dv))
+    return dk.contiguous(), dv.contiguous()
 
 
 def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
@@ -1494,10 +1602,10 @@ def _triton_local_forward(
 
 
 def _triton_local_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local branch: dq, dk, dv."""
-    return _span_backward("local", do, dlse, q, k, v, o, lse, scale, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+    return _span_backward("local", do, terms, q, k, v, scale, dq, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
 
 
 def _triton_compressed_forward(
@@ -1508,12 +1616,12 @@ def _triton_compressed_forward(
 
 
 def _triton_compressed_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-    o: Tensor, lse: Tensor, block_size: int, stride: int, scale: float,
+    do: Tensor, terms: _RowTerms, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
+    block_size: int, stride: int, scale: float, dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compressed branch: dq, dk_cmp, dv_cmp."""
     span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
-    return _span_backward("compressed", do, dlse, q, k_cmp, v_cmp, o, lse, scale, **span)
+    return _span_backward("compressed", do, terms, q, k_cmp, v_cmp, scale, dq, **span)
 
 
 # Selective: pairs in order of their block ─────────────────────────────────────────────────────────────────────────────
@@ -1843,35 +1951,17 @@ def _triton_selective_forward(
 
 
 @_kernel
-def _selective_delta_kernel(
-    o, do, dlse, delta, n_rows, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
-    T, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """delta[b, t, h] = o[b, t, h] . do[b, t, h] - dlse[b, t, h]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < n_rows
-    d = tl.arange(0, DP)
-    b, t, h = row // H // T, row // H % T, row % H
-    mask = row_mask[:, None] & (d < D)[None, :]
-    o_row = b * stride_ob + t * stride_ot + h * stride_oh
-    do_row = b * stride_db + t * stride_dt + h * stride_dh
-    o_tile = tl.load(o + o_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    do_tile = tl.load(do + do_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    dlse_row = tl.load(dlse + row, mask=row_mask, other=0.0)
-    tl.store(delta + row, tl.sum(o_tile * do_tile, axis=1) - dlse_row, mask=row_mask)
-
-
-@_kernel
 def _selective_gradient_kernel(
-    do, q, k, v, lse, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part,
-    T, n_blocks, n_tiles, n_pairs, t0, scale,
+    do, q, k, v, shift, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part,
+    T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
     stride_db, stride_dt, stride_dh, stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_lb, stride_lt, stride_lh,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    K: tl.constexpr, G: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With p = exp(scale q . k - lse) and ds = p (do . v - delta): dv_part = p^T do, dk_part = scale ds^T q over a span
-    of the rows that chose the block, and dq_part[t, s] = scale ds k. One program: KEYS keys of a block, SPAN rows.
+    """With p = exp(scale q . k - shift) and ds = p (do . v - delta): dv_part = p^T do, dk_part = scale ds^T q over a
+    span of the rows that chose the block, and dq_part[t, s] = scale ds k. One program: KEYS keys, SPAN rows.
     """
     tile, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
@@ -1891,8 +1981,7 @@ def _selective_gradient_kernel(
     values = _load_tile(v + b * stride_vb + h * stride_vh, token, stride_vt, exists, D, DP)
     q_base = q + b * stride_qb + h * G * stride_qh
     do_base = do + b * stride_db + h * G * stride_dh
-    lse_base = lse + b * stride_lb + h * G * stride_lh
-    delta_base = delta + b * stride_lb + h * G * stride_lh
+    shift_base, delta_base = shift + z.to(tl.int64) * rows_pad, delta + z.to(tl.int64) * rows_pad
     dk = tl.zeros([KEYS, DP], tl.float32)
     dv = tl.zeros([KEYS, DP], tl.float32)
     for r in range(row_first, row_last, ROWS):
@@ -1901,16 +1990,16 @@ def _selective_gradient_kernel(
         row_mask = row < row_last
         pair = tl.load(pairs + first + row // G, mask=row_mask, other=0)
         t = tl.where(row_mask, t0 + pair // S, -1)
-        scalar = (t0 + pair // S).to(tl.int64) * stride_lt + (row % G).to(tl.int64) * stride_lh
+        term = (t0 + pair // S) * GROUP_PAD + row % G
         queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
         d_out = _load_pair_rows(do_base, pair, row, row_mask, t0, stride_dt, stride_dh, G, S, D, DP)
-        lse_t = tl.load(lse_base + scalar, mask=row_mask, other=0.0) * _TL_LOG2E
-        delta_t = tl.load(delta_base + scalar, mask=row_mask, other=0.0)
+        shift_t = tl.load(shift_base + term, mask=row_mask, other=0.0)
+        delta_t = tl.load(delta_base + term, mask=row_mask, other=0.0)
 
         # probabilities, transposed: (keys, rows)
         s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * _TL_LOG2E)
         visible = exists[:, None] & (token[:, None] <= t[None, :])
-        p = tl.where(visible, tl.exp2(s - lse_t[None, :]), 0.0)
+        p = tl.where(visible, tl.exp2(s - shift_t[None, :]), 0.0)
         dv += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(d_out), input_precision=PRECISION)
         ds = (p * (dp - delta_t[None, :])).to(queries.dtype)
@@ -1955,9 +2044,9 @@ def _sum_over_tiles_kernel(
 def _sum_over_slots_kernel(
     dq_part, block_indices, dq, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block."""
+    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; added to what dq holds, where ADD."""
     z = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
     row_mask = row < n_tokens * G
@@ -1965,39 +2054,37 @@ def _sum_over_slots_kernel(
     blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
     d = tl.arange(0, DP)
     part = (z.to(tl.int64) * n_tokens + row // G) * (S * PARTS * G) + row % G  # slot 0; the next one is G further
+    head = (z % K) * G + row % G
+    out = (z // K).to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    out_mask = row_mask[:, None] & (d < D)[None, :]
     total = tl.zeros([ROWS, DP], tl.float32)
+    if ADD:
+        total += tl.load(dq + out[:, None] + d[None, :], mask=out_mask, other=0.0).to(tl.float32)
     for slot in tl.range(0, S * PARTS, loop_unroll_factor=4):
         block = tl.load(blocks + t.to(tl.int64) * stride_it + slot // PARTS, mask=row_mask, other=-1)
         mask = ((block >= 0) & (block <= t // SELECT))[:, None] & (d < D)[None, :]
         dq_slot = tl.load(dq_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
         total += dq_slot.to(tl.float32)
-    head = (z % K) * G + row % G
-    out = (z // K).to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
-    tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+    tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=out_mask)
 
 
 def _triton_selective_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
     select_block_size: int,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z, DP = H // K, B * K, _padded(D)
-    do, q, k, v, o, block_indices = (_unit_stride(x) for x in (do, q, k, v, o, block_indices))
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    _selective_delta_kernel[(triton.cdiv(B * T * H, 32),)](
-        o, do, dlse.contiguous(), delta, B * T * H, *o.stride()[:3], *do.stride()[:3], T, H=H, D=D, DP=DP, ROWS=32
-    )
+    do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
+    add, dq = dq is not None, torch.empty(B, T, H, D, dtype=q.dtype, device=q.device) if dq is None else dq
     N = triton.cdiv(T, select_block_size)
     tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
     parts = triton.cdiv(select_block_size, tiles["KEYS"])
@@ -2005,7 +2092,6 @@ def _triton_selective_backward(
     chunk = _chunk_tokens(B * H * S * parts * D * q.element_size(), T)
     # a sum over several chunks of queries stays in float32 until the last
     sum_dtype = k.dtype if chunk == T else torch.float32
-    dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
     dq_part = torch.empty(Z * chunk * S * parts * G, D, dtype=q.dtype, device=q.device)
     merge_rows = _merge_rows(D)
@@ -2019,10 +2105,10 @@ def _triton_selective_backward(
             for _ in range(2)
         )
         _selective_gradient_kernel[(cut.bound, parts, Z)](
-            do, q, k, v, lse, delta, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
-            T, N, cut.bound, n_tokens * S, t0, scale,
-            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *lse.stride(),
-            **constants, G=G, S=S, SPAN=span, PRECISION=_precision(), **tiles,
+            do, q, k, v, *terms, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
+            T, N, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
+            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            **constants, G=G, GROUP_PAD=_group_pad(G), S=S, SPAN=span, PRECISION=_precision(), **tiles,
         )  # fmt: skip
         _sum_over_tiles_kernel[(N, parts, Z)](
             dk_part, dv_part, cut.begin, cut.end, dk, dv, T, N, cut.bound, *dk.stride()[:3],
@@ -2030,7 +2116,7 @@ def _triton_selective_backward(
         )  # fmt: skip
         _sum_over_slots_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
             dq_part, block_indices, dq, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
-            **constants, G=G, S=S, ROWS=merge_rows,
+            **constants, G=G, S=S, ROWS=merge_rows, ADD=add,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -2041,7 +2127,7 @@ _GATE_ROWS = 32
 
 
 @_kernel
-def _gate_forward_kernel(
+def _gate_kernel(
     gates, local, compressed, selective, o, n_rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """o[row] = gates[row, 0] local[row] + gates[row, 1] compressed[row] + gates[row, 2] selective[row]."""
@@ -2055,143 +2141,233 @@ def _gate_forward_kernel(
     _store_tile(o, mixed, row, D, row_mask, D, DP)
 
 
-@_kernel
-def _gate_backward_kernel(
-    do, gates, local, compressed, selective, dgates, dlocal, dcompressed, dselective, n_rows,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dgates[row, c] = do[row] . branch_c[row] and dbranch_c[row] = gates[row, c] do[row]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < n_rows
-    d_out = _load_tile(do, row, D, row_mask, D, DP).to(tl.float32)
-    for c in tl.static_range(3):
-        branch = local if c == 0 else (compressed if c == 1 else selective)
-        dbranch = dlocal if c == 0 else (dcompressed if c == 1 else dselective)
-        gate = tl.load(gates + row * 3 + c, mask=row_mask, other=0.0).to(tl.float32)
-        dot = tl.sum(d_out * _load_tile(branch, row, D, row_mask, D, DP).to(tl.float32), axis=1)
-        tl.store(dgates + row * 3 + c, dot.to(dgates.dtype.element_ty), mask=row_mask)
-        _store_tile(dbranch, gate[:, None] * d_out, row, D, row_mask, D, DP)
-
-
-def _triton_gate_forward(gates: Tensor, *branches: Tensor) -> Tensor:
+def _triton_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     rows, D = gates.numel() // 3, branches[0].shape[-1]
     o = torch.empty_like(branches[0], memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (gates, *branches))
-    _gate_forward_kernel[(triton.cdiv(rows, _GATE_ROWS),)](*inputs, o, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS)
+    _gate_kernel[(triton.cdiv(rows, _GATE_ROWS),)](*inputs, o, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS)
     return o
 
 
-def _triton_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple[Tensor, ...]:
-    rows, D = gates.numel() // 3, do.shape[-1]
-    inputs = [x.contiguous() for x in (do, gates, *branches)]
-    gradients = [torch.empty_like(x) for x in inputs[1:]]
-    _gate_backward_kernel[(triton.cdiv(rows, _GATE_ROWS),)](
-        *inputs, *gradients, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS
-    )
-    return tuple(gradients)
-
-
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 6  Autograd: one function for every branch and backend
+# 6  Autograd and operators: one function for a branch, one for the whole, on every backend
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 class _Branch(NamedTuple):
-    """A branch on a backend. `forward(q, k, v[, block_indices], **settings) → o, lse`, and its `backward`."""
+    """A branch on a backend. The sizes are its integers: the window, l and d, or l'.
 
-    forward: Callable[..., Any]
-    backward: Callable[..., tuple[Tensor, ...]]
+    forward(q, k, v[, block_indices], *sizes, scale) → o, lse
+    backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
+    """
 
-
-class _BranchFunction(torch.autograd.Function):
-    """(q, k, v[, block_indices]) → o, lse. Saves its inputs and outputs, never a probability."""
-
-    @staticmethod
-    def forward(branch: _Branch, settings: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        # The precision is the branch's business: it works in float32 under autocast, too.
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return branch.forward(*tensors, **settings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.branch, ctx.settings, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        with torch.autocast(do.device.type, enabled=False):
-            gradients = ctx.branch.backward(do, dlse, *tensors, **ctx.settings)
-        return None, None, *gradients, *[None] * (len(tensors) - 5)  # block_indices, where given
-
-
-class _GateFunction(torch.autograd.Function):
-    """(gates, local, compressed, selective) → their gated sum, in one pass over memory each way."""
-
-    @staticmethod
-    def forward(branch: _Branch, *tensors: Tensor) -> Tensor:
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return branch.forward(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.branch, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(do.device.type, enabled=False):
-            return None, *ctx.branch.backward(do, *ctx.saved_tensors)
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 7  Functions: the functional API. The only place that knows every backend.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class _Backend(NamedTuple):
-    """All that a backend must bring: the pairs for section 6, and the choice of blocks, which has no gradient."""
+    """All that a backend must bring."""
 
     local: _Branch
     compressed: _Branch
     selective: _Branch
-    gates: _Branch
     select: Callable[..., Tensor]
+    gate: Callable[..., Tensor]
+    row_terms: Callable[..., _RowTerms]
+    gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
 
 
-_TORCH = _Backend(
-    _Branch(_torch_local_forward, _torch_local_backward),
-    _Branch(_torch_compressed_forward, _torch_compressed_backward),
-    _Branch(_torch_selective_forward, _torch_selective_backward),
-    _Branch(_torch_gate_forward, _torch_gate_backward),
-    _torch_select,
-)
-_TRITON = _Backend(
-    _Branch(_triton_local_forward, _triton_local_backward),
-    _Branch(_triton_compressed_forward, _triton_compressed_backward),
-    _Branch(_triton_selective_forward, _triton_selective_backward),
-    _Branch(_triton_gate_forward, _triton_gate_backward),
-    _triton_select,
-)
-_BACKENDS = ("auto", "torch", "triton")
+_BACKENDS = {
+    "torch": _Backend(
+        _Branch(_torch_local_forward, _torch_local_backward),
+        _Branch(_torch_compressed_forward, _torch_compressed_backward),
+        _Branch(_torch_selective_forward, _torch_selective_backward),
+        _torch_select,
+        _torch_gate,
+        _torch_row_terms,
+        _torch_gated_row_terms,
+    ),
+    "triton": _Backend(
+        _Branch(_triton_local_forward, _triton_local_backward),
+        _Branch(_triton_compressed_forward, _triton_compressed_backward),
+        _Branch(_triton_selective_forward, _triton_selective_backward),
+        _triton_select,
+        _triton_gate,
+        _triton_row_terms,
+        _triton_gated_row_terms,
+    ),
+}
+
+# Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
+# pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
 
 
-def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> _Backend:
+def _operator(function: Callable[..., Any]) -> Any:
+    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments."""
+
+    @functools.wraps(function)
+    def in_full_precision(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0][0].device.type, enabled=False):
+            return function(*arguments)
+
+    name = f"native_sparse_attention::{function.__name__.lstrip('_')}"
+    return torch.library.custom_op(name, in_full_precision, mutates_args=())
+
+
+def _fake_output(q: Tensor) -> list[Tensor]:
+    """Shapes of o and lse."""
+    return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
+
+
+@_operator
+def _branch_forward(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+    """q, k, v[, block_indices] → o, lse."""
+    return list(getattr(_BACKENDS[backend], branch).forward(*tensors, *sizes, scale))
+
+
+@_branch_forward.register_fake
+def _(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+    return _fake_output(tensors[0])
+
+
+@_operator
+def _branch_backward(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+    """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
+    (do, dlse, o, lse, *inputs), on = tensors, _BACKENDS[backend]
+    terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
+    dq, dk, dv = getattr(on, branch).backward(do, terms, *inputs, *sizes, scale, None)
+    return [dq.to(do.dtype).contiguous(), dk, dv]
+
+
+@_branch_backward.register_fake
+def _(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[4:7]]
+
+
+@_operator
+def _select(tensors: list[Tensor], backend: str, sizes: list[int], scale: float) -> Tensor:
+    """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
+    return _BACKENDS[backend].select(*tensors, *sizes, scale)
+
+
+@_select.register_fake
+def _(tensors: list[Tensor], backend: str, sizes: list[int], scale: float) -> Tensor:
+    q, k_cmp, _lse = tensors
+    return q.new_empty(*q.shape[:2], k_cmp.shape[2], sizes[3], dtype=torch.int32)
+
+
+@_operator
+def _attention_forward(
+    tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float
+) -> list[Tensor]:
+    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, then o and lse of each branch, then block_indices."""
+    (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _BACKENDS[backend]
+    o_local, lse_local = on.local.forward(q, *(local or (k, v)), window, scale)
+    o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
+    chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
+    o_selective, lse_selective = on.selective.forward(q, k, v, chosen, sizes[2], scale)
+    o = on.gate(gates, o_local, o_compressed, o_selective)
+    return [o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen]
+
+
+@_attention_forward.register_fake
+def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float) -> list[Tensor]:
+    q, kv_heads = tensors[0], tensors[1].shape[2]
+    outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
+    chosen = q.new_empty(*q.shape[:2], kv_heads, sizes[3], dtype=torch.int32)
+    return [q.new_empty(q.shape), *outputs, *lses, chosen]
+
+
+@_operator
+def _attention_backward(
+    tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float
+) -> list[Tensor]:
+    """do, the results of the forward but for o, and its arguments → the gradients of the arguments.
+
+    The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
+    """
+    do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
+    (k_local, v_local), on = tensors[14:] or (k, v), _BACKENDS[backend]
+    dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
+    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None)
+    dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
+    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq)
+    gradients = [dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates]
+    if tensors[14:]:
+        return [*gradients, dk_local, dv_local]
+    dk += dk_local
+    dv += dv_local
+    return gradients
+
+
+@_attention_backward.register_fake
+def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[8:]]
+
+
+class _BranchFunction(torch.autograd.Function):
+    """A branch by itself: q, k, v[, block_indices] → o, lse. Saves what goes in and out, never a probability."""
+
+    @staticmethod
+    def forward(settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(_branch_forward(list(tensors), *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.settings, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = _branch_backward([do, dlse, *saved], *ctx.settings)
+        return None, *gradients, *[None] * (len(saved) - 5)  # block_indices, where given
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """The gated sum of the branches: q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, and what backward reads."""
+
+    @staticmethod
+    def forward(settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_attention_forward(list(tensors), *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.settings, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
+        ctx.save_for_backward(*output[1:], *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if do is None:  # o took no part in what is differentiated
+            return (None,) * (len(saved) - 6)
+        return None, *_attention_backward([do, *saved], *ctx.settings)
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 7  Functions: the functional API. The only place that chooses a backend.
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> str:
     """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
 
     `obstacle`: why the caller's function has no kernel for its other arguments, if so.
     """
-    _check(backend in _BACKENDS, "backend", backend, f"must be one of {', '.join(map(repr, _BACKENDS))}")
+    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
     if backend == "torch":
-        return _TORCH
+        return "torch"
     obstacle = obstacle or _triton_obstacle(q, scale)
+    usable = obstacle is None
     if backend == "auto":
-        usable = obstacle is None and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-        return _TRITON if usable and q.numel() > 0 else _TORCH
-    _check(obstacle is None, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return _TRITON if q.numel() > 0 else _TORCH
+        usable = usable and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    else:
+        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return "triton" if usable and q.numel() > 0 else "torch"
 
 
 def _triton_obstacle(q: Tensor, scale: float) -> str | None:
@@ -2246,40 +2422,54 @@ def _check_tensor(name: str, x: object, rank: int, letters: str) -> None:
     _check(x.ndim == rank, f"{name}.shape", tuple(x.shape), f"must have {rank} dimensions, {letters}")
 
 
+def _check_shape(name: str, x: Tensor, letters: str, expected: tuple[int, ...]) -> None:
+    _check_tensor(name, x, len(expected), letters)
+    _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), lambda: f"must be {letters} = {expected}")
+
+
 def _check_like(name: str, x: Tensor, q: Tensor) -> None:
     _check(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"must be q's, {q.dtype}")
     _check(x.device == q.device, f"{name}.device", str(x.device), f"must be q's, {q.device}")
 
 
-def _check_attention(q: Tensor, scale: float | None, rows: int | None = None, **keys_and_values: Tensor) -> float:
-    """Checks q (B, T, H, D) against pairs of keys and values (B, rows, K, D); returns the scale."""
+def _check_query(q: Tensor, scale: float | None) -> float:
+    """Checks q (B, T, H, D); returns the scale."""
     _check_tensor("q", q, 4, "(B, T, H, D)")
     _check(q.is_floating_point(), "q.dtype", q.dtype, "must be a floating point type", TypeError)
     _check(q.shape[3] > 0, "q.shape", tuple(q.shape), "must have at least 1 number a head")
-    first = None
+    _check(scale is None or _finite(scale), "scale", scale, "must be a finite number, or None for 1/sqrt(D)")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _check_keys(q: Tensor, rows: int, letters: str, **keys_and_values: Tensor) -> None:
+    """Checks keys and values, (B, rows, K, D), against a q that has been checked: the first sets K for all."""
+    heads = None
     for name, x in keys_and_values.items():
-        _check_tensor(name, x, 4, "(B, T, K, D)")
+        _check_tensor(name, x, 4, letters)
         _check_like(name, x, q)
-        _check(x.shape[2] > 0, f"{name}.shape", tuple(x.shape), "must have at least 1 head")
-        rule = f"must be a divisor of q's {q.shape[2]} heads in dimension 2"
-        _check(q.shape[2] % x.shape[2] == 0, f"{name}.shape", tuple(x.shape), rule)
-        length = q.shape[1] if rows is None else rows
-        expected = (q.shape[0], length, (x if first is None else first).shape[2], q.shape[3])
-        rule = f"must be {expected} for q of shape {tuple(q.shape)}"
-        _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), rule)
-        first = x if first is None else first
-    if scale is None:
-        return q.shape[3] ** -0.5
-    _check(_finite(scale), "scale", scale, "must be a finite number, or None for 1/sqrt(D)")
-    return float(scale)
+        heads = x.shape[2] if heads is None else heads
+        of_group = heads > 0 and q.shape[2] % heads == 0
+        _check(of_group, f"{name}.shape", tuple(x.shape), lambda: f"must have a divisor of q's {q.shape[2]} heads")
+        _check_shape(name, x, letters, (q.shape[0], rows, heads, q.shape[3]))
 
 
-def _check_compressed(q: Tensor, block_size: int, stride: int, scale: float | None, **keys_and_values: Tensor) -> float:
+def _check_compressed(q: Tensor, block_size: int, stride: int, **keys_and_values: Tensor) -> None:
     _check_integer("block_size", block_size, 1)
     _check_integer("stride", stride, 1)
     _check_blocks(block_size, stride, stride, 0, 0, 0)
-    _check_tensor("q", q, 4, "(B, T, H, D)")
-    return _check_attention(q, scale, _compressed_count(q.shape[1], block_size, stride), **keys_and_values)
+    _check_keys(q, _compressed_count(q.shape[1], block_size, stride), "(B, C, K, D)", **keys_and_values)
+
+
+def _check_choice(
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
+) -> str | None:
+    """Checks the sizes of the choice; returns what is in the way of its kernel, if anything is."""
+    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
+        _check_integer(name, value, 1)
+    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
+        _check_integer(name, value, 0)
+    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
 
 
 def local_attention(
@@ -2313,13 +2503,14 @@ def local_attention(
         ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
     """
     q, k, v = _autocast(q, k, v)
-    scale = _check_attention(q, scale, k=k, v=v)
+    scale = _check_query(q, scale)
+    _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("window", window, 1)
-    branches = _choose_backend(backend, q, scale)
+    on = _choose_backend(backend, q, scale)
     flash = _flash_attention(q) if backend == "auto" else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply(branches.local, {"window": window, "scale": scale}, q, k, v)[0]
+    return _BranchFunction.apply((on, "local", [window], scale), q, k, v)[0]
 
 
 def compressed_attention(
@@ -2356,10 +2547,10 @@ def compressed_attention(
         (B, T, H) in float32 (float64 for float64), −inf there. Both are differentiable.
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
-    scale = _check_compressed(q, block_size, stride, scale, k_cmp=k_cmp, v_cmp=v_cmp)
-    branches = _choose_backend(backend, q, scale)
-    settings = {"block_size": block_size, "stride": stride, "scale": scale}
-    return _BranchFunction.apply(branches.compressed, settings, q, k_cmp, v_cmp)
+    scale = _check_query(q, scale)
+    _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
+    on = _choose_backend(backend, q, scale)
+    return _BranchFunction.apply((on, "compressed", [block_size, stride], scale), q, k_cmp, v_cmp)
 
 
 @torch.no_grad()
@@ -2398,22 +2589,14 @@ def select_blocks(
         int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free.
     """
     q, k_cmp = _autocast(q, k_cmp)
-    scale = _check_compressed(q, block_size, stride, scale, k_cmp=k_cmp)
-    _check_tensor("lse", lse, 3, "(B, T, H)")
-    _check(lse.shape == q.shape[:3], "lse.shape", tuple(lse.shape), f"must be {tuple(q.shape[:3])}, q's (B, T, H)")
+    scale = _check_query(q, scale)
+    _check_compressed(q, block_size, stride, k_cmp=k_cmp)
+    _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
-    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
-        _check_integer(name, value, 1)
-    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-        _check_integer(name, value, 0)
-    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    far = "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
-    branches = _choose_backend(backend, q, scale, obstacle=far)
-    with torch.autocast(q.device.type, enabled=False):
-        return branches.select(
-            q, k_cmp, lse, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks, scale
-        )
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
+    return _select([q, k_cmp, lse], on, sizes, scale)
 
 
 def selective_attention(
@@ -2443,22 +2626,16 @@ def selective_attention(
         (B, T, H, D) in q's dtype; 0 where a query has chosen nothing that it sees.
     """
     q, k, v = _autocast(q, k, v)
-    scale = _check_attention(q, scale, k=k, v=v)
+    scale = _check_query(q, scale)
+    _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("select_block_size", select_block_size, 1)
     _check_tensor("block_indices", block_indices, 4, "(B, T, K, S)")
-    expected = (*k.shape[:3], block_indices.shape[3])
-    _check(
-        tuple(block_indices.shape) == expected,
-        "block_indices.shape",
-        tuple(block_indices.shape),
-        f"must be (B, T, K, S) = {expected}",
-    )
+    _check_shape("block_indices", block_indices, "(B, T, K, S)", (*k.shape[:3], block_indices.shape[3]))
     dtype, device = block_indices.dtype, block_indices.device
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
-    branches = _choose_backend(backend, q, scale)
-    settings = {"select_block_size": select_block_size, "scale": scale}
-    return _BranchFunction.apply(branches.selective, settings, q, k, v, block_indices)[0]
+    on = _choose_backend(backend, q, scale)
+    return _BranchFunction.apply((on, "selective", [select_block_size], scale), q, k, v, block_indices)[0]
 
 
 def nsa_attention(
@@ -2504,34 +2681,26 @@ def nsa_attention(
     Returns:
         (B, T, H, D) in q's dtype.
     """
-    _check_integer("local_window", local_window, 1)
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    if k_local is None:
-        k_local, v_local = k, v
-    _check_attention(q, scale, k=k, v=v, k_local=k_local, v_local=v_local)
-    _check_tensor("gates", gates, 4, "(B, T, H, 3)")
-    expected = (*q.shape[:3], 3)
-    _check(tuple(gates.shape) == expected, "gates.shape", tuple(gates.shape), f"must be (B, T, H, 3) = {expected}")
+    local = {} if k_local is None else {"k_local": k_local, "v_local": v_local}
+    scale = _check_query(q, scale)
+    _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v, **local)
+    _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
+    _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
+    _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
-    options = {"scale": scale, "backend": backend}
-    blocks = {"block_size": block_size, "stride": stride}
-    o_local = local_attention(q, k_local, v_local, local_window, **options)
-    o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, **blocks, **options)
-    chosen = select_blocks(
-        q,
-        k_cmp,
-        lse,
-        **blocks,
-        select_block_size=select_block_size,
-        topk_blocks=topk_blocks,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        **options,
-    )
-    o_selective = selective_attention(q, k, v, chosen, select_block_size, **options)
-    branches = _choose_backend(backend, q, 1.0)
-    return _GateFunction.apply(branches.gates, gates, o_local, o_compressed, o_selective)
+    _check_integer("local_window", local_window, 1)
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
+    if backend == "auto" and _flash_attention(q) is not None:  # its part has a backward of its own
+        o_local = local_attention(q, *(local.values() or (k, v)), local_window, scale=scale)
+        o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
+        chosen = _select([q, k_cmp, lse.detach()], on, sizes, scale)
+        o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
+        return _torch_gate(gates, o_local, o_compressed, o_selective)
+    tensors = (q, k, v, k_cmp, v_cmp, gates, *local.values())
+    return _AttentionFunction.apply((on, local_window, sizes, scale), *tensors)[0]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

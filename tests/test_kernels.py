@@ -429,21 +429,22 @@ def launch(G: int, D: int, launched: tuple[str, ...], T: int = 1024, K: int = 2)
     q, k, compressed_keys = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen = torch.zeros(1, T, K, S, dtype=torch.int32)
-    kernels, scale = nsa._TRITON, 0.1
+    kernels, scale = nsa._BACKENDS["triton"], 0.1
+    terms = kernels.row_terms(q, lse, q, lse, K)
     branches = {
-        "local": ((q, k, k), {"window": 512}),
-        "compressed": ((q, compressed_keys, compressed_keys), {"block_size": 32, "stride": 16}),
-        "selective": ((q, k, k, chosen), {"select_block_size": 64}),
+        "local": ((q, k, k), (512,)),
+        "compressed": ((q, compressed_keys, compressed_keys), (32, 16)),
+        "selective": ((q, k, k, chosen), (64,)),
     }
     for name in set(launched) & set(branches):
-        branch, (inputs, settings) = getattr(kernels, name), branches[name]
-        branch.forward(*inputs, **settings, scale=scale)
-        branch.backward(q, lse, *inputs, q, lse, **settings, scale=scale)
+        branch, (inputs, sizes) = getattr(kernels, name), branches[name]
+        branch.forward(*inputs, *sizes, scale)
+        branch.backward(q, terms, *inputs, *sizes, scale, q)
     if "select" in launched:
         kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
     if "gates" in launched:
-        kernels.gates.forward(gates, q, q, q)
-        kernels.gates.backward(q, gates, q, q, q)
+        kernels.gate(gates, q, q, q)
+        kernels.gated_row_terms(q, gates, [q] * 3, [lse] * 3, K)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -454,7 +455,9 @@ def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
         return None
     path.write_bytes(cubin)
     code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
-    return {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "LDSM", "STL", "LDL")}
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "STL", "LDL")}
+    before_products, _, _ = code.rpartition("HGMMA")  # what follows only writes results
+    return counts | {"operands in registers": len(re.findall(r"\bLDSM\b", before_products))}
 
 
 def build(names: list[str], folder: str) -> None:
@@ -513,7 +516,7 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    rest = {"choose", "gate_forward", "gate_backward"} if "gates" in BUILDS[name][2] else {"sum_over_slots"}
+    rest = {"choose", "gate", "row_terms"} if "gates" in BUILDS[name][2] else {"sum_over_slots"}
     assert set(PRODUCTS[name]) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in PRODUCTS[name]:
         assert kernels[kernel]["wgmma"] > 0, f"{kernel} does without Hopper's matrix unit"
@@ -531,4 +534,4 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
         assert (machine["HGMMA"] > 0) == (kernel in PRODUCTS[name]), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
     for kernel in set(SPANS) & set(kernels):
-        assert kernels[kernel]["LDSM"] == 0, f"{kernel} keeps an operand of its products in registers"
+        assert kernels[kernel]["operands in registers"] == 0, f"{kernel} keeps an operand of its products in registers"
