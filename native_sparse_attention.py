@@ -65,6 +65,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch path serves
     triton = tl = TensorDescriptor = None
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
 
 __all__ = [
     "AttentionPatterns",
@@ -2384,8 +2385,7 @@ def _triton_obstacle(q: Tensor, scale: float) -> str | None:
     if q.is_cuda:
         old = torch.cuda.get_device_capability(q.device) < (8, 0)
         return "the GPU is older than sm_80" if old else None
-    interpreted = triton.knobs.runtime.interpret and q.device.type == "cpu"
-    return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
+    return None if _INTERPRETED and q.device.type == "cpu" else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
 @functools.cache
@@ -2683,7 +2683,8 @@ def nsa_attention(
     """
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    local = {} if k_local is None else {"k_local": k_local, "v_local": v_local}
+    own = k_local is not None and not (k_local is k and v_local is v)
+    local = {"k_local": k_local, "v_local": v_local} if own else {}
     scale = _check_query(q, scale)
     _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v, **local)
     _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
