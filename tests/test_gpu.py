@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -198,6 +202,27 @@ def test_memory_layout_does_not_matter(layout: str, compiled: None) -> None:
     assert_as_exact_as_plain(whole, LAYOUT_CASE, x, run(whole, TRITON, LAYOUT_CASE, x, layout))
 
 
+MEMCHECK = (*CASES, real(1, 64, T=200), real(3, 80, T=200), real(16, 128, T=200))
+
+
+def test_no_access_out_of_bounds() -> None:
+    """NVIDIA's memcheck over small shapes, every tensor in an allocation of its own."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("needs compute-sanitizer")
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c"]
+    script = "import test_gpu\nfor case in test_gpu.MEMCHECK: test_gpu.warm_up(case, test_gpu.torch.bfloat16)"
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True)
+    if "ERROR SUMMARY" not in done.stdout:
+        pytest.skip(f"compute-sanitizer did not start: {(done.stdout + done.stderr)[-300:]}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Long sequences
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +262,11 @@ def assert_long_sequence(case: Case, dtype: torch.dtype) -> None:
 
 def test_64k_tokens(compiled: None) -> None:
     assert_long_sequence(LONG, torch.bfloat16)
+
+
+def test_a_million_tokens() -> None:
+    """Offsets beyond 32 bits."""
+    assert_long_sequence(replace(LONG, name="1M", T=2**20, H=16, K=1), torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
