@@ -2365,7 +2365,7 @@ def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None 
     obstacle = obstacle or _triton_obstacle(q, scale)
     usable = obstacle is None
     if backend == "auto":
-        usable = usable and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+        usable = usable and q.is_cuda and torch.cuda.get_device_properties(q.device).major == 9
     else:
         _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
     return "triton" if usable and q.numel() > 0 else "torch"
@@ -2383,7 +2383,7 @@ def _triton_obstacle(q: Tensor, scale: float) -> str | None:
     if scale <= 0:
         return f"scale is {scale}, and the kernels take positive ones only"
     if q.is_cuda:
-        old = torch.cuda.get_device_capability(q.device) < (8, 0)
+        old = torch.cuda.get_device_properties(q.device).major < 8
         return "the GPU is older than sm_80" if old else None
     return None if _INTERPRETED and q.device.type == "cpu" else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
@@ -2404,7 +2404,7 @@ def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
 
 
 def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
