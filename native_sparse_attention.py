@@ -2135,6 +2135,8 @@ def _triton_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple
 # How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
 # A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
 
+_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "n_local", "n_parts"]  # no new kernel for each number of rows
+
 
 @_kernel
 def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
@@ -2157,9 +2159,9 @@ def _decode_begin(
 
 
 @_kernel
-def _decode_share(tiles, part, PARTS: tl.constexpr):
+def _decode_share(tiles, part, parts):
     """The tiles of a part: [begin, end)."""
-    return tiles * part // PARTS, tiles * (part + 1) // PARTS
+    return tiles * part // parts, tiles * (part + 1) // parts
 
 
 @_kernel
@@ -2182,21 +2184,20 @@ def _decode_tile(
 
 @_kernel
 def _decode_end(
-    acc, peak, total, o_part, lse_part, row, part, g,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
+    acc, peak, total, o_part, lse_part, row, part, parts, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """o_part[row, part, g] = acc / total, lse_part[row, part, g] = peak + log2 total: 0 and -inf where no key is."""
-    out = (row.to(tl.int64) * PARTS + part) * G + g
+    out = (row.to(tl.int64) * parts + part) * G + g
     _store_tile(o_part, acc / tl.where(total > 0, total, 1.0)[:, None], out, D, g < G, D, DP)
     tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
 
 
-@_kernel
+@_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_compressed_kernel(
-    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_scores, scale,
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, OF_COMPRESSED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -2211,7 +2212,7 @@ def _decode_compressed_kernel(
         q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
     end = _span_end(t, BLOCK, STRIDE)
-    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, OF_COMPRESSED)
+    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
     column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
     score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
@@ -2226,21 +2227,21 @@ def _decode_compressed_kernel(
         if SPILL > 0:
             borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
             tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
-    _decode_end(acc, peak, total, o_part, lse_part, row, part, g, G, D, DP, PARTS)
+    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
 
 
 @_kernel
 def _decode_score(
-    lse_part, scores, lent, row, tiles, n_scores, G: tl.constexpr, OF_COMPRESSED: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_PAD: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
+    lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G: tl.constexpr, PARTS_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr, SPILL: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """score[j] = sum_g exp2(scores[row, g, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
     j, part = tl.arange(0, NP)[None, :], tl.arange(0, PARTS_PAD)[None, :]
     score = tl.zeros([NP], tl.float32)
     for first in range(0, G, HEADS):
         g = first + tl.arange(0, HEADS)[:, None]
-        lse = lse_part + (row.to(tl.int64) * PARTS + part) * G + g
-        lse = tl.load(lse, mask=(g < G) & (part < OF_COMPRESSED), other=float("-inf"))
+        lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
+        lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
         top = tl.max(lse, axis=1)
         top = tl.where(top == float("-inf"), 0.0, top)
         lse = (top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), axis=1)))[:, None]
@@ -2254,15 +2255,15 @@ def _decode_score(
     return score
 
 
-@_kernel
+@_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_scores, scale,
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_compressed, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
-    WINDOW: tl.constexpr, OF_COMPRESSED: tl.constexpr, OF_LOCAL: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_PAD: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
     row, part = tl.program_id(0), tl.program_id(1) - 1
@@ -2272,18 +2273,18 @@ def _decode_choose_kernel(
             q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
         )
         first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
-        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, OF_LOCAL)
+        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
         for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
             s = first + tile * KEYS + tl.arange(0, KEYS)
             acc, peak, total, _ = _decode_tile(
                 acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
                 D, DP, PRECISION,
             )  # fmt: skip
-        _decode_end(acc, peak, total, o_part, lse_part, row, OF_COMPRESSED + part, g, G, D, DP, PARTS)
+        _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
     elif tl.program_id(2) == 0:
         tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
         score = _decode_score(
-            lse_part, scores, lent, row, tiles, n_scores, G, OF_COMPRESSED, PARTS, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
+            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
         )
         one = tl.arange(0, 1)
         _store_highest(
@@ -2292,12 +2293,12 @@ def _decode_choose_kernel(
         )  # fmt: skip
 
 
-@_kernel
+@_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_selected_kernel(
-    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, scale,
+    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, OF_SELECTED: tl.constexpr, PARTS: tl.constexpr,
+    S: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
@@ -2307,7 +2308,7 @@ def _decode_selected_kernel(
         q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
-    begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, OF_SELECTED)
+    begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
         n = tile * KEYS + tl.arange(0, KEYS)
         j = tl.load(chosen + row.to(tl.int64) * S + n // SELECT_PAD, mask=n // SELECT_PAD < taken, other=-1)
@@ -2316,34 +2317,34 @@ def _decode_selected_kernel(
         acc, peak, total, _ = _decode_tile(
             acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-    _decode_end(acc, peak, total, o_part, lse_part, row, PARTS - OF_SELECTED + part, g, G, D, DP, PARTS)
+    part += n_parts - tl.num_programs(1)
+    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
 
 
-@_kernel
+@_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_merge_kernel(
-    o_part, lse_part, gates, o, m0, n_tokens, gate_strides, o_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    OF_COMPRESSED: tl.constexpr, OF_LOCAL: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
+    o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gate_strides, o_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
 ):  # fmt: skip
     """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
     b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
     head = row % K * G + g
     part = tl.arange(0, PARTS_PAD)
-    offsets = (row.to(tl.int64) * PARTS + part) * G + g
-    lse = tl.load(lse_part + offsets, mask=part < PARTS, other=float("-inf"))
-    after_local = OF_COMPRESSED + OF_LOCAL
+    offsets = (row.to(tl.int64) * n_parts + part) * G + g
+    lse = tl.load(lse_part + offsets, mask=part < n_parts, other=float("-inf"))
+    after_local = n_compressed + n_local
     gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + head * gate_strides[2]
     weight = tl.zeros([PARTS_PAD], tl.float32)
     for c in tl.static_range(3):  # local, compressed, selective
-        first = OF_COMPRESSED if c == 0 else (0 if c == 1 else after_local)
-        end = after_local if c == 0 else (OF_COMPRESSED if c == 1 else PARTS)
+        first = n_compressed if c == 0 else (0 if c == 1 else after_local)
+        end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
         lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
         top = tl.max(lse_c, axis=0)
         e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top))
         gate = tl.load(gate_base + c * gate_strides[3]).to(tl.float32)
         weight += gate / tl.maximum(tl.sum(e, axis=0), 1.0) * e  # the sum is 0 or, as its largest term is 1, at least 1
-    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < PARTS, D, DP), axis=0)
+    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < n_parts, D, DP), axis=0)
     d = tl.arange(0, DP)
     out = o + b * o_strides[0] + m * o_strides[1] + head * o_strides[2]
     tl.store(out + d, merged.to(o.dtype.element_ty), mask=d < D)
@@ -2418,40 +2419,38 @@ def _triton_decode(
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
     rows = B * chunk * K
     parts = [max(min(p // (rows * head_blocks), m), 1) for p, m in zip(programs, most, strict=True)]
-    o_part = torch.empty(rows * sum(parts) * G * D, dtype=torch.float32, device=q.device)
-    lse_part = torch.empty(rows * sum(parts) * G, dtype=torch.float32, device=q.device)
+    n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
+    o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
+    lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
     scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
     chosen = torch.empty(rows * S, dtype=torch.int32, device=q.device)
-    of_compressed, of_local, of_selected = parts
-    shape = {"K": K, "G": G, "D": D, "DP": _padded(D), "PARTS": sum(parts)}
+    shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
     attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
         rows = B * n_tokens * K
-        _decode_compressed_kernel[(rows, of_compressed, head_blocks)](
-            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_scores, scale,
+        _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
             q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
-            **attend, **blocked, PART=part, OF_COMPRESSED=of_compressed, **tiles["compressed"],
+            **attend, **blocked, PART=part, **tiles["compressed"],
         )  # fmt: skip
-        _decode_choose_kernel[(rows, 1 + of_local, head_blocks)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_scores, scale,
+        _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
+            m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, S=S, SP=triton.next_power_of_2(S), INIT=init_blocks, LOCAL=local_blocks, NP=NP,
             SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=local_window,
-            OF_COMPRESSED=of_compressed, OF_LOCAL=of_local, PARTS_PAD=triton.next_power_of_2(of_compressed),
-            **tiles["local"],
+            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
-        _decode_selected_kernel[(rows, of_selected, head_blocks)](
-            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, scale,
+        _decode_selected_kernel[(rows, n_selected, head_blocks)](
+            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
             q.stride(), k.stride(), v.stride(), positions.stride(),
-            **attend, S=S, SELECT=select_block_size, SELECT_PAD=select_pad, OF_SELECTED=of_selected,
-            **tiles["selected"],
+            **attend, S=S, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
         )  # fmt: skip
         _decode_merge_kernel[(rows * G,)](
-            o_part, lse_part, gates, o, m0, n_tokens, gates.stride(), o.stride(), **shape,
-            OF_COMPRESSED=of_compressed, OF_LOCAL=of_local, PARTS_PAD=triton.next_power_of_2(sum(parts)),
-            num_warps=1,
+            o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
+            **shape, PARTS_PAD=triton.next_power_of_2(n_parts), num_warps=1,
         )  # fmt: skip
     return o
 
