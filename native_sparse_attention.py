@@ -783,18 +783,20 @@ _SPAN = {2: 4096, 4: 512}
 _DECODE_TILES = {
     ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("compressed", 4, 128): {"PROGRAMS": 4, "KEYS": 16, "STAGES": 1, "num_warps": 4},
-    ("compressed", 4, 256): {"PROGRAMS": 4, "KEYS": 16, "STAGES": 1, "num_warps": 4},
+    ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 4},
-    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 4},
+    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("selected", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 4},
-    ("selected", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 4},
+    ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("selected", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
 }
 _DECODE_MAX_KEYS = 128  # the most keys in a tile
+_DECODE_MAX_PARTS = 32  # the most parts of a row in each branch
+_DECODE_HEADS = {2: 64, 4: 16}  # the most heads of a group in a tile, by bytes of a number
 _DECODE_BYTES = 256 << 20  # partial results of one chunk of new tokens take at most this much memory
 
 
@@ -2298,7 +2300,7 @@ def _decode_selected_kernel(
     q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
@@ -2307,11 +2309,14 @@ def _decode_selected_kernel(
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
         q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
+    slot = tl.arange(0, SP)
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
+    blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
     begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
         n = tile * KEYS + tl.arange(0, KEYS)
-        j = tl.load(chosen + row.to(tl.int64) * S + n // SELECT_PAD, mask=n // SELECT_PAD < taken, other=-1)
+        of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
+        j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
         s = j * SELECT + n % SELECT_PAD
         seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
         acc, peak, total, _ = _decode_tile(
@@ -2397,7 +2402,7 @@ def _triton_decode(
     if o.numel() == 0:
         return o
     q, k, v, k_local, v_local, k_cmp, v_cmp = map(_unit_stride, (q, k, v, k_local, v_local, k_cmp, v_cmp))
-    heads = min(max(triton.next_power_of_2(G), 16), 64)
+    heads = min(max(triton.next_power_of_2(G), 16), _DECODE_HEADS[q.dtype.itemsize])
     head_blocks = triton.cdiv(G, heads)
     tiles = {name: _decode_tiles(name, D, q.dtype) for name in ("compressed", "local", "selected")}
     programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
@@ -2415,10 +2420,11 @@ def _triton_decode(
         triton.cdiv(S * select_pad, tiles["selected"]["KEYS"]),
     )
     NP = triton.next_power_of_2(max(triton.cdiv(k.shape[1], select_block_size), S))
+    tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
 
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
     rows = B * chunk * K
-    parts = [max(min(p // (rows * head_blocks), m), 1) for p, m in zip(programs, most, strict=True)]
+    parts = [max(min(p // (rows * head_blocks), m, _DECODE_MAX_PARTS), 1) for p, m in zip(programs, most, strict=True)]
     n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
     o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
     lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
@@ -2427,6 +2433,8 @@ def _triton_decode(
     shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
     attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
+    parts_pad = triton.next_power_of_2(n_parts)
+    slots = {"S": S, "SP": triton.next_power_of_2(S)}
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
         rows = B * n_tokens * K
@@ -2439,18 +2447,18 @@ def _triton_decode(
             q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
-            **attend, **blocked, S=S, SP=triton.next_power_of_2(S), INIT=init_blocks, LOCAL=local_blocks, NP=NP,
+            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
             SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=local_window,
             PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
         _decode_selected_kernel[(rows, n_selected, head_blocks)](
             q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
             q.stride(), k.stride(), v.stride(), positions.stride(),
-            **attend, S=S, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
+            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
         )  # fmt: skip
         _decode_merge_kernel[(rows * G,)](
             o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
-            **shape, PARTS_PAD=triton.next_power_of_2(n_parts), num_warps=1,
+            **shape, PARTS_PAD=parts_pad, num_warps=min(max(parts_pad * _padded(D) // 2048, 1), 8),
         )  # fmt: skip
     return o
 
