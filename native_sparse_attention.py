@@ -883,10 +883,10 @@ def _fold_importance(
     for right in tl.static_range(1, SPILL + 1):
         share = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
         lent = tl.sum(p * share.to(tl.float32)[None, None, :], axis=2)
-        source = tl.broadcast_to(((jj + (BLOCKS - right)) % BLOCKS)[None, :], [TOKENS, BLOCKS])
-        lent = tl.gather(lent, source, axis=1)
-        score += tl.where((jj >= right)[None, :], lent, 0.0)
-        beyond += tl.where((jj < right)[None, :], lent, 0.0)
+        source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [TOKENS, BLOCKS])
+        score += tl.where((jj >= right)[None, :], tl.gather(lent, source, axis=1), 0.0)
+        source = tl.broadcast_to(tl.minimum(jj + (BLOCKS - right), BLOCKS - 1)[None, :], [TOKENS, BLOCKS])
+        beyond += tl.where((jj < right)[None, :], tl.gather(lent, source, axis=1), 0.0)
     return score, beyond
 
 

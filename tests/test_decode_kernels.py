@@ -6,6 +6,7 @@ same error budget at real sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import oracle
@@ -13,7 +14,7 @@ import pytest
 import torch
 from cases import Case, Random, double
 from conftest import assert_within_budget
-from test_kernels import CASES, every_case, every_dtype, interpreted
+from test_kernels import CASES, LAYOUTS, every_case, every_dtype, interpreted, needs_triton
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -66,16 +67,15 @@ def buffer(x: Tensor, lengths: list[int], size: int) -> Tensor:
     return stale
 
 
-def decode(case: Case, step: Step, x: dict[str, Tensor]) -> Tensor:
+def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The kernels' output (B, M, H, D)."""
+    layout = layout or (lambda x: x)
     positions, size = step.positions(), max(step.lengths) + step.spare
     count = lambda tokens: oracle.compressed_count(tokens, case.block_size, case.stride)  # noqa: E731
     tokens = [buffer(x[name], list(step.lengths), size) for name in ("k", "v", "k_local", "v_local")]
     blocks = [buffer(x[name], [count(n) for n in step.lengths], count(size)) for name in ("k_cmp", "v_cmp")]
-    settings = {name: value for name, value in case.whole.items()}
-    return nsa._triton_decode(
-        at(x["q"], positions), *tokens, *blocks, at(x["gates"], positions), positions, **settings, scale=case.D**-0.5
-    )
+    tensors = (at(x["q"], positions), *tokens, *blocks, at(x["gates"], positions))
+    return nsa._triton_decode(*map(layout, tensors), positions, **case.whole, scale=case.D**-0.5)
 
 
 def near_ties(case: Case, x: dict[str, Tensor]) -> Tensor:
@@ -145,3 +145,83 @@ def test_rows_of_every_length(case: Case, dtype: torch.dtype, split: None, rando
 @pytest.mark.parametrize("case", [CASES[0], MIDDLE, CASES[10]], ids=str)
 def test_several_new_tokens(case: Case, new: int, dtype: torch.dtype, split: None, random: Random) -> None:
     check(case, of_every_length(case, new), random, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("processors", [1, 2, 1000])
+def test_any_number_of_parts(processors: int, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part a branch, a few, one a tile; with buffers so long that most parts have nothing to read."""
+    monkeypatch.setattr(nsa, "_processors", lambda device: processors)
+    case = replace(MIDDLE, T=97)
+    check(case, Step((97, 30), (1, 1), spare=300), random, torch.float16)
+
+
+@interpreted
+def test_chunks_of_new_tokens(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nsa, "_DECODE_BYTES", 1)
+    check(MIDDLE, Step((41, 2, 20), (3, 2, 1)), random, torch.float32)
+
+
+@interpreted
+def test_no_uninitialised_memory_is_read(split: None, random: Random) -> None:
+    """Memory is full of NaN, or of the largest integer, before anything is written to it."""
+    step = Step((41, 1, 20), (2, 1, 1))
+    x = inputs(MIDDLE, step, random, torch.float16)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        actual = decode(MIDDLE, step, x)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    assert_as_exact_as_plain(MIDDLE, step, x, actual)
+
+
+@interpreted
+def test_scores_too_large_for_exp(split: None, random: Random) -> None:
+    """Scores up to some thousand: float32, as dense masks would round them to float16."""
+    step = Step((41, 20), (1, 1))
+    x = inputs(MIDDLE, step, random, torch.float32)
+    for name in ("q", "k", "k_local", "k_cmp"):
+        x[name] *= 20
+    assert_as_exact_as_plain(MIDDLE, step, x, decode(MIDDLE, step, x))
+
+
+@interpreted
+@every_dtype
+@pytest.mark.parametrize("winners", ["none", "every_fifth"])
+def test_exact_ties_go_to_the_lower_block(dtype: torch.dtype, winners: str, split: None, random: Random) -> None:
+    """Queries and keys at right angles: every score is 0 but for a few blocks that stand out.
+
+    A value names its block, and all tokens weigh the same, so that the output tells which blocks were chosen.
+    """
+    case = Case("ties", T=61, H=6, D=16, topk_blocks=7, init_blocks=1, local_blocks=2)
+    step = Step((61, 45), (1, 1))
+    x = inputs(case, step, random, dtype)
+    x["q"][..., 2:] = 0
+    x["k"].zero_()
+    x["k_cmp"][..., :2] = 0
+    if winners == "every_fifth":
+        x["k_cmp"][:, ::5, :, :2] = random(x["k_cmp"][:, ::5, :, :2].shape, dtype)
+    x["gates"][..., :2] = 0
+    actual = decode(case, step, x)
+    chosen = oracle.select_blocks(x["q"], x["k_cmp"], **case.choice)
+    o = oracle.Dense.selective_attention(x["q"].double(), x["k"].double(), x["v"].double(), chosen, 4)
+    expected = at(o * x["gates"][..., 2:].double(), step.positions())
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4e-3 if dtype == torch.float16 else 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(layout: str, split: None, random: Random) -> None:
+    case, step = replace(MIDDLE, D=16), Step((41, 20), (3, 1))
+    x = inputs(case, step, random, torch.float16)
+    assert_as_exact_as_plain(case, step, x, decode(case, step, x, LAYOUTS[layout]))
+
+
+@needs_triton
+def test_every_setting_has_a_kernel_or_a_reason() -> None:
+    for case in CASES:
+        assert nsa._decode_obstacle(case.block_size, case.stride, case.select_block_size) is None
+    for sizes in ((256, 1, 1), (129, 1, 129)):
+        assert "/".join(map(str, sizes)) in nsa._decode_obstacle(*sizes)
