@@ -157,6 +157,15 @@ def test_any_number_of_parts(processors: int, random: Random, monkeypatch: pytes
 
 
 @interpreted
+def test_blocks_that_nothing_but_their_left_weighs(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed blocks reach three selection blocks far, from one tile of scores into the next; no block is forced."""
+    tile = {"PROGRAMS": 8, "KEYS": 16, "STAGES": 1, "num_warps": 4}
+    monkeypatch.setitem(nsa._DECODE_TILES, ("compressed", 4, 128), tile)
+    case = Case("reaching", T=81, H=3, K=1, D=16, block_size=16, stride=4, topk_blocks=3, local_blocks=0)
+    check(case, Step((76, 79, 81), (4, 3, 4)), random, torch.float32)
+
+
+@interpreted
 def test_chunks_of_new_tokens(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nsa, "_DECODE_BYTES", 1)
     check(MIDDLE, Step((41, 2, 20), (3, 2, 1)), random, torch.float32)
