@@ -791,6 +791,9 @@ _SELECTIVE_TILES = {
     ("backward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
 }
 
+# Thresholds that one round of the choice counts by: registers against rounds.
+_TRIALS = {"choose": 1, "decode": 8}
+
 # Block scores of one chunk of queries take at most this much memory.
 _SCORE_BYTES = 256 << 20
 
@@ -817,7 +820,7 @@ _DECODE_TILES = {
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3, "num_warps": 4},
     ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -994,11 +997,13 @@ def _block_scores_kernel(
 def _store_highest(
     score, own, exists, out_row,
     S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+    TRIALS: tl.constexpr,
 ):  # fmt: skip
     """out_row[:] = the S highest of score[: own + 1], forced ones first, ties to the lower index; ROWS rows at once.
 
-    Scores are not negative, so their bits order as integers: the S-th highest is found by bisection, by counting, and
-    a round that counts exactly S ends it. The running count of what is taken is the slot: slots ascend without a sort.
+    Scores are not negative, so their bits order as integers: the S-th highest is found by counting what reaches each of
+    TRIALS thresholds at a time (one bisects), and a round that counts exactly S ends it. The running count of what is
+    taken is the slot: slots ascend without a sort.
     """
     QUAD: tl.constexpr = 4 if NP > 4 else 1
     j = tl.arange(0, NP)[None, :]
@@ -1019,10 +1024,14 @@ def _store_highest(
     threshold = tl.where(n_forced >= wanted, _TL_FORCED, tl.minimum(threshold, over - 1))
     over = tl.where(n_forced >= wanted, _TL_FORCED + 1, over)
     while tl.max(over - threshold, axis=0) > 1:
-        trial = threshold + (over - threshold) // 2
-        reached = tl.sum((key >= trial[:, None]).to(tl.int32), axis=1)
-        threshold = tl.where(reached >= wanted, trial, threshold)
-        over = tl.where(reached > wanted, over, tl.where(reached == wanted, trial + 1, trial))
+        step = tl.maximum((over - threshold) // (TRIALS + 1), 1)
+        trial = tl.minimum(threshold[:, None] + step[:, None] * (1 + tl.arange(0, TRIALS))[None, :], over[:, None] - 1)
+        reached = tl.sum((key[:, :, None] >= trial[:, None, :]).to(tl.int32), axis=1)
+        enough, few = reached >= wanted[:, None], reached < wanted[:, None]
+        threshold = tl.maximum(threshold, tl.max(tl.where(enough, trial, 0), axis=1))
+        over = tl.minimum(over, tl.min(tl.where(few, trial, _TL_FORCED + 1), axis=1))
+        exact = tl.max((reached == wanted[:, None]).to(tl.int32), axis=1) > 0
+        over = tl.where(exact, threshold + 1, over)
 
     # ties at the threshold: those before `limit` are taken, so that `wanted` are taken in all
     limit = tl.full([ROWS], NP, tl.int32)
@@ -1051,7 +1060,7 @@ def _store_highest(
 def _choose_kernel(
     scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
     K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, TRIALS: tl.constexpr,
 ):  # fmt: skip
     """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1]."""
     z = tl.program_id(1)
@@ -1062,7 +1071,7 @@ def _choose_kernel(
     score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
     out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
     out_row = out + (t0 + token).to(tl.int64) * stride_ot
-    _store_highest(score, (t0 + token) // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP)
+    _store_highest(score, (t0 + token) // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP, TRIALS)
 
 
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
@@ -1117,7 +1126,7 @@ def _triton_select(
         _choose_kernel[(triton.cdiv(n_tokens, rows), B * K)](
             scores, chosen, n_tokens, n_blocks, t0, *chosen.stride()[:3],
             K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, INIT=init_blocks, LOCAL=local_blocks,
-            ROWS=rows, NP=width, num_warps=min(max(width // 1024, 1), 32),
+            ROWS=rows, NP=width, TRIALS=_TRIALS["choose"], num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
 
@@ -2323,7 +2332,7 @@ def _decode_choose_kernel(
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
-    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
+    TRIALS: tl.constexpr, WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
@@ -2350,7 +2359,7 @@ def _decode_choose_kernel(
         one = tl.arange(0, 1)
         _store_highest(
             score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
-            S, SP, INIT, LOCAL, 1, NP,
+            S, SP, INIT, LOCAL, 1, NP, TRIALS,
         )  # fmt: skip
 
 
@@ -2506,7 +2515,7 @@ def _triton_decode(
             q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
-            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
+            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP, TRIALS=_TRIALS["decode"],
             SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=local_window,
             PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip

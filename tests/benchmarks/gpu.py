@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ import native_sparse_attention as nsa  # noqa: E402
 PAPER = {"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "init_blocks": 1,
          "local_blocks": 2, "local_window": 512}  # fmt: skip
 LONG = {"block_size": 64, "stride": 64, "select_block_size": 64, "topk_blocks": 8, "local_window": 256}
+RATE = 790e12  # operations a second in bfloat16 matrix products, as measured on an H200
 SHAPES = [(64, 4, 128, 65536), (64, 4, 128, 8192), (32, 8, 128, 65536), (16, 16, 64, 32768)]  # H, K, D, T
 
 
@@ -77,15 +79,55 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def whole(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
+def measure_whole(shape: tuple[int, int, int, int], setting: dict[str, int]) -> tuple[tuple[float, ...], ...]:
+    """`forward_backward` of NSA and of dense attention."""
     leaves = leaves_of(*shape, setting)
     ours = forward_backward(lambda *x: nsa.nsa_attention(*x, **setting), leaves)
-    theirs = forward_backward(dense, leaves[:3])
+    return ours, forward_backward(dense, leaves[:3])
+
+
+def name_of(shape: tuple[int, int, int, int]) -> str:
     heads, kv_heads, dim, tokens = shape
-    name = f"{heads} q / {kv_heads} kv, D {dim}, T {tokens // 1024}k"
+    return f"{heads} q / {kv_heads} kv, D {dim}, T {tokens // 1024}k"
+
+
+def whole_row(shape: tuple[int, int, int, int], ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
     cells = [f"{theirs[0]:.2f} / {theirs[1]:.2f}", f"{ours[0]:.2f} / {ours[1]:.2f}"]
     cells += [f"{theirs[0] / ours[0]:.2f}× / {theirs[1] / ours[1]:.2f}×", f"{theirs[2]:.1f} / {ours[2]:.1f}"]
-    return f"| {name} | " + " | ".join(cells) + " |"
+    return f"| {name_of(shape)} | " + " | ".join(cells) + " |"
+
+
+def break_even(times: dict[int, tuple[float, float]]) -> str:
+    """Tokens at which NSA's forward and backward take as long as dense attention's, of {T: (ours, theirs)}."""
+    for (low, (ours, theirs)), (high, (ours_high, theirs_high)) in itertools.pairwise(sorted(times.items())):
+        before, after = math.log(theirs / ours), math.log(theirs_high / ours_high)
+        if before < 0 <= after:
+            return f"break-even at {low * (high / low) ** (before / (before - after)) / 1024:.0f}k tokens"
+    return "no break-even in this range"
+
+
+def compare(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) -> dict[int, tuple[float, float]]:
+    """Prints a row for each shape; returns ms of forward and backward by length: {T: (NSA, dense)}."""
+    columns = ("shape", "dense, ms", "NSA, ms", "dense / NSA", "peak GiB, dense / NSA")
+    print("forward / backward\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    times = {}
+    for shape in shapes:
+        ours, theirs = measure_whole(shape, setting)
+        print(whole_row(shape, ours, theirs), flush=True)
+        times[shape[3]] = sum(ours[:2]), sum(theirs[:2])
+    return times
+
+
+# Keys that a query sees, and matrix products with each, in the forward: the backward has 2.5 times as many.
+def floors(shape: tuple[int, int, int, int], setting: dict[str, int]) -> list[float]:
+    """ms that the matrix products of compressed, choice, selective and local attention take at RATE."""
+    heads, _, dim, tokens = shape
+    t = torch.arange(tokens, dtype=torch.float64)
+    visible = ((t - setting["block_size"] + 1) // setting["stride"] + 1).clamp(min=0).sum()
+    chosen = (t + 1).clamp(max=setting["topk_blocks"] * setting["select_block_size"]).sum()
+    window = (t + 1).clamp(max=setting["local_window"]).sum()
+    keys_and_products = ((visible, 2), (visible, 1), (chosen, 2), (window, 2))
+    return [1e3 * 2 * float(keys) * products * heads * dim / RATE for keys, products in keys_and_products]
 
 
 def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
@@ -100,8 +142,12 @@ def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
         (lambda q, k, v: nsa.local_attention(q, k, v, setting["local_window"]), [q, k, v]),
     ]
     times = [forward_backward(f, x)[:2] for f, x in branches]
-    times.insert(1, (milliseconds(lambda: nsa.select_blocks(q, k_cmp, lse, **choice)), 0.0))
-    return " | ".join(f"{forward:.2f} / {backward:.2f}" for forward, backward in times)
+    times.insert(1, (milliseconds(lambda: nsa.select_blocks(q, k_cmp, lse, **choice)), None))
+    cells = []
+    for (forward, backward), floor in zip(times, floors(shape, setting), strict=True):
+        back = "" if backward is None else f" / {backward:.2f} ({2.5 * floor:.2f})"
+        cells.append(f"{forward:.2f} ({floor:.2f}){back}")
+    return " | ".join(cells)
 
 
 # Decoding -------------------------------------------------------------------------------------------------------------
@@ -223,16 +269,14 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {nsa.triton.__version__}\n")
     if args.what == "decode":
         return decode(args.sweep)
-    shapes = [SHAPES[i] for i in args.shapes] if args.what == "paper" else [(8, 8, 64, 2**i) for i in range(11, 18)]
-    setting = PAPER if args.what == "paper" else LONG
-    columns = ("shape", "dense, ms", "NSA, ms", "dense / NSA", "peak GiB, dense / NSA")
-    print("forward / backward\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    if args.what == "long":
+        times = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
+        return print("\n" + break_even(times))
+    shapes = [SHAPES[i] for i in args.shapes]
+    compare(shapes, PAPER)
+    print("\nms (floor)\n\n| shape | compressed | choice | selective | local |\n|---|---|---|---|---|")
     for shape in shapes:
-        print(whole(shape, setting), flush=True)
-    if args.what == "paper":
-        print("\n| shape | compressed | choice | selective | local |\n|---|---|---|---|---|")
-        for shape in shapes:
-            print("| {} q / {} kv, D {}, T {} | ".format(*shape) + parts(shape, setting) + " |", flush=True)
+        print(f"| {name_of(shape)} | {parts(shape, PAPER)} |", flush=True)
 
 
 if __name__ == "__main__":
