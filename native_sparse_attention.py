@@ -2687,12 +2687,27 @@ def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale:
     return [x.new_empty(x.shape) for x in tensors[8:]]
 
 
+# torch.compile takes no tensor twice as an argument of an autograd function. Where nothing needs a gradient, it counts
+# the parameters of `forward` to learn whether a context comes first, so that *tensors would mislead it.
+
+
+def _apart(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, each its own: one that came before comes again as a view."""
+    return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
 class _BranchFunction(torch.autograd.Function):
-    """A branch by itself: q, k, v[, block_indices] → o, lse. Saves what goes in and out, never a probability."""
+    """A branch by itself → o, lse. Saves what goes in and out, never a probability."""
 
     @staticmethod
-    def forward(settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(_branch_forward(list(tensors), *settings))
+    def forward(
+        settings: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return tuple(_branch_forward(_given(q, k, v, block_indices), *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -2702,17 +2717,26 @@ class _BranchFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradients = _branch_backward([do, dlse, *saved], *ctx.settings)
-        return None, *gradients, *[None] * (len(saved) - 5)  # block_indices, where given
+        gradients = _branch_backward([do, dlse, *_given(*ctx.saved_tensors)], *ctx.settings)
+        return None, *gradients, None  # settings, and block_indices
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """The gated sum of the branches: q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, and what backward reads."""
+    """The gated sum of the branches → o, and what backward reads."""
 
     @staticmethod
-    def forward(settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_attention_forward(list(tensors), *settings))
+    def forward(
+        settings: tuple[Any, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        gates: Tensor,
+        k_local: Tensor | None,
+        v_local: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return tuple(_attention_forward(_given(q, k, v, k_cmp, v_cmp, gates, k_local, v_local), *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -2724,15 +2748,34 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
         if do is None:  # o took no part in what is differentiated
-            return (None,) * (len(saved) - 6)
-        return None, *_attention_backward([do, *saved], *ctx.settings)
+            return (None,) * 9
+        gradients = _attention_backward([do, *_given(*ctx.saved_tensors)], *ctx.settings)
+        return None, *gradients, *[None] * (8 - len(gradients))  # settings, and local keys that were not given
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 7  Functions: the functional API. The only place that chooses a backend.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what `function` returns. torch.compile does not look inside, and takes the result for a constant.
+
+    The mark is that of torch.compiler.assume_constant_result, which would load the compiler to set it.
+    """
+    remembered = functools.cache(function)
+
+    def once(*arguments: Any) -> Any:
+        return remembered(*arguments)
+
+    once._dynamo_marked_constant = True
+    return once
+
+
+@_once
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> str:
@@ -2746,7 +2789,7 @@ def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None 
     obstacle = obstacle or _triton_obstacle(q, scale)
     usable = obstacle is None
     if backend == "auto":
-        usable = usable and q.is_cuda and torch.cuda.get_device_properties(q.device).major == 9
+        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
     else:
         _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
     return "triton" if usable and q.numel() > 0 else "torch"
@@ -2764,25 +2807,28 @@ def _triton_obstacle(q: Tensor, scale: float) -> str | None:
     if scale <= 0:
         return f"scale is {scale}, and the kernels take positive ones only"
     if q.is_cuda:
-        old = torch.cuda.get_device_properties(q.device).major < 8
-        return "the GPU is older than sm_80" if old else None
+        return "the GPU is older than sm_80" if _capability(q.device) < (8, 0) else None
     interpreted = _INTERPRETED and q.device.type == "cpu"
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
-@functools.cache
-def _flash_function() -> Callable[..., Tensor] | None:
+@_once
+def _flash_works() -> bool:
     try:
-        from flash_attn import flash_attn_func
+        from flash_attn import flash_attn_func  # noqa: F401
     except Exception:  # not installed; or a broken build, which raises all kinds of errors
-        return None
-    return flash_attn_func
+        return False
+    return True
 
 
 def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
     """flash-attn's function, where that package is installed and takes such a query; None elsewhere."""
     takes = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
-    return _flash_function() if takes else None
+    if not takes or not _flash_works():
+        return None
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -2892,7 +2938,7 @@ def local_attention(
     flash = _flash_attention(q) if backend == "auto" else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply((on, "local", [window], scale), q, k, v)[0]
+    return _BranchFunction.apply((on, "local", [window], scale), *_apart(q, k, v), None)[0]
 
 
 def compressed_attention(
@@ -2932,7 +2978,7 @@ def compressed_attention(
     scale = _check_query(q, scale)
     _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
     on = _choose_backend(backend, q, scale)
-    return _BranchFunction.apply((on, "compressed", [block_size, stride], scale), q, k_cmp, v_cmp)
+    return _BranchFunction.apply((on, "compressed", [block_size, stride], scale), *_apart(q, k_cmp, v_cmp), None)
 
 
 @torch.no_grad()
@@ -3017,7 +3063,7 @@ def selective_attention(
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
     on = _choose_backend(backend, q, scale)
-    return _BranchFunction.apply((on, "selective", [select_block_size], scale), q, k, v, block_indices)[0]
+    return _BranchFunction.apply((on, "selective", [select_block_size], scale), *_apart(q, k, v), block_indices)[0]
 
 
 def nsa_attention(
@@ -3082,8 +3128,8 @@ def nsa_attention(
         chosen = _select([q, k_cmp, lse.detach()], on, sizes, scale)
         o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
-    tensors = (q, k, v, k_cmp, v_cmp, gates, *local.values())
-    return _AttentionFunction.apply((on, local_window, sizes, scale), *tensors)[0]
+    tensors = _apart(q, k, v, k_cmp, v_cmp, gates, *local.values())
+    return _AttentionFunction.apply((on, local_window, sizes, scale), *tensors, *[None] * (8 - len(tensors)))[0]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
