@@ -58,6 +58,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -238,6 +239,14 @@ class _Window(NamedTuple):
         """The keys that the queries [start, stop) see between them."""
         return slice(max(0, start - self.window + 1), stop)
 
+    def span(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The first key that each query sees, and one past the last."""
+        return (query - self.window + 1).clamp(min=0), query + 1
+
+    def seen_by(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The first query that sees each key, and one past the last, where the sequence is long enough."""
+        return key, key + self.window
+
 
 class _Staircase(NamedTuple):
     """Who sees whom in the compressed branch: block i is visible once its last token is there, i·d + l − 1 ≤ t."""
@@ -250,6 +259,12 @@ class _Staircase(NamedTuple):
 
     def keys(self, start: int, stop: int) -> slice:
         return slice(0, _compressed_count(stop, self.block_size, self.stride))
+
+    def span(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(query), ((query + 1 - self.block_size) // self.stride + 1).clamp(min=0)
+
+    def seen_by(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        return block * self.stride + self.block_size - 1, torch.full_like(block, torch.iinfo(block.dtype).max)
 
 
 def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size: int, blocks: int) -> Tensor:
@@ -719,6 +734,26 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
 
 
+# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _each_sequence(
+    function: Callable[[list[Tensor]], list[Tensor] | Tensor], tensors: list[Tensor], lengths: list[int], *blocks: int
+) -> list[Tensor] | Tensor:
+    """`function` of each of some packed sequences alone, its results one after another.
+
+    A tensor (1, rows, ...) has a row for each token or for each compressed block, of l and d in `blocks`. Their numbers
+    tell which: no sequence has more blocks than tokens, so where there are as many overall, every sequence has as many.
+    """
+    counts = [_compressed_count(n, *blocks) for n in lengths] if blocks else lengths
+    rows = {sum(counts): counts, sum(lengths): lengths}
+    sequences = zip(*(x.split(rows[x.shape[1]], dim=1) for x in tensors), strict=True)
+    results = [function(list(sequence)) for sequence in sequences]
+    if isinstance(results[0], Tensor):
+        return torch.cat(results, dim=1)
+    return [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 5  Triton kernels: the same branches for CUDA, with the signatures of section 4
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -869,6 +904,37 @@ def _selective_tiles(pass_: str, D: int, select_block_size: int, dtype: torch.dt
     return tiles
 
 
+# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# A kernel knows them by int32 tables, which are None for a batch of equal rows. They are made on the device, by the
+# rules of section 3, from what is there; the host knows all sizes and waits for nothing.
+
+
+def _edges(counts: Tensor) -> Tensor:
+    """Where each of some runs of so many rows begins, and where the last one ends."""
+    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _places(edges: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Of each row, the number of the run that it lies in, and its number there."""
+    row = torch.arange(rows, dtype=torch.int32, device=edges.device)
+    run = torch.searchsorted(edges, row, right=True, out_int32=True) - 1
+    return run, row - edges[run]
+
+
+class _Packing:
+    """Sequences that lie one after another in a batch of 1."""
+
+    def __init__(self, cu_seqlens: Tensor, lengths: list[int]) -> None:
+        self.edges, self.on_host = cu_seqlens.contiguous(), lengths
+        self.lengths = self.edges.diff()
+
+    @functools.cached_property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The sequence of every token, and the token's position there."""
+        return _places(self.edges, sum(self.on_host))
+
+
 # Choice of blocks ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -927,7 +993,7 @@ def _fold_importance(
 
 @_kernel
 def _block_scores_kernel(
-    q, k_cmp, lse, scores,
+    q, k_cmp, lse, scores, tiles,
     C, n_tokens, n_blocks, t0, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_lb, stride_lt, stride_lh,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -937,7 +1003,8 @@ def _block_scores_kernel(
 ):  # fmt: skip
     """scores[z, t, j] = sum_i overlap(i, j) sum_g exp(scale q[t, g] . k_cmp[i] - lse[t, g]), over the visible i.
 
-    A tile holds BLOCKS selection blocks, the first SPILL of them only to lend to their right; TILES tiles in a row.
+    A tile holds BLOCKS selection blocks, the first SPILL of them only to lend to their right; TILES tiles in a row. A
+    tile of queries lies in one sequence; where sequences are packed, `tiles` tells in which, and t and i count there.
     """
     m: tl.constexpr = BLOCK // STRIDE
     r: tl.constexpr = SELECT // STRIDE
@@ -946,6 +1013,10 @@ def _block_scores_kernel(
     t = t0 + token
     j_first = tl.program_id(1) * TILES * (BLOCKS - SPILL) - SPILL
     last = t0 + tl.minimum((tl.program_id(0) + 1) * TOKENS, n_tokens) - 1
+    if tiles is not None:
+        tile = tiles + 5 * tl.program_id(0)
+        position, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        t, last = position + tl.arange(0, TOKENS), tl.minimum(position + TOKENS, length) - 1
     if (j_first + SPILL) * SELECT > last:  # every block of the tile begins after every query of the tile
         return
 
@@ -953,6 +1024,11 @@ def _block_scores_kernel(
     q_base = q + (z // K).to(tl.int64) * stride_qb + (z % K).to(tl.int64) * G * stride_qh
     k_base = k_cmp + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
     lse_base = lse + (z // K).to(tl.int64) * stride_lb + (z % K).to(tl.int64) * G * stride_lh
+    if tiles is not None:
+        in_chunk, C = t < length, tl.load(tile + 4)
+        q_base += begin.to(tl.int64) * stride_qt
+        k_base += tl.load(tile + 3).to(tl.int64) * stride_kt
+        lse_base += begin.to(tl.int64) * stride_lt
     column = tl.arange(0, BLOCKS * PART)
     j_next = j_first + BLOCKS - SPILL  # a second tile, for the same queries, where TILES is 2
     score = tl.zeros([TOKENS, BLOCKS], tl.float32)
@@ -1058,8 +1134,8 @@ def _store_highest(
 
 @_kernel
 def _choose_kernel(
-    scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
-    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
+    scores, chosen_blocks, tiles, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
+    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, TOKENS: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, TRIALS: tl.constexpr,
 ):  # fmt: skip
     """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1]."""
@@ -1070,8 +1146,15 @@ def _choose_kernel(
     row = (z.to(tl.int64) * n_tokens + token) * n_blocks
     score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
     out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
-    out_row = out + (t0 + token).to(tl.int64) * stride_ot
-    _store_highest(score, (t0 + token) // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP, TRIALS)
+    t = t0 + token
+    position = t
+    if tiles is not None:
+        tile = tiles + 5 * (token // TOKENS)
+        position = tl.load(tile, mask=in_chunk, other=0) + token % TOKENS
+        t = tl.load(tile + 1, mask=in_chunk, other=0) + position
+        in_chunk = in_chunk & (position < tl.load(tile + 2, mask=in_chunk, other=0))
+    out_row = out + t.to(tl.int64) * stride_ot
+    _store_highest(score, position // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP, TRIALS)
 
 
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
@@ -1080,6 +1163,18 @@ def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) ->
     size = dict(_SELECT_TILES[dtype.itemsize, 128 if _padded(D) <= 128 else 256, G == 1])
     blocks = max(size.pop("COLUMNS") // part, triton.next_power_of_2(2 * spill), 2)
     return {**size, "BLOCKS": blocks, "PART": part}
+
+
+def _query_tiles(packing: _Packing, tokens: int, block_size: int, stride: int) -> Tensor:
+    """Tiles of at most so many queries, each of one sequence: int32 (n, 5).
+
+    The position of the first query; the sequence's first token, its length, its first compressed key, their number.
+    """
+    keys = _Staircase(block_size, stride).span(packing.lengths - 1)[1]
+    sequences = torch.stack([packing.edges[:-1], packing.lengths, _edges(keys)[:-1], keys], 1)
+    tiles = sum(triton.cdiv(length, tokens) for length in packing.on_host)
+    sequence, tile = _places(_edges((packing.lengths + (tokens - 1)) // tokens), tiles)
+    return torch.cat([tile[:, None] * tokens, sequences[sequence]], 1)
 
 
 def _triton_select(
@@ -1093,40 +1188,46 @@ def _triton_select(
     init_blocks: int,
     local_blocks: int,
     scale: float,
+    packing: _Packing | None = None,
 ) -> Tensor:
     """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots."""
     B, T, H, D = q.shape
     C, K = k_cmp.shape[1:3]
     G, S = H // K, topk_blocks
     q, k_cmp = _unit_stride(q), _unit_stride(k_cmp)
-    N = triton.cdiv(T, select_block_size)
     ratio = select_block_size // stride
     spill = (ratio + block_size // stride - 2) // ratio
-    tiles = _select_tiles(D, G, ratio, spill, q.dtype)
+    sizes = _select_tiles(D, G, ratio, spill, q.dtype)
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
-    chunk = max(_SCORE_BYTES // (4 * B * K * N), 1)
-    chunk = min(triton.cdiv(chunk, 128) * 128, T)
-    scores = torch.empty(B * K * chunk * N, dtype=torch.float32, device=q.device)
-    for t0 in range(0, T, chunk):
-        n_tokens = min(chunk, T - t0)
-        n_blocks = triton.cdiv(t0 + n_tokens, select_block_size)  # later blocks are no candidates in this chunk
+    tiles, rows, longest = None, T, T
+    if packing is not None:
+        tiles, longest = _query_tiles(packing, sizes["TOKENS"], block_size, stride), max(packing.on_host)
+        rows = len(tiles) * sizes["TOKENS"]  # of scores; those that fill up a sequence's last tile belong to no query
+    row_bytes = 4 * B * K * _selection_count(longest, select_block_size)
+    chunk = min(triton.cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, rows)
+    scores = torch.empty(chunk * row_bytes // 4, dtype=torch.float32, device=q.device)
+    for t0 in range(0, rows, chunk):
+        n_tokens = min(chunk, rows - t0)
+        n_blocks = _selection_count(min(t0 + n_tokens, longest), select_block_size)  # later ones are no candidates yet
+        of_chunk = None if tiles is None else tiles[t0 // sizes["TOKENS"] :]
         grid = (
-            triton.cdiv(n_tokens, tiles["TOKENS"]),
-            triton.cdiv(n_blocks, tiles["TILES"] * (tiles["BLOCKS"] - spill)),
+            triton.cdiv(n_tokens, sizes["TOKENS"]),
+            triton.cdiv(n_blocks, sizes["TILES"] * (sizes["BLOCKS"] - spill)),
             B * K,
         )
         _block_scores_kernel[grid](
-            q, k_cmp, lse, scores, C, n_tokens, n_blocks, t0, scale,
+            q, k_cmp, lse, scores, of_chunk, C, n_tokens, n_blocks, t0, scale,
             *q.stride()[:3], *k_cmp.stride()[:3], *lse.stride(),
             K=K, G=G, D=D, DP=_padded(D), STRIDE=stride, BLOCK=block_size, SELECT=select_block_size,
-            SPILL=spill, PRECISION=_precision(), **tiles,
+            SPILL=spill, PRECISION=_precision(), **sizes,
         )  # fmt: skip
         width = max(triton.next_power_of_2(n_blocks), triton.next_power_of_2(S))
-        rows = max(1, 512 // width)
-        _choose_kernel[(triton.cdiv(n_tokens, rows), B * K)](
-            scores, chosen, n_tokens, n_blocks, t0, *chosen.stride()[:3],
-            K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, INIT=init_blocks, LOCAL=local_blocks,
-            ROWS=rows, NP=width, TRIALS=_TRIALS["choose"], num_warps=min(max(width // 1024, 1), 32),
+        rows_each = max(1, 512 // width)
+        _choose_kernel[(triton.cdiv(n_tokens, rows_each), B * K)](
+            scores, chosen, of_chunk, n_tokens, n_blocks, t0, *chosen.stride()[:3],
+            K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, TOKENS=sizes["TOKENS"],
+            INIT=init_blocks, LOCAL=local_blocks, ROWS=rows_each, NP=width, TRIALS=_TRIALS["choose"],
+            num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
 
@@ -1220,12 +1321,17 @@ def _triton_gated_row_terms(
 #
 # A tile of query rows packs tokens × G heads, so that the heads of a group share every key that is loaded: row n of key
 # head k is token n // Gp, head k·G + n % Gp, where Gp is G rounded up to a power of two.
+#
+# Packed sequences bring tables in place of the arithmetic: `spans` has first(t) and end(t) of every query, `seen` the
+# first query that sees a key and one past the last. Both ascend from sequence to sequence, so a tile may straddle them.
 
 
 @_kernel
-def _span_first(t, WINDOW: tl.constexpr):
+def _span_first(t, WINDOW: tl.constexpr, spans=None):
     """first(t): the first key that query t sees."""
-    if WINDOW == 0:
+    if spans is not None:
+        first = tl.load(spans + 2 * t)
+    elif WINDOW == 0:
         first = t * 0
     else:
         first = tl.maximum(t + 1 - WINDOW, 0)
@@ -1233,9 +1339,13 @@ def _span_first(t, WINDOW: tl.constexpr):
 
 
 @_kernel
-def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr):
+def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, spans=None):
     """end(t): one past the last key that query t sees."""
-    return tl.maximum(t + 1 - BLOCK_SIZE + STRIDE, 0) // STRIDE
+    if spans is not None:
+        end = tl.load(spans + 2 * t + 1)
+    else:
+        end = tl.maximum(t + 1 - BLOCK_SIZE + STRIDE, 0) // STRIDE
+    return end
 
 
 @_kernel
@@ -1248,25 +1358,44 @@ def _span_mask(t, key, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: t
 
 
 @_kernel
-def _key_tiles(t_low, t_high, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr):
+def _bounds(table, i, exists):
+    """[low, high) of `spans` or `seen` for what stays during a program, empty where it does not exist."""
+    low, high = i, i
+    if table is not None:
+        low = tl.load(table + 2 * i, mask=exists, other=0)
+        high = tl.load(table + 2 * i + 1, mask=exists, other=0)
+    return low, high
+
+
+@_kernel
+def _key_tiles(
+    t_low, t_high, spans, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr
+):
     """Tiles of keys that the queries t_low..t_high see: (first key, tiles before the full ones, full ones, all)."""
-    first, end = _span_first(t_low, WINDOW), _span_end(t_high, BLOCK_SIZE, STRIDE)
-    before = tl.cdiv(_span_first(t_high, WINDOW) - first, KEYS)  # some queries have moved past the tile's first keys
-    full = tl.maximum((_span_end(t_low, BLOCK_SIZE, STRIDE) - first) // KEYS - before, 0)
+    if spans is not None:
+        t_low = tl.minimum(t_low, t_high)  # the last tile may begin behind the last query, of which there is no span
+    first, end = _span_first(t_low, WINDOW, spans), _span_end(t_high, BLOCK_SIZE, STRIDE, spans)
+    before = tl.cdiv(_span_first(t_high, WINDOW, spans) - first, KEYS)  # some have moved past the tile's first keys
+    full = tl.maximum((_span_end(t_low, BLOCK_SIZE, STRIDE, spans) - first) // KEYS - before, 0)
     return first, before, full, tl.cdiv(end - first, KEYS)
 
 
 @_kernel
 def _row_tiles(
-    key_low, key_high, T, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
+    key_low, key_high, T, C, seen, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Tiles of query rows that see any of the keys key_low..key_high: (first, first full, end of full, end)."""
-    t_first, t_end = key_low * STRIDE + (BLOCK_SIZE - 1), T
-    t_full, t_full_end = key_high * STRIDE + (BLOCK_SIZE - 1), T
-    if WINDOW > 0:
-        t_end = tl.minimum(T, key_high + WINDOW)
-        t_full_end = tl.minimum(T, key_low + WINDOW)
+    if seen is not None:
+        key_high = tl.minimum(key_high, C - 1)
+        t_first, t_full_end = tl.load(seen + 2 * key_low), tl.load(seen + 2 * key_low + 1)
+        t_full, t_end = tl.load(seen + 2 * key_high), tl.load(seen + 2 * key_high + 1)
+    else:
+        t_first, t_end = key_low * STRIDE + (BLOCK_SIZE - 1), T
+        t_full, t_full_end = key_high * STRIDE + (BLOCK_SIZE - 1), T
+        if WINDOW > 0:
+            t_end = tl.minimum(T, key_high + WINDOW)
+            t_full_end = tl.minimum(T, key_low + WINDOW)
     first, end = tl.minimum(t_first, T) * GROUP_PAD // ROWS, tl.cdiv(t_end * GROUP_PAD, ROWS)
     full = tl.minimum(tl.cdiv(tl.minimum(t_full, T) * GROUP_PAD, ROWS), end)
     full_end = tl.maximum(t_full_end * GROUP_PAD // ROWS, full)
@@ -1322,7 +1451,7 @@ def _load_keys(desc, b, k, start, KEYS: tl.constexpr, DIM: tl.constexpr):
 
 @_kernel
 def _forward_tile(
-    acc, peak, total, q, k_desc, v_desc, b, k, start, t, scale,
+    acc, peak, total, q, k_desc, v_desc, b, k, start, t, low, high, spans, scale,
     MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -1331,7 +1460,10 @@ def _forward_tile(
     s = tl.dot(q, keys.T, input_precision=PRECISION)
     if MASKED:
         key = start + tl.arange(0, KEYS)
-        s = tl.where(_span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW), s, float("-inf"))
+        seen = _span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW)
+        if spans is not None:
+            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        s = tl.where(seen, s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
     shift = new_peak
     if MASKED:  # a row without a visible key so far: any finite shift keeps its exponentials at exactly 0
@@ -1345,7 +1477,7 @@ def _forward_tile(
 
 @_kernel(do_not_specialize=["T"])
 def _span_forward_kernel(
-    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, T, H, K, D, scale,
+    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, spans, T, H, K, D, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -1361,16 +1493,17 @@ def _span_forward_kernel(
     acc = tl.zeros((ROWS, DIM), tl.float32)
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     # Tiles that every row sees whole, then the ones at both edges of the span.
-    first, before, full, tiles = _key_tiles(t_low, t_high, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
+    low, high = _bounds(spans, t, exists)
+    first, before, full, tiles = _key_tiles(t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
     for j in range(before, before + full):
         acc, peak, total = _forward_tile(
-            acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, t, scale * _TL_LOG2E,
+            acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, t, low, high, spans, scale * _TL_LOG2E,
             False, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
         )  # fmt: skip
     for j in range(tiles - full):
         start = first + tl.where(j < before, j, j + full) * KEYS
         acc, peak, total = _forward_tile(
-            acc, peak, total, q, k_desc, v_desc, b, k, start, t, scale * _TL_LOG2E,
+            acc, peak, total, q, k_desc, v_desc, b, k, start, t, low, high, spans, scale * _TL_LOG2E,
             True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
         )  # fmt: skip
     # Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf.
@@ -1382,7 +1515,7 @@ def _span_forward_kernel(
 
 @_kernel
 def _dq_tile(
-    dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, scale,
+    dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, low, high, spans, scale,
     MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -1394,7 +1527,10 @@ def _dq_tile(
     p = tl.exp2(s * scale - shift[:, None])
     if MASKED:
         key = start + tl.arange(0, KEYS)
-        p = tl.where(_span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW), p, 0.0)
+        seen = _span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW)
+        if spans is not None:
+            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        p = tl.where(seen, p, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
@@ -1402,7 +1538,7 @@ def _dq_tile(
 @_kernel(do_not_specialize=["T"])
 def _span_dq_kernel(
     do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, shift_ptr, delta_ptr, dq_ptr, dq_strides,
-    T, K, D, rows_pad, scale,
+    spans, T, K, D, rows_pad, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ADD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -1422,16 +1558,17 @@ def _span_dq_kernel(
     shift, delta = tl.load(shift_ptr + n), tl.load(delta_ptr + n)
     dq = tl.zeros((ROWS, DIM), tl.float32)
     # Tiles that every row sees whole, then the ones at both edges of the span.
-    first, before, full, tiles = _key_tiles(t_low, t_high, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
+    low, high = _bounds(spans, t, exists)
+    first, before, full, tiles = _key_tiles(t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
     for j in range(before, before + full):
         dq = _dq_tile(
-            dq, q, do, shift, delta, k_desc, v_desc, b, k, first + j * KEYS, t, scale * _TL_LOG2E,
+            dq, q, do, shift, delta, k_desc, v_desc, b, k, first + j * KEYS, t, low, high, spans, scale * _TL_LOG2E,
             False, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
         )  # fmt: skip
     for j in range(tiles - full):
         start = first + tl.where(j < before, j, j + full) * KEYS
         dq = _dq_tile(
-            dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, scale * _TL_LOG2E,
+            dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, low, high, spans, scale * _TL_LOG2E,
             True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
         )  # fmt: skip
     dq *= scale
@@ -1442,7 +1579,7 @@ def _span_dq_kernel(
 
 @_kernel
 def _dkv_tile(
-    dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, scale,
+    dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, low, high, seen, scale,
     MASKED: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -1457,7 +1594,11 @@ def _dkv_tile(
     dp = tl.dot(values, do.T, input_precision=PRECISION)
     p = tl.exp2(s * scale - shift[None, :])
     if MASKED:
-        p = tl.where(_span_mask((n // GROUP_PAD)[None, :], key[:, None], BLOCK_SIZE, STRIDE, WINDOW), p, 0.0)
+        t = (n // GROUP_PAD)[None, :]
+        sees = _span_mask(t, key[:, None], BLOCK_SIZE, STRIDE, WINDOW)
+        if seen is not None:
+            sees = (t >= low[:, None]) & (t < high[:, None])
+        p = tl.where(sees, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -1467,7 +1608,7 @@ def _dkv_tile(
 @_kernel(do_not_specialize=["T", "C", "B", "row_tiles_per_part"])
 def _span_dkv_kernel(
     do_desc, q_desc, k_desc, v_desc, shift_ptr, delta_ptr, dk_desc, dv_desc,
-    T, K, C, B, rows_pad, row_tiles_per_part, scale, GROUP_PAD: tl.constexpr,
+    seen, T, K, C, B, rows_pad, row_tiles_per_part, scale, GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -1479,9 +1620,12 @@ def _span_dkv_kernel(
     start = tl.program_id(0) // heads % key_tiles * KEYS
     b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
     first, full, full_end, end = _row_tiles(
-        start, start + KEYS - 1, T, ROWS, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW
+        start, start + KEYS - 1, T, C, seen, ROWS, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW
     )
     low, high = part * row_tiles_per_part, (part + 1) * row_tiles_per_part
+    if seen is not None:  # few of all rows see the tile, and it is those that are split
+        parts = tl.num_programs(0) // (heads * key_tiles)
+        low, high = first + (end - first) * part // parts, first + (end - first) * (part + 1) // parts
     first, end = tl.maximum(first, low), tl.minimum(end, high)
     full = tl.minimum(tl.maximum(full, first), end)
     full_end = tl.maximum(tl.minimum(full_end, end), full)
@@ -1489,19 +1633,20 @@ def _span_dkv_kernel(
     keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
     values = _load_keys(v_desc, b, k, start, KEYS, DIM)
     key = start + tl.arange(0, KEYS)
+    t_low, t_high = _bounds(seen, key, key < C)
     shift_ptr += (b.to(tl.int64) * K + k) * rows_pad
     delta_ptr += (b.to(tl.int64) * K + k) * rows_pad
     dk, dv = tl.zeros((KEYS, DIM), tl.float32), tl.zeros((KEYS, DIM), tl.float32)
     for tile in range(full, full_end):
         dk, dv = _dkv_tile(
-            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, scale * _TL_LOG2E,
-            False, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
+            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, t_low, t_high, seen,
+            scale * _TL_LOG2E, False, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
         )  # fmt: skip
     for j in range(first, end - full_end + full):
         tile = tl.where(j < full, j, j - full + full_end)
         dk, dv = _dkv_tile(
-            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, scale * _TL_LOG2E,
-            True, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
+            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, t_low, t_high, seen,
+            scale * _TL_LOG2E, True, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
         )  # fmt: skip
     dk_desc.store([part * B + b, k, start, 0], (dk * scale).to(dk_desc.dtype).reshape(1, 1, KEYS, DIM))
     dv_desc.store([part * B + b, k, start, 0], dv.to(dv_desc.dtype).reshape(1, 1, KEYS, DIM))
@@ -1556,8 +1701,24 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def _span_tables(
+    packing: _Packing | None, keys: int, BLOCK_SIZE: int, STRIDE: int, WINDOW: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """`spans` (T, 2) and `seen` (keys, 2) of packed sequences."""
+    if packing is None:
+        return None, None
+    rule = _Window(WINDOW) if WINDOW > 0 else _Staircase(BLOCK_SIZE, STRIDE)
+    key_edges = _edges(rule.span(packing.lengths - 1)[1])  # a sequence's last query sees its last key
+    sequence, query = packing.tokens
+    spans = torch.stack(rule.span(query), 1) + key_edges[sequence, None]
+    sequence, key = _places(key_edges, keys)
+    first, end = rule.seen_by(key)
+    seen = torch.stack([first, end.minimum(packing.lengths[sequence])], 1) + packing.edges[sequence, None]
+    return spans, seen
+
+
 def _span_forward(
-    branch: str, q: Tensor, k: Tensor, v: Tensor, scale: float, **span: int
+    branch: str, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: _Packing | None, **span: int
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of the queries over their spans of keys."""
     B, T, H, D = q.shape
@@ -1568,28 +1729,31 @@ def _span_forward(
     q, k, v, o = _unit_stride(q), _aligned(k), _aligned(v), q.new_empty(q.shape)
     rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
     grid = (triton.cdiv(T * options["GROUP_PAD"], rows) * B * K,)
+    spans, _ = _span_tables(packing, C, **span)
     _span_forward_kernel[grid](
         q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
-        lse, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+        lse, spans, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return o, lse
 
 
 def _span_backward(
     branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    **span: int,
+    packing: _Packing | None, **span: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, **span)
-    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, **span)
+    spans, seen = _span_tables(packing, k.shape[1], **span)
+    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, spans, **span)
+    longest = q.shape[1] if packing is None else max(packing.on_host)
+    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
 
 
 def _span_dq(
     branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    **span: int,
+    spans: Tensor | None, **span: int,
 ) -> Tensor:  # fmt: skip
     """dq, added to what is there."""
     T, H, D = q.shape[1:]
@@ -1598,26 +1762,27 @@ def _span_dq(
     out = q.new_empty(q.shape) if dq is None else dq
     _span_dq_kernel[(terms.shift.numel() // rows,)](
         do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms,
-        out, out.stride(), T, K, D, terms.shift.shape[-1], scale,
+        out, out.stride(), spans, T, K, D, terms.shift.shape[-1], scale,
         GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return out
 
 
 def _span_dkv(
-    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, **span: int
-) -> tuple[Tensor, Tensor]:
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float,
+    seen: Tensor | None, longest: int, **span: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
     B, T, _, D = q.shape
     C, K = k.shape[1:3]
     rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
-    row_tiles, key_tiles = triton.cdiv(T * options["GROUP_PAD"], rows), triton.cdiv(C, keys)
+    row_tiles, key_tiles = triton.cdiv(longest * options["GROUP_PAD"], rows), triton.cdiv(C, keys)
     parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
     dtype = k.dtype if parts == 1 else torch.float32
     dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
     _span_dkv_kernel[(parts * key_tiles * B * K,)](
         _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
-        *terms, _key_descriptor(dk, keys), _key_descriptor(dv, keys),
+        *terms, _key_descriptor(dk, keys), _key_descriptor(dv, keys), seen,
         T, K, C, B, terms.shift.shape[-1], triton.cdiv(row_tiles, parts), scale,
         **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
@@ -1637,33 +1802,36 @@ def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
 
 
 def _triton_local_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, packing: _Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """Local branch: o (B, T, H, D) and lse (B, T, H)."""
-    return _span_forward("local", q, k, v, scale, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+    return _span_forward("local", q, k, v, scale, packing, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
 
 
 def _triton_local_backward(
-    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None,
+    packing: _Packing | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Local branch: dq, dk, dv."""
-    return _span_backward("local", do, terms, q, k, v, scale, dq, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+    return _span_backward("local", do, terms, q, k, v, scale, dq, packing, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
 
 
 def _triton_compressed_forward(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, stride: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, stride: int, scale: float,
+    packing: _Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compressed branch: o (B, T, H, D) and lse (B, T, H)."""
-    return _span_forward("compressed", q, k_cmp, v_cmp, scale, BLOCK_SIZE=block_size, STRIDE=stride, WINDOW=0)
+    span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
+    return _span_forward("compressed", q, k_cmp, v_cmp, scale, packing, **span)
 
 
 def _triton_compressed_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-    block_size: int, stride: int, scale: float, dq: Tensor | None,
+    block_size: int, stride: int, scale: float, dq: Tensor | None, packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compressed branch: dq, dk_cmp, dv_cmp."""
     span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
-    return _span_backward("compressed", do, terms, q, k_cmp, v_cmp, scale, dq, **span)
+    return _span_backward("compressed", do, terms, q, k_cmp, v_cmp, scale, dq, packing, **span)
 
 
 # Selective: pairs in order of their block ─────────────────────────────────────────────────────────────────────────────
@@ -1673,33 +1841,59 @@ def _triton_compressed_backward(
 # group), and a second kernel merges the S partial results of each query. So a block's keys are read once a tile, and no
 # query gathers keys. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. For large
 # groups, whose heads fill a tile by themselves, the forward keeps the query outside.
+#
+# The blocks of packed sequences are numbered on from one sequence to the next, and cut their tokens into runs as well.
+# Two tables: `places` has the position of every query in its sequence and the number of that sequence's first block,
+# `edges` the first token of every block, and at the end the number of tokens.
 
 
 @_kernel
-def _load_pair_block(blocks, pair, in_range, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr):
+def _position(t, places, mask):
+    """The position of a query in its sequence."""
+    position = t
+    if places is not None:
+        position = tl.load(places + 2 * t, mask=mask, other=0)
+    return position
+
+
+@_kernel
+def _block_tokens(j, edges, T, SELECT: tl.constexpr):
+    """Block j is the tokens [first, end), of which no more than SELECT count."""
+    if edges is None:
+        first, end = j * SELECT, T
+    else:
+        first, end = tl.load(edges + j), tl.load(edges + j + 1)
+    return first, end
+
+
+@_kernel
+def _load_pair_block(blocks, pair, in_range, places, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr):
     """The block of each pair, and whether it counts: free slots and blocks after the query do not."""
     t = t0 + pair // S
     j = tl.load(blocks + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
-    return j, in_range & (j >= 0) & (j <= t // SELECT)
+    valid = in_range & (j >= 0) & (j <= _position(t, places, in_range) // SELECT)
+    if places is not None:
+        j += tl.load(places + 2 * t + 1, mask=in_range, other=0)
+    return j, valid
 
 
 @_kernel
 def _count_pairs_kernel(
-    block_indices, counts, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
+    block_indices, counts, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
     K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """counts[z, j, run] = how many pairs of this run of RUN pairs chose block j."""
     run, z = tl.program_id(0), tl.program_id(1)
     blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
     pair = run * RUN + tl.arange(0, RUN)
-    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, t0, stride_t, S, SELECT)
+    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT)
     cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
     tl.atomic_add(counts + cell, 1, mask=valid, sem="relaxed")
 
 
 @_kernel
 def _place_pairs_kernel(
-    block_indices, cursors, pairs, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
+    block_indices, cursors, pairs, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
     K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """pairs[cursors[z, j, run] + rank] = pair, rank = its rank among the pairs of this run that chose j: a stable sort.
@@ -1711,11 +1905,11 @@ def _place_pairs_kernel(
     lane = tl.arange(0, TILE)
     weight = tl.where(lane[:, None] < lane[None, :], 1, 1 << 16)  # low half: before me; high half: me and after me
     pair = run * RUN + lane
-    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, t0, stride_t, S, SELECT)
+    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT)
     for first in range(TILE, RUN + TILE, TILE):
         next_pair = run * RUN + first + lane  # asked for early; the round after the last is empty
         in_run = (next_pair < n_pairs) & (first < RUN)
-        next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, t0, stride_t, S, SELECT)
+        next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, places, t0, stride_t, S, SELECT)
         cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
         cursor = tl.load(cursors + cell, mask=valid, other=0)
         j = tl.where(valid, j, -1 - lane)  # an invalid pair is alone with its number
@@ -1736,17 +1930,37 @@ class _Pairs(NamedTuple):
     end: Tensor  # (Z, N) int32
 
 
-def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, n_blocks: int, select_block_size: int) -> _Pairs:
+class _BlockTables(NamedTuple):
+    """All that the kernels need to know of selection blocks; the tables are those of packed sequences."""
+
+    count: int  # N
+    places: Tensor | None  # (T, 2)
+    edges: Tensor | None  # (N + 1,)
+
+
+def _block_tables(tokens: int, select_block_size: int, packing: _Packing | None) -> _BlockTables:
+    if packing is None:
+        return _BlockTables(_selection_count(tokens, select_block_size), None, None)
+    count = sum(_selection_count(length, select_block_size) for length in packing.on_host)
+    block_edges = _edges(_selection_count(packing.lengths, select_block_size))
+    sequence, position = packing.tokens
+    places = torch.stack([position, block_edges[sequence]], 1)
+    sequence, block = _places(block_edges, count)
+    first = packing.edges[sequence] + block * select_block_size
+    return _BlockTables(count, places, torch.cat([first, packing.edges[-1:]]))
+
+
+def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables, select_block_size: int) -> _Pairs:
     """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place."""
     B, _, K, S = block_indices.shape
     Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
-    run = _RUN
+    run, n_blocks = _RUN, blocks.count
     while run < 16384 and 4 * Z * n_blocks * triton.cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
     n_runs = triton.cdiv(n_pairs, run)
     counts = torch.zeros(Z, n_blocks, n_runs, dtype=torch.int32, device=device)
     pairs = torch.empty(Z * n_pairs, dtype=torch.int32, device=device)
-    shape = (n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
+    shape = (blocks.places, n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
     constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
     _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *shape, **constants, num_warps=4)
     after = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
@@ -1780,7 +1994,7 @@ def _cut_tiles(pairs: _Pairs, group: int, size: int) -> _Tiles:
 
 @_kernel
 def _selective_partial_kernel(
-    q, k, v, pairs, pair_begin, pair_end, tile_begin, block_of, o_part, lse_part,
+    q, k, v, pairs, pair_begin, pair_end, tile_begin, block_of, o_part, lse_part, edges,
     T, n_blocks, n_tiles, n_pairs, t0, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
@@ -1803,8 +2017,9 @@ def _selective_partial_kernel(
     k_base = k + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
     v_base = v + (z // K).to(tl.int64) * stride_vb + (z % K).to(tl.int64) * stride_vh
     n = tl.arange(0, KEYS)
-    token = j * SELECT + n
-    exists = (n < SELECT) & (token < T)
+    begin, end = _block_tokens(j, edges, T, SELECT)
+    token = begin + n
+    exists = (n < SELECT) & (token < end)
     keys = tl.trans(_load_tile(k_base, token, stride_kt, exists, D, DP))  # here, so that it stays in shared memory
     values = _load_tile(v_base, token, stride_vt, exists, D, DP)
     for r in tl.range(row_first, row_last, ROWS):
@@ -1824,8 +2039,8 @@ def _selective_partial_kernel(
         o = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         if SELECT > KEYS:
             for n0 in range(KEYS, SELECT, KEYS):
-                more = j * SELECT + n0 + n
-                more_exists = (n0 + n < SELECT) & (more < T)
+                more = begin + n0 + n
+                more_exists = (n0 + n < SELECT) & (more < end)
                 more_keys = _load_tile(k_base, more, stride_kt, more_exists, D, DP)
                 more_values = _load_tile(v_base, more, stride_vt, more_exists, D, DP)
                 s = tl.dot(queries, tl.trans(more_keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
@@ -1845,7 +2060,7 @@ def _selective_partial_kernel(
 
 @_kernel
 def _selective_merge_kernel(
-    o_part, lse_part, block_indices, o, lse, n_tokens, t0,
+    o_part, lse_part, block_indices, o, lse, places, n_tokens, t0,
     stride_ib, stride_it, stride_ik, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
     SP: tl.constexpr, ROWS: tl.constexpr,
@@ -1855,6 +2070,7 @@ def _selective_merge_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
     row_mask = row < n_tokens * G
     t = t0 + row // G
+    position = _position(t, places, row_mask)
     blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
     d = tl.arange(0, DP)
     part = (z.to(tl.int64) * n_tokens + row // G) * (S * G) + row % G  # slot 0; the next one is G further
@@ -1863,7 +2079,7 @@ def _selective_merge_kernel(
     s = tl.arange(0, SP)[None, :]
     slot_mask = row_mask[:, None] & (s < S)
     j = tl.load(blocks + t.to(tl.int64)[:, None] * stride_it + s, mask=slot_mask, other=-1)
-    taken = (j >= 0) & (j <= (t // SELECT)[:, None])
+    taken = (j >= 0) & (j <= (position // SELECT)[:, None])
     lse_s = tl.load(lse_part + part[:, None] + s * G, mask=taken, other=float("-inf"))
     top = tl.max(lse_s, axis=1)
     total = tl.sum(tl.exp2(lse_s - tl.where(top == float("-inf"), 0.0, top)[:, None]), axis=1)
@@ -1873,7 +2089,7 @@ def _selective_merge_kernel(
     merged = tl.zeros([ROWS, DP], tl.float32)
     for slot in tl.range(0, S, loop_unroll_factor=4):
         block = tl.load(blocks + t.to(tl.int64) * stride_it + slot, mask=row_mask, other=-1)
-        used = (block >= 0) & (block <= t // SELECT)
+        used = (block >= 0) & (block <= position // SELECT)
         w = tl.exp2(tl.load(lse_part + part + slot * G, mask=used, other=float("-inf")) - lse_t)
         mask = used[:, None] & (d < D)[None, :]
         o_slot = tl.load(o_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -1887,7 +2103,7 @@ def _selective_merge_kernel(
 
 @_kernel
 def _selective_query_kernel(
-    q, k_desc, v_desc, block_indices, o, lse, scale,
+    q, k_desc, v_desc, block_indices, o, lse, places, scale,
     stride_qb, stride_qt, stride_qh, stride_ib, stride_it, stride_ik,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
@@ -1895,6 +2111,7 @@ def _selective_query_kernel(
 ):  # fmt: skip
     """o[t] = softmax(scale q[t] . k) v over the tokens <= t of the blocks that t chose; one token, its whole group."""
     t, z = tl.program_id(0), tl.program_id(1)
+    position = _position(t, places, True)
     b, h = z // K, z % K
     g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     q_base = q + b.to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + h.to(tl.int64) * G * stride_qh
@@ -1906,12 +2123,12 @@ def _selective_query_kernel(
     parts: tl.constexpr = (SELECT + KEYS - 1) // KEYS
     for step in tl.range(0, S * parts, num_stages=STAGES):
         j = tl.load(blocks + step // parts)
-        first = tl.maximum(j, 0) * SELECT + step % parts * KEYS
+        first = tl.maximum(j, 0) * SELECT + step % parts * KEYS + (t - position)
         n = step % parts * KEYS + tl.arange(0, KEYS)
         keys = tl.reshape(k_desc.load([b, first, h, 0]), [KEYS, DP])
         values = tl.reshape(v_desc.load([b, first, h, 0]), [KEYS, DP])
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
-        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= t)
+        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= position)
         s = tl.where(visible[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -1927,14 +2144,14 @@ def _selective_query_kernel(
     tl.store(lse_base + g * stride_lh, (top + tl.log2(total)) * _TL_LN2, mask=g < G)
 
 
-def _selective_by_query(q, k, v, block_indices, o, lse, select_block_size, scale, tiles) -> None:
+def _selective_by_query(q, k, v, block_indices, o, lse, places, select_block_size, scale, tiles) -> None:
     """Launch the query-outer order: grid (token, key head), so that one key head at a time has the L2."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     tile = [1, tiles["KEYS"], 1, _padded(D)]
     k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
     _selective_query_kernel[(T, B * K, triton.cdiv(H // K, tiles["HEADS"]))](
-        q, k_desc, v_desc, block_indices, o, lse, scale, *q.stride()[:3], *block_indices.stride()[:3],
+        q, k_desc, v_desc, block_indices, o, lse, places, scale, *q.stride()[:3], *block_indices.stride()[:3],
         *o.stride()[:3], *lse.stride(), K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size,
         PRECISION=_precision(), **tiles,
     )  # fmt: skip
@@ -1950,8 +2167,9 @@ def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
 
 
 def _triton_selective_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
+    packing: _Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D) and lse (B, T, H): softmax over the tokens up to t of the blocks that t chose."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
@@ -1959,13 +2177,13 @@ def _triton_selective_forward(
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
     o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    blocks = _block_tables(T, select_block_size, packing)
     if _query_outer(q, k, v, G):
         heads = min(max(triton.next_power_of_2(G), 16), 64)
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
         tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
-        _selective_by_query(q, k, v, block_indices, o, lse, select_block_size, scale, tiles)
+        _selective_by_query(q, k, v, block_indices, o, lse, blocks.places, select_block_size, scale, tiles)
         return o, lse
-    N = triton.cdiv(T, select_block_size)
     tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
     chunk = _chunk_tokens(B * H * S * D * q.element_size(), T)
     o_part = torch.empty(Z * chunk * S * G, D, dtype=q.dtype, device=q.device)
@@ -1974,15 +2192,16 @@ def _triton_selective_forward(
     constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": select_block_size}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, N, select_block_size)
+        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
         cut = _cut_tiles(pairs, G, _FORWARD_SPAN)
         _selective_partial_kernel[(cut.bound, Z)](
-            q, k, v, *pairs, cut.begin, cut.block_of, o_part, lse_part, T, N, cut.bound, n_tokens * S, t0, scale,
+            q, k, v, *pairs, cut.begin, cut.block_of, o_part, lse_part, blocks.edges,
+            T, blocks.count, cut.bound, n_tokens * S, t0, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(),
             **tiles,
         )  # fmt: skip
         _selective_merge_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
-            o_part, lse_part, block_indices, o, lse, n_tokens, t0,
+            o_part, lse_part, block_indices, o, lse, blocks.places, n_tokens, t0,
             *block_indices.stride()[:3], *o.stride()[:3], *lse.stride(),
             **constants, SP=triton.next_power_of_2(S), ROWS=merge_rows,
         )  # fmt: skip
@@ -1994,7 +2213,7 @@ def _triton_selective_forward(
 
 @_kernel
 def _selective_gradient_kernel(
-    do, q, k, v, shift, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part,
+    do, q, k, v, shift, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part, edges,
     T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
     stride_db, stride_dt, stride_dh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -2016,8 +2235,9 @@ def _selective_gradient_kernel(
     row_last = tl.minimum(row_first + SPAN, n_rows)
 
     n = part * KEYS + tl.arange(0, KEYS)
-    token = j * SELECT + n
-    exists = (n < SELECT) & (token < T)
+    begin, end = _block_tokens(j, edges, T, SELECT)
+    token = begin + n
+    exists = (n < SELECT) & (token < end)
     b, h = (z // K).to(tl.int64), (z % K).to(tl.int64)
     keys = _load_tile(k + b * stride_kb + h * stride_kh, token, stride_kt, exists, D, DP)
     values = _load_tile(v + b * stride_vb + h * stride_vh, token, stride_vt, exists, D, DP)
@@ -2057,7 +2277,7 @@ def _selective_gradient_kernel(
 
 @_kernel
 def _sum_over_tiles_kernel(
-    dk_part, dv_part, tile_begin, tile_end, dk, dv, T, n_blocks, n_tiles,
+    dk_part, dv_part, tile_begin, tile_end, dk, dv, edges, T, n_blocks, n_tiles,
     stride_kb, stride_kt, stride_kh,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, FIRST: tl.constexpr,
@@ -2066,8 +2286,9 @@ def _sum_over_tiles_kernel(
     j, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cell = z * n_blocks + j
     n = part * KEYS + tl.arange(0, KEYS)
-    token = j * SELECT + n
-    exists = (n < SELECT) & (token < T)
+    begin, end = _block_tokens(j, edges, T, SELECT)
+    token = begin + n
+    exists = (n < SELECT) & (token < end)
     base = (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
     dk_sum = tl.zeros([KEYS, DP], tl.float32)
     dv_sum = tl.zeros([KEYS, DP], tl.float32)
@@ -2084,7 +2305,7 @@ def _sum_over_tiles_kernel(
 
 @_kernel
 def _sum_over_slots_kernel(
-    dq_part, block_indices, dq, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
+    dq_part, block_indices, dq, places, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -2093,6 +2314,7 @@ def _sum_over_slots_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
     row_mask = row < n_tokens * G
     t = t0 + row // G
+    position = _position(t, places, row_mask)
     blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
     d = tl.arange(0, DP)
     part = (z.to(tl.int64) * n_tokens + row // G) * (S * PARTS * G) + row % G  # slot 0; the next one is G further
@@ -2104,7 +2326,7 @@ def _sum_over_slots_kernel(
         total += tl.load(dq + out[:, None] + d[None, :], mask=out_mask, other=0.0).to(tl.float32)
     for slot in tl.range(0, S * PARTS, loop_unroll_factor=4):
         block = tl.load(blocks + t.to(tl.int64) * stride_it + slot // PARTS, mask=row_mask, other=-1)
-        mask = ((block >= 0) & (block <= t // SELECT))[:, None] & (d < D)[None, :]
+        mask = ((block >= 0) & (block <= position // SELECT))[:, None] & (d < D)[None, :]
         dq_slot = tl.load(dq_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
         total += dq_slot.to(tl.float32)
     tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=out_mask)
@@ -2120,6 +2342,7 @@ def _triton_selective_backward(
     select_block_size: int,
     scale: float,
     dq: Tensor | None,
+    packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order."""
     B, T, H, D = q.shape
@@ -2127,7 +2350,7 @@ def _triton_selective_backward(
     G, Z, DP = H // K, B * K, _padded(D)
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
     add, dq = dq is not None, torch.empty(B, T, H, D, dtype=q.dtype, device=q.device) if dq is None else dq
-    N = triton.cdiv(T, select_block_size)
+    blocks = _block_tables(T, select_block_size, packing)
     tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
     parts = triton.cdiv(select_block_size, tiles["KEYS"])
     span = _SPAN[q.dtype.itemsize]
@@ -2140,24 +2363,24 @@ def _triton_selective_backward(
     constants = {"K": K, "D": D, "DP": DP, "SELECT": select_block_size, "PARTS": parts}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, N, select_block_size)
+        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
         cut = _cut_tiles(pairs, G, span)
         dk_part, dv_part = (
             torch.empty(Z * cut.bound * parts * tiles["KEYS"], D, dtype=torch.float32, device=q.device)
             for _ in range(2)
         )
         _selective_gradient_kernel[(cut.bound, parts, Z)](
-            do, q, k, v, *terms, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
-            T, N, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
+            do, q, k, v, *terms, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part, blocks.edges,
+            T, blocks.count, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
             *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             **constants, G=G, GROUP_PAD=_group_pad(G), S=S, SPAN=span, PRECISION=_precision(), **tiles,
         )  # fmt: skip
-        _sum_over_tiles_kernel[(N, parts, Z)](
-            dk_part, dv_part, cut.begin, cut.end, dk, dv, T, N, cut.bound, *dk.stride()[:3],
+        _sum_over_tiles_kernel[(blocks.count, parts, Z)](
+            dk_part, dv_part, cut.begin, cut.end, dk, dv, blocks.edges, T, blocks.count, cut.bound, *dk.stride()[:3],
             **constants, KEYS=tiles["KEYS"], FIRST=t0 == 0,
         )  # fmt: skip
         _sum_over_slots_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
-            dq_part, block_indices, dq, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
+            dq_part, block_indices, dq, blocks.places, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
             **constants, G=G, S=S, ROWS=merge_rows, ADD=add,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -2580,17 +2803,39 @@ _BACKENDS = {
     ),
 }
 
+
+def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> _Backend:
+    """The backend, for packed sequences where there are any; PyTorch's is given one sequence at a time."""
+    on = _BACKENDS[backend]
+    if not lengths:
+        return on
+    packing = _Packing(cu_seqlens, lengths)
+    packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
+    local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
+    return on._replace(local=local, compressed=compressed, selective=selective, select=packed(on.select))
+
+
 # Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
 # pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
 
 
 def _operator(function: Callable[..., Any]) -> Any:
-    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments."""
+    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments.
+
+    Packed sequences are their cu_seqlens and lengths, else None and []. PyTorch runs each alone.
+    """
 
     @functools.wraps(function)
-    def in_full_precision(*arguments: Any) -> Any:
-        with torch.autocast(arguments[0][0].device.type, enabled=False):
-            return function(*arguments)
+    def in_full_precision(
+        tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, *settings: Any
+    ) -> Any:
+        *_, sizes, _scale = settings
+        lengths = [length for length in lengths if length > 0]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            if backend == "torch" and lengths:
+                of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
+                return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
+            return function(tensors, cu_seqlens, lengths, backend, *settings)
 
     name = f"native_sparse_attention::{function.__name__.lstrip('_')}"
     return torch.library.custom_op(name, in_full_precision, mutates_args=())
@@ -2602,48 +2847,74 @@ def _fake_output(q: Tensor) -> list[Tensor]:
 
 
 @_operator
-def _branch_forward(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _branch_forward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
     """q, k, v[, block_indices] → o, lse."""
-    return list(getattr(_BACKENDS[backend], branch).forward(*tensors, *sizes, scale))
+    return list(getattr(_on(backend, cu_seqlens, lengths), branch).forward(*tensors, *sizes, scale))
 
 
 @_branch_forward.register_fake
-def _(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return _fake_output(tensors[0])
 
 
 @_operator
-def _branch_backward(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _branch_backward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
     """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
-    (do, dlse, o, lse, *inputs), on = tensors, _BACKENDS[backend]
+    (do, dlse, o, lse, *inputs), on = tensors, _on(backend, cu_seqlens, lengths)
     terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
     dq, dk, dv = getattr(on, branch).backward(do, terms, *inputs, *sizes, scale, None)
     return [dq.to(do.dtype).contiguous(), dk, dv]
 
 
 @_branch_backward.register_fake
-def _(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors[4:7]]
 
 
 @_operator
-def _select(tensors: list[Tensor], backend: str, sizes: list[int], scale: float) -> Tensor:
+def _select(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
     """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
-    return _BACKENDS[backend].select(*tensors, *sizes, scale)
+    return _on(backend, cu_seqlens, lengths).select(*tensors, *sizes, scale)
 
 
 @_select.register_fake
-def _(tensors: list[Tensor], backend: str, sizes: list[int], scale: float) -> Tensor:
+def _(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
     q, k_cmp, _lse = tensors
     return q.new_empty(*q.shape[:2], k_cmp.shape[2], sizes[3], dtype=torch.int32)
 
 
 @_operator
 def _attention_forward(
-    tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
 ) -> list[Tensor]:
     """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, then o and lse of each branch, then block_indices."""
-    (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _BACKENDS[backend]
+    (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _on(backend, cu_seqlens, lengths)
     o_local, lse_local = on.local.forward(q, *(local or (k, v)), window, scale)
     o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
     chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
@@ -2653,8 +2924,8 @@ def _attention_forward(
 
 
 @_attention_forward.register_fake
-def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float) -> list[Tensor]:
-    q, kv_heads = tensors[0], tensors[1].shape[2]
+def _(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+    q, kv_heads, sizes = tensors[0], tensors[1].shape[2], settings[-2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
     chosen = q.new_empty(*q.shape[:2], kv_heads, sizes[3], dtype=torch.int32)
     return [q.new_empty(q.shape), *outputs, *lses, chosen]
@@ -2662,14 +2933,20 @@ def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale:
 
 @_operator
 def _attention_backward(
-    tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
 ) -> list[Tensor]:
     """do, the results of the forward but for o, and its arguments → the gradients of the arguments.
 
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
     do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
-    (k_local, v_local), on = tensors[14:] or (k, v), _BACKENDS[backend]
+    (k_local, v_local), on = tensors[14:] or (k, v), _on(backend, cu_seqlens, lengths)
     dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
     dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None)
     dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
@@ -2683,7 +2960,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float) -> list[Tensor]:
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors[8:]]
 
 
@@ -2705,20 +2982,26 @@ class _BranchFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        settings: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None
+        settings: tuple[Any, ...],
+        cu_seqlens: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return tuple(_branch_forward(_given(q, k, v, block_indices), *settings))
+        return tuple(_branch_forward(_given(q, k, v, block_indices), cu_seqlens, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings, *tensors = inputs
-        ctx.save_for_backward(*output, *tensors)
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.save_for_backward(cu_seqlens, *output, *tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _branch_backward([do, dlse, *_given(*ctx.saved_tensors)], *ctx.settings)
-        return None, *gradients, None  # settings, and block_indices
+        cu_seqlens, *saved = ctx.saved_tensors
+        gradients = _branch_backward([do, dlse, *_given(*saved)], cu_seqlens, *ctx.settings)
+        return None, None, *gradients, None  # settings, cu_seqlens, and block_indices
 
 
 class _AttentionFunction(torch.autograd.Function):
@@ -2727,6 +3010,7 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         settings: tuple[Any, ...],
+        cu_seqlens: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -2736,22 +3020,23 @@ class _AttentionFunction(torch.autograd.Function):
         k_local: Tensor | None,
         v_local: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return tuple(_attention_forward(_given(q, k, v, k_cmp, v_cmp, gates, k_local, v_local), *settings))
+        return tuple(_attention_forward(_given(q, k, v, k_cmp, v_cmp, gates, k_local, v_local), cu_seqlens, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, *tensors = inputs
+        ctx.settings, cu_seqlens, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.save_for_backward(*output[1:], *tensors)
+        ctx.save_for_backward(cu_seqlens, *output[1:], *tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if do is None:  # o took no part in what is differentiated
-            return (None,) * 9
-        gradients = _attention_backward([do, *_given(*ctx.saved_tensors)], *ctx.settings)
-        return None, *gradients, *[None] * (8 - len(gradients))  # settings, and local keys that were not given
+            return (None,) * 10
+        cu_seqlens, *saved = ctx.saved_tensors
+        gradients = _attention_backward([do, *_given(*saved)], cu_seqlens, *ctx.settings)
+        return None, None, *gradients, *[None] * (8 - len(gradients))  # settings, cu_seqlens, local keys if not given
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2860,6 +3145,40 @@ def _check_like(name: str, x: Tensor, q: Tensor) -> None:
     _check(x.device == q.device, f"{name}.device", str(x.device), f"must be q's, {q.device}")
 
 
+# What has been read of a cu_seqlens that is still alive: the layers of a model wait for the GPU once.
+_LENGTHS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # → (its version, the lengths)
+
+
+def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The lengths of packed sequences, on the host, read again only when cu_seqlens has changed."""
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors do not count changes
+    known, lengths = _LENGTHS.get(cu_seqlens, (None, ()))
+    if version is not None and version == known:
+        return lengths
+    edges = cu_seqlens.tolist()
+    _check(edges[0] == 0, "cu_seqlens[0]", edges[0], "must be 0, where the first sequence begins")
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
+    for i, length in enumerate(lengths):
+        rule = f"must be at least cu_seqlens[{i}] = {edges[i]}, where the sequence begins that ends here"
+        _check(length >= 0, f"cu_seqlens[{i + 1}]", edges[i + 1], rule)
+    _LENGTHS[cu_seqlens] = version, lengths
+    return lengths
+
+
+def _sequence_lengths(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> tuple[int, ...]:
+    """The lengths of the sequences that are packed in (batch, tokens, ...); () where none are. Checks cu_seqlens."""
+    if cu_seqlens is None:
+        return ()
+    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
+    _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
+    _check(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "must be torch.int32")
+    _check(cu_seqlens.device == device, "cu_seqlens.device", str(cu_seqlens.device), f"must be the tokens', {device}")
+    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
+    lengths = _read_lengths(cu_seqlens)
+    _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
+    return lengths
+
+
 def _check_query(q: Tensor, scale: float | None) -> float:
     """Checks q (B, T, H, D); returns the scale."""
     _check_tensor("q", q, 4, "(B, T, H, D)")
@@ -2881,11 +3200,14 @@ def _check_keys(q: Tensor, rows: int, letters: str, **keys_and_values: Tensor) -
         _check_shape(name, x, letters, (q.shape[0], rows, heads, q.shape[3]))
 
 
-def _check_compressed(q: Tensor, block_size: int, stride: int, **keys_and_values: Tensor) -> None:
+def _check_compressed(
+    q: Tensor, block_size: int, stride: int, lengths: tuple[int, ...], **keys_and_values: Tensor
+) -> None:
     _check_integer("block_size", block_size, 1)
     _check_integer("stride", stride, 1)
     _check_blocks(block_size, stride, stride, 0, 0, 0)
-    _check_keys(q, _compressed_count(q.shape[1], block_size, stride), "(B, C, K, D)", **keys_and_values)
+    blocks = sum(_compressed_count(n, block_size, stride) for n in lengths or q.shape[1:2])
+    _check_keys(q, blocks, "(B, C, K, D)", **keys_and_values)
 
 
 def _check_choice(
@@ -2901,16 +3223,23 @@ def _check_choice(
 
 
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sliding-window causal attention (§3.3.3): the query at t attends to the keys at t − W < s ≤ t, itself included.
 
-    W = 3:            keys →
-            queries   ■ · · · ·
-               ↓      ■ ■ · · ·
-                      ■ ■ ■ · ·
-                      · ■ ■ ■ ·
-                      · · ■ ■ ■
+    W = 3:            keys →              packed, cu_seqlens = [0, 3, 5]:    ■ · · | · ·
+            queries   ■ · · · ·                                              ■ ■ · | · ·
+               ↓      ■ ■ · · ·           two sequences, of 3 and of         ■ ■ ■ | · ·
+                      ■ ■ ■ · ·           2 tokens; each is as causal        ——————|————
+                      · ■ ■ ■ ·           as it is alone, and blind          · · · | ■ ·
+                      · · ■ ■ ■           to the other                       · · · | ■ ■
 
     >>> q, k = torch.randn(1, 100, 8, 64), torch.randn(1, 100, 2, 64)  # 4 query heads share a key head
     >>> local_attention(q, k, torch.randn_like(k), window=32).shape
@@ -2920,6 +3249,9 @@ def local_attention(
         q: queries (B, T, H, D), of any floating point type.
         k, v: keys and values (B, T, K, D), K a divisor of H; query head h uses key head h // (H/K).
         window: W ≥ 1, in tokens.
+        cu_seqlens: None, or int32 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is 1, and
+            sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result is
+            that of each sequence alone. Its first reading waits for the GPU; later calls with the same tensor do not.
         scale: factor on q·k; None is 1/sqrt(D).
         backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
             where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
@@ -2934,11 +3266,12 @@ def local_attention(
     scale = _check_query(q, scale)
     _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("window", window, 1)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, scale)
-    flash = _flash_attention(q) if backend == "auto" else None
+    flash = _flash_attention(q) if backend == "auto" and not lengths else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply((on, "local", [window], scale), *_apart(q, k, v), None)[0]
+    return _BranchFunction.apply((lengths, on, "local", [window], scale), cu_seqlens, *_apart(q, k, v), None)[0]
 
 
 def compressed_attention(
@@ -2948,6 +3281,7 @@ def compressed_attention(
     block_size: int,
     stride: int,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -2966,9 +3300,10 @@ def compressed_attention(
 
     Args:
         q: queries (B, T, H, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l.
+        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
+            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
         block_size, stride: l and d, in tokens; l is a multiple of d.
-        scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend: as in `local_attention`.
 
     Returns:
         o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
@@ -2976,9 +3311,14 @@ def compressed_attention(
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_query(q, scale)
-    _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
     on = _choose_backend(backend, q, scale)
-    return _BranchFunction.apply((on, "compressed", [block_size, stride], scale), *_apart(q, k_cmp, v_cmp), None)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    on = _choose_backend(backend, q, scale)
+    settings = (lengths, on, "compressed", [block_size, stride], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k_cmp, v_cmp), None)
 
 
 @torch.no_grad()
@@ -2993,6 +3333,7 @@ def select_blocks(
     topk_blocks: int,
     init_blocks: int = 0,
     local_blocks: int = 1,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -3008,23 +3349,25 @@ def select_blocks(
     tensor([ 0,  1, -1], dtype=torch.int32)
 
     Args:
-        q, k_cmp, block_size, stride, scale, backend: as in `compressed_attention`.
+        q, k_cmp, block_size, stride, cu_seqlens, scale, backend: as in `compressed_attention`.
         lse: its second result, (B, T, H).
         select_block_size: l' in tokens, a multiple of `stride`.
         topk_blocks: S, at least `init_blocks` + `local_blocks`.
 
     Returns:
-        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free.
+        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
+        packed sequences they count from the start of the query's own.
     """
     q, k_cmp = _autocast(q, k_cmp)
     scale = _check_query(q, scale)
-    _check_compressed(q, block_size, stride, k_cmp=k_cmp)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
     on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
-    return _select([q, k_cmp, lse], on, sizes, scale)
+    return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
 
 
 def selective_attention(
@@ -3034,6 +3377,7 @@ def selective_attention(
     block_indices: Tensor,
     select_block_size: int,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -3045,9 +3389,10 @@ def selective_attention(
     torch.Size([1, 100, 4, 64])
 
     Args:
-        q, k, v, scale, backend: as in `local_attention`.
+        q, k, v, cu_seqlens, scale, backend: as in `local_attention`.
         block_indices: int32 or int64 (B, T, K, S), as `select_blocks` returns it: for each key head the blocks chosen,
-            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen.
+            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen. In packed
+            sequences they count from the start of the query's own.
         select_block_size: l', in tokens.
 
     Returns:
@@ -3062,8 +3407,12 @@ def selective_attention(
     dtype, device = block_indices.dtype, block_indices.device
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, scale)
-    return _BranchFunction.apply((on, "selective", [select_block_size], scale), *_apart(q, k, v), block_indices)[0]
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, scale)
+    settings = (lengths, on, "selective", [select_block_size], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k, v), block_indices)[0]
 
 
 def nsa_attention(
@@ -3083,6 +3432,7 @@ def nsa_attention(
     local_blocks: int = 1,
     k_local: Tensor | None = None,
     v_local: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -3099,12 +3449,12 @@ def nsa_attention(
     Args:
         q: queries (B, T, H, D).
         k, v: keys and values of the local and the selective branch, (B, T, K, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D).
+        k_cmp, v_cmp: compressed keys and values, as in `compressed_attention`.
         gates: (B, T, H, 3), through the sigmoid already, in (local, compressed, selective) order.
         local_window, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks: as in
             `local_attention`, `compressed_attention` and `select_blocks`.
         k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
-        scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend: as in `local_attention`.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -3115,21 +3465,23 @@ def nsa_attention(
     local = {"k_local": k_local, "v_local": v_local} if own else {}
     scale = _check_query(q, scale)
     _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v, **local)
-    _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
     _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
     on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
-    if backend == "auto" and _flash_attention(q) is not None:  # its part has a backward of its own
+    if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *(local.values() or (k, v)), local_window, scale=scale)
         o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
-        chosen = _select([q, k_cmp, lse.detach()], on, sizes, scale)
+        chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
         o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, *local.values())
-    return _AttentionFunction.apply((on, local_window, sizes, scale), *tensors, *[None] * (8 - len(tensors)))[0]
+    settings = (lengths, on, local_window, sizes, scale)
+    return _AttentionFunction.apply(settings, cu_seqlens, *tensors, *[None] * (8 - len(tensors)))[0]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

@@ -20,11 +20,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every_branch, whole
+from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every_branch, local, whole
 from conftest import assert_within_budget
 from test_decode_kernels import Step, at, decode, inputs, of_every_length
 from test_decode_kernels import assert_as_exact_as_plain as assert_step_as_exact_as_plain
 from test_kernels import CASES, LAYOUTS
+from test_packed import GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, NO_BLOCK, SPILL, EachAlone, Packed, Packing
 from torch import Tensor, nn
 
 import native_sparse_attention as nsa
@@ -92,12 +93,30 @@ LAYOUT_CASE = replace(real(2, 64), T=500)
 LONG = Case("64k", T=65536, H=64, K=4, D=128, block_size=32, stride=16, select_block_size=64, topk_blocks=16,
             init_blocks=1, local_blocks=2, window=512)  # fmt: skip
 
+# Packed sequences: longer than a tile and shorter than a block, of one token and of none; then the awkward ones.
+LENGTHS = (300, 0, 1, 500, 31, 0, 64, 131)
+PACKED = (
+    *((Packing(real(G, D), LENGTHS), torch.bfloat16) for G, D in ((1, 64), (3, 80), (4, 128), (16, 128), (64, 96))),
+    *((Packing(real(G, D), LENGTHS), torch.float16) for G, D in ((1, 128), (16, 64))),
+    *((Packing(real(G, D), LENGTHS), torch.float32) for G, D in ((2, 64), (16, 128))),
+    *((packing, torch.bfloat16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, NO_BLOCK, SPILL)),
+)
+
 
 def draw(case: Case, dtype: torch.dtype, seed: int = 20250216) -> dict[str, Tensor]:
     """Inputs, and the blocks that the kernels choose for them, which every branch and every reference takes."""
     x = case.tensors(DeviceRandom(seed), dtype)
     x["block_indices"] = choice(TRITON, case, x)
     return x
+
+
+def draw_packed(packing: Packing, dtype: torch.dtype, seed: int = 20250216) -> tuple[Packed, Case, dict[str, Tensor]]:
+    """The kernels for these sequences, the sizes of each, and inputs with the blocks that the kernels choose."""
+    packing = replace(packing, case=replace(packing.case, B=1))
+    of = Packed(packing.cu_seqlens, "triton")
+    x = packing.draw(local, DeviceRandom(seed), dtype)
+    x["block_indices"] = choice(of, packing.case, x)
+    return of, packing.case, x
 
 
 def run(branch: Branch, of: object, case: Case, x: dict[str, Tensor], layout: str | None = None) -> dict[str, Tensor]:
@@ -127,13 +146,21 @@ def warm_up(case: Case, dtype: torch.dtype, layout: str | None = None) -> None:
             decode(case, step, inputs(case, step, DeviceRandom(seed=1), dtype))
 
 
+def warm_up_packed(packing: Packing, dtype: torch.dtype) -> None:
+    with torch.device(DEVICE):
+        of, case, x = draw_packed(packing, dtype)
+        for branch in BRANCHES:
+            run(branch, of, case, x)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> None:
     """Compile what the tests below need with all cores: one after the other it would take longer than the tests."""
     jobs = [*SWEEP, (LONG, torch.bfloat16), *((LAYOUT_CASE, torch.bfloat16, layout) for layout in LAYOUTS)]
+    jobs = [*((warm_up, *job) for job in jobs), *((warm_up_packed, *job) for job in PACKED)]
     processes = min(len(jobs), len(os.sched_getaffinity(0)), 16)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job in [pool.submit(warm_up, *job) for job in reversed(jobs)]:
+        for job in [pool.submit(*job) for job in reversed(jobs)]:
             job.exception()  # a failure is reported by the test that meets it
 
 
@@ -142,10 +169,12 @@ def compiled() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def assert_as_exact_as_plain(branch: Branch, case: Case, x: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+def assert_as_exact_as_plain(
+    branch: Branch, case: Case, x: dict[str, Tensor], actual: dict[str, Tensor], reference: object = oracle.Dense
+) -> None:
     """Values and all gradients within the error budget, in the dtypes that are promised."""
     dtype = x["q"].dtype
-    plain, exact = run(branch, oracle.Dense, case, x), run(branch, oracle.Dense, case, double(x))
+    plain, exact = run(branch, reference, case, x), run(branch, reference, case, double(x))
     for name in exact:
         assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), f"{name}: {actual[name].dtype}"
         assert_within_budget(actual[name], plain[name], exact[name], name)
@@ -161,6 +190,18 @@ def test_error_budget_and_repeatability(branch: Branch, case: Case, dtype: torch
     for name, value in actual.items():
         assert torch.equal(value, again[name]), f"{name} differs from run to run"
     assert_as_exact_as_plain(branch, case, x, actual)
+
+
+@every_branch
+@pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
+def test_packed_sequences(branch: Branch, packing: Packing, dtype: torch.dtype, compiled: None) -> None:
+    """Of each alone, within the error budget; in memory full of NaN, twice."""
+    of, case, x = draw_packed(packing, dtype)
+    with poisoned_memory():
+        actual, again = run(branch, of, case, x), run(branch, of, case, x)
+    for name, value in actual.items():
+        assert torch.equal(value, again[name]), f"{name} differs from run to run"
+    assert_as_exact_as_plain(branch, case, x, actual, EachAlone(oracle.Dense, replace(packing, case=case)))
 
 
 def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, tolerance: float) -> None:
@@ -200,6 +241,22 @@ def test_choice_by_importance(case: Case, dtype: torch.dtype, spread: float, com
     assert_valid_choice(chosen, exact, case, tolerance=2 * budget)
 
 
+@pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
+def test_choice_of_packed_sequences(packing: Packing, dtype: torch.dtype, compiled: None) -> None:
+    of, case, x = draw_packed(packing, dtype)
+    packing = replace(packing, case=case)
+    with poisoned_memory():
+        chosen = choice(of, case, x)
+    sizes = case.compression | {"select_block_size": case.select_block_size}
+    choices = chosen.split(list(packing.lengths), dim=1)
+    for alone, rows, of_sequence in zip(packing.alone, packing.unpack(x), choices, strict=True):
+        if alone.T > 0:
+            exact = oracle.Dense.importance(rows["q"].double(), rows["k_cmp"].double(), **sizes)
+            plain = oracle.Dense.importance(rows["q"].float(), rows["k_cmp"].float(), **sizes)
+            budget = 2 * (plain - exact).abs().max().item() + 4 * torch.finfo(torch.float32).eps * exact.max().item()
+            assert_valid_choice(of_sequence, exact, alone, tolerance=2 * budget)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layout_does_not_matter(layout: str, compiled: None) -> None:
     x = draw(LAYOUT_CASE, torch.bfloat16)
@@ -216,7 +273,8 @@ def test_no_access_out_of_bounds() -> None:
     if tool is None:
         pytest.skip("needs compute-sanitizer")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c"]
-    script = "import test_gpu\nfor case in test_gpu.MEMCHECK: test_gpu.warm_up(case, test_gpu.torch.bfloat16)"
+    script = "from test_gpu import *\nfor case in MEMCHECK: warm_up(case, torch.bfloat16)\n"
+    script += "for packing, dtype in PACKED: warm_up_packed(packing, dtype)"
     here = Path(__file__).resolve().parent
     environment = os.environ | {
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
@@ -315,15 +373,24 @@ def test_ten_steps_of_training() -> None:
 
 
 STEADY = real(1, 64)
+in_rows_and_packed = pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+
+
+def draw_steady(packed: bool, seed: int = 20250216) -> tuple[Library, Case, dict[str, Tensor]]:
+    if packed:
+        return draw_packed(PACKED[0][0], torch.bfloat16, seed)
+    return TRITON, STEADY, draw(STEADY, torch.bfloat16, seed)
 
 
 @every_branch
-def test_the_host_never_waits(branch: Branch, compiled: None) -> None:
-    x = draw(STEADY, torch.bfloat16)
+@in_rows_and_packed
+def test_the_host_never_waits(branch: Branch, packed: bool, compiled: None) -> None:
+    """But for the first call with a cu_seqlens."""
+    of, case, x = draw_steady(packed)
     leaves = [x[name] for name in BRANCHES[branch]]
 
     def step() -> tuple[Tensor, ...]:
-        outputs = branch(TRITON, STEADY, x)[:1]
+        outputs = branch(of, case, x)[:1]
         return outputs + torch.autograd.grad(outputs, leaves, [torch.ones_like(outputs[0])], allow_unused=True)
 
     step()  # kernels are compiled and loaded
@@ -335,14 +402,16 @@ def test_the_host_never_waits(branch: Branch, compiled: None) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph_of_forward_and_backward(compiled: None) -> None:
+@in_rows_and_packed
+def test_cuda_graph_of_forward_and_backward(packed: bool, compiled: None) -> None:
     """Captured once, replayed on other numbers: the same bits as without a graph."""
-    x, other = draw(STEADY, torch.bfloat16), draw(STEADY, torch.bfloat16, seed=3)
+    of, case, x = draw_steady(packed)
+    other = draw_steady(packed, seed=3)[2]
     leaves = [x[name] for name in BRANCHES[whole]]
     upstream = DeviceRandom(seed=1)(x["q"].shape, torch.bfloat16)
 
     def step() -> tuple[Tensor, ...]:
-        (o,) = whole(TRITON, STEADY, x)
+        (o,) = whole(of, case, x)
         return o, *torch.autograd.grad(o, leaves, upstream)
 
     aside = torch.cuda.Stream()

@@ -394,12 +394,17 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # Compiled for Hopper, without one
 # ---------------------------------------------------------------------------------------------------------------------
 
-# G, D and what is launched: the settings whose tile sizes are tuned. Groups of 4 and 16 differ in the selective branch.
-EVERYTHING = ("local", "compressed", "selective", "select", "gates", "decode")
+# G, D, what is launched, and the lengths of its sequences: the settings whose tile sizes are tuned. Groups of 4 and 16
+# differ in the selective branch, and neither gates nor decoding know of packing.
+BRANCHES_AND_CHOICE = ("local", "compressed", "selective", "select")
+EVERYTHING = (*BRANCHES_AND_CHOICE, "gates", "decode")
 BUILDS = {
-    "16_heads_a_group_of_128": (16, 128, EVERYTHING),
-    "4_heads_a_group_of_128": (4, 128, ("selective",)),
-    "1_head_a_group_of_64": (1, 64, EVERYTHING),
+    "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
+    "4_heads_a_group_of_128": (4, 128, ("selective",), [1024]),
+    "1_head_a_group_of_64": (1, 64, EVERYTHING, [1024]),
+    "16_heads_a_group_of_128_packed": (16, 128, BRANCHES_AND_CHOICE, [600, 0, 1, 423]),
+    "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
+    "1_head_a_group_of_64_packed": (1, 64, BRANCHES_AND_CHOICE, [600, 0, 1, 423]),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
@@ -411,27 +416,31 @@ PRODUCTS = {
     "4_heads_a_group_of_128": ("selective_partial", "selective_gradient"),
     "1_head_a_group_of_64": BY_BLOCK,
 }
+PRODUCTS |= {f"{name}_packed": kernels for name, kernels in PRODUCTS.items()}
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
 STEP = ("compressed", "choose", "selected", "merge")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
-    "local_forward": (36, 48),
-    "compressed_forward": (16, 48),
-    "compressed_dkv": (3, 16),
+    "local_forward": (53, 64),
+    "compressed_forward": (53, 64),
+    "compressed_dkv": (15, 24),
     "selective_query": (11, 16),
     "selective_gradient": (35, 48),
     "block_scores": (24, 32),
 }
 
 
-def launch(G: int, D: int, launched: tuple[str, ...], T: int = 1024, K: int = 2) -> None:
+def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
     """The launchers of section 5, once each, in bfloat16 with the paper's block sizes."""
-    random, dtype, H, C, S = Random(seed=1), torch.bfloat16, K * G, (T - 32) // 16 + 1, 16
+    random, dtype, H, T, S = Random(seed=1), torch.bfloat16, K * G, sum(lengths), 16
+    C = sum(max(0, (length - 32) // 16 + 1) for length in lengths)
     q, k, compressed_keys = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen = torch.zeros(1, T, K, S, dtype=torch.int32)
     kernels, scale = nsa._BACKENDS["triton"], 0.1
+    if len(lengths) > 1:
+        kernels = nsa._on("triton", torch.tensor([0, *lengths]).cumsum(0).int(), lengths)
     terms = kernels.row_terms(q, lse, q, lse, K)
     branches = {
         "local": ((q, k, k), (512,)),

@@ -4,6 +4,7 @@
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
     python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph; --sweep: other launch settings
+    python tests/benchmarks/gpu.py packed          # 64k tokens in 64 packed sequences, against 64 rows of 1024
 
 Medians of device events, bf16, batch 1; `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output.
 A decoding step is timed from one new q a row and the cache to the output, in turn on several caches: what a step reads
@@ -150,6 +151,51 @@ def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
     return " | ".join(cells)
 
 
+# Packed sequences -----------------------------------------------------------------------------------------------------
+
+
+def compressed_by_mean(x: Tensor, lengths: list[int], setting: dict[str, int]) -> Tensor:
+    """(B, T, K, D) → (B, ΣC, K, D), each block of each sequence its mean."""
+    size, stride = setting["block_size"], setting["stride"]
+    whole = (part for part in x.split(lengths, 1) if part.shape[1] >= size)
+    return torch.cat([part.unfold(1, size, stride).mean(-1) for part in whole], 1)
+
+
+def tokens_a_second(leaves: list[Tensor], lengths: list[int], setting: dict[str, int], packed: bool) -> float:
+    """Of `nsa_attention`, forward and backward."""
+    q, k, v, _, _, gates = (x.detach() for x in leaves)
+    k_cmp, v_cmp = (compressed_by_mean(x, lengths, setting) for x in (k, v))
+    options, tensors = dict(setting), [q, k, v, k_cmp, v_cmp, gates]
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    else:
+        tensors = [x.unflatten(1, (len(lengths), -1))[0] for x in tensors]
+    rows = [x.clone().requires_grad_() for x in tensors]
+    forward, backward, _ = forward_backward(lambda *x: nsa.nsa_attention(*x, **options), rows)
+    return 1e3 * sum(lengths) / (forward + backward)
+
+
+def packed_row(shape: tuple[int, int, int, int], setting: dict[str, int], sequences: int = 64) -> str:
+    """Rows of equal length, the same packed, and as many sequences of a quarter to seven quarters of that length."""
+    leaves, mean = leaves_of(*shape, setting), shape[3] // sequences
+    most, random = mean * 3 // 4, torch.Generator().manual_seed(0)
+    differ = torch.randint(-most, most + 1, (sequences // 2,), generator=random)
+    ragged = (mean + torch.cat([differ, -differ])).tolist()
+    rows, equal, unequal = (
+        tokens_a_second(leaves, lengths, setting, packed)
+        for lengths, packed in (([mean] * sequences, False), ([mean] * sequences, True), (ragged, True))
+    )
+    cells = [f"{rows / 1e6:.2f}", *(f"{speed / 1e6:.2f} ({speed / rows:.2f}×)" for speed in (equal, unequal))]
+    return f"| {name_of(shape)} in {sequences} | " + " | ".join(cells) + " |"
+
+
+def packed(setting: dict[str, int]) -> None:
+    print("million tokens a second, forward and backward\n\n| shape | rows | packed, equal | packed, ragged |")
+    print("|---|---|---|---|")
+    for shape in ((64, 4, 128, 65536), (16, 16, 64, 65536)):
+        print(packed_row(shape, setting), flush=True)
+
+
 # Decoding -------------------------------------------------------------------------------------------------------------
 
 STEPS = [(batch, tokens) for batch in (16, 64) for tokens in (8192, 32768, 65536)]
@@ -262,13 +308,15 @@ def decode(sweep: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("paper", "long", "decode"), default="paper")
+    parser.add_argument("what", nargs="?", choices=("paper", "long", "packed", "decode"), default="paper")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="of the paper's setting")
     parser.add_argument("--sweep", action="store_true", help="decode: vary the launch settings")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {nsa.triton.__version__}\n")
     if args.what == "decode":
         return decode(args.sweep)
+    if args.what == "packed":
+        return packed(PAPER)
     if args.what == "long":
         times = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
         return print("\n" + break_even(times))
