@@ -58,6 +58,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -717,6 +718,26 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     first, second, third = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
     o = first * branches[0]
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
+
+
+# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _each_sequence(
+    function: Callable[[list[Tensor]], list[Tensor] | Tensor], tensors: list[Tensor], lengths: list[int], *blocks: int
+) -> list[Tensor] | Tensor:
+    """`function` of each of some packed sequences alone, its results one after another.
+
+    A tensor (1, rows, ...) has a row for each token or for each compressed block, of l and d in `blocks`. Their numbers
+    tell which: no sequence has more blocks than tokens, so where there are as many overall, every sequence has as many.
+    """
+    counts = [_compressed_count(n, *blocks) for n in lengths] if blocks else lengths
+    rows = {sum(counts): counts, sum(lengths): lengths}
+    sequences = zip(*(x.split(rows[x.shape[1]], dim=1) for x in tensors), strict=True)
+    results = [function(list(sequence)) for sequence in sequences]
+    if isinstance(results[0], Tensor):
+        return torch.cat(results, dim=1)
+    return [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2204,12 +2225,22 @@ _BACKENDS = {
 
 
 def _operator(function: Callable[..., Any]) -> Any:
-    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments."""
+    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments.
+
+    Packed sequences are their cu_seqlens and lengths, else None and []. PyTorch runs each alone.
+    """
 
     @functools.wraps(function)
-    def in_full_precision(*arguments: Any) -> Any:
-        with torch.autocast(arguments[0][0].device.type, enabled=False):
-            return function(*arguments)
+    def in_full_precision(
+        tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, *settings: Any
+    ) -> Any:
+        *_, sizes, _scale = settings
+        lengths = [length for length in lengths if length > 0]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            if backend == "torch" and lengths:
+                of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
+                return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
+            return function(tensors, cu_seqlens, lengths, backend, *settings)
 
     name = f"native_sparse_attention::{function.__name__.lstrip('_')}"
     return torch.library.custom_op(name, in_full_precision, mutates_args=())
@@ -2221,18 +2252,34 @@ def _fake_output(q: Tensor) -> list[Tensor]:
 
 
 @_operator
-def _branch_forward(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _branch_forward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
     """q, k, v[, block_indices] → o, lse."""
     return list(getattr(_BACKENDS[backend], branch).forward(*tensors, *sizes, scale))
 
 
 @_branch_forward.register_fake
-def _(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return _fake_output(tensors[0])
 
 
 @_operator
-def _branch_backward(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _branch_backward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
     """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
     (do, dlse, o, lse, *inputs), on = tensors, _BACKENDS[backend]
     terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
@@ -2241,25 +2288,35 @@ def _branch_backward(tensors: list[Tensor], backend: str, branch: str, sizes: li
 
 
 @_branch_backward.register_fake
-def _(tensors: list[Tensor], backend: str, branch: str, sizes: list[int], scale: float) -> list[Tensor]:
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors[4:7]]
 
 
 @_operator
-def _select(tensors: list[Tensor], backend: str, sizes: list[int], scale: float) -> Tensor:
+def _select(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
     """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
     return _BACKENDS[backend].select(*tensors, *sizes, scale)
 
 
 @_select.register_fake
-def _(tensors: list[Tensor], backend: str, sizes: list[int], scale: float) -> Tensor:
+def _(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
     q, k_cmp, _lse = tensors
     return q.new_empty(*q.shape[:2], k_cmp.shape[2], sizes[3], dtype=torch.int32)
 
 
 @_operator
 def _attention_forward(
-    tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
 ) -> list[Tensor]:
     """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, then o and lse of each branch, then block_indices."""
     (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _BACKENDS[backend]
@@ -2272,8 +2329,8 @@ def _attention_forward(
 
 
 @_attention_forward.register_fake
-def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float) -> list[Tensor]:
-    q, kv_heads = tensors[0], tensors[1].shape[2]
+def _(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+    q, kv_heads, sizes = tensors[0], tensors[1].shape[2], settings[-2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
     chosen = q.new_empty(*q.shape[:2], kv_heads, sizes[3], dtype=torch.int32)
     return [q.new_empty(q.shape), *outputs, *lses, chosen]
@@ -2281,7 +2338,13 @@ def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale:
 
 @_operator
 def _attention_backward(
-    tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
 ) -> list[Tensor]:
     """do, the results of the forward but for o, and its arguments → the gradients of the arguments.
 
@@ -2302,7 +2365,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(tensors: list[Tensor], backend: str, window: int, sizes: list[int], scale: float) -> list[Tensor]:
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors[8:]]
 
 
@@ -2310,43 +2373,43 @@ class _BranchFunction(torch.autograd.Function):
     """A branch by itself: q, k, v[, block_indices] → o, lse. Saves what goes in and out, never a probability."""
 
     @staticmethod
-    def forward(settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(_branch_forward(list(tensors), *settings))
+    def forward(settings: tuple[Any, ...], cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(_branch_forward(list(tensors), cu_seqlens, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings, *tensors = inputs
-        ctx.save_for_backward(*output, *tensors)
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.save_for_backward(cu_seqlens, *output, *tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradients = _branch_backward([do, dlse, *saved], *ctx.settings)
-        return None, *gradients, *[None] * (len(saved) - 5)  # block_indices, where given
+        cu_seqlens, *saved = ctx.saved_tensors
+        gradients = _branch_backward([do, dlse, *saved], cu_seqlens, *ctx.settings)
+        return None, None, *gradients, *[None] * (len(saved) - 5)  # block_indices, where given
 
 
 class _AttentionFunction(torch.autograd.Function):
     """The gated sum of the branches: q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, and what backward reads."""
 
     @staticmethod
-    def forward(settings: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_attention_forward(list(tensors), *settings))
+    def forward(settings: tuple[Any, ...], cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_attention_forward(list(tensors), cu_seqlens, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, *tensors = inputs
+        ctx.settings, cu_seqlens, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.save_for_backward(*output[1:], *tensors)
+        ctx.save_for_backward(cu_seqlens, *output[1:], *tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        cu_seqlens, *saved = ctx.saved_tensors
         if do is None:  # o took no part in what is differentiated
-            return (None,) * (len(saved) - 6)
-        return None, *_attention_backward([do, *saved], *ctx.settings)
+            return (None,) * (len(saved) - 5)
+        return None, None, *_attention_backward([do, *saved], cu_seqlens, *ctx.settings)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2354,7 +2417,9 @@ class _AttentionFunction(torch.autograd.Function):
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> str:
+def _choose_backend(
+    backend: str, q: Tensor, scale: float, lengths: tuple[int, ...] = (), obstacle: str | None = None
+) -> str:
     """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
 
     `obstacle`: why the caller's function has no kernel for its other arguments, if so.
@@ -2362,7 +2427,7 @@ def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None 
     _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
     if backend == "torch":
         return "torch"
-    obstacle = obstacle or _triton_obstacle(q, scale)
+    obstacle = obstacle or ("there is no kernel for cu_seqlens" if lengths else None) or _triton_obstacle(q, scale)
     usable = obstacle is None
     if backend == "auto":
         usable = usable and q.is_cuda and torch.cuda.get_device_properties(q.device).major == 9
@@ -2432,6 +2497,40 @@ def _check_like(name: str, x: Tensor, q: Tensor) -> None:
     _check(x.device == q.device, f"{name}.device", str(x.device), f"must be q's, {q.device}")
 
 
+# What has been read of a cu_seqlens that is still alive: the layers of a model wait for the GPU once.
+_LENGTHS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # → (its version, the lengths)
+
+
+def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The lengths of packed sequences, on the host, read again only when cu_seqlens has changed."""
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors do not count changes
+    known, lengths = _LENGTHS.get(cu_seqlens, (None, ()))
+    if version is not None and version == known:
+        return lengths
+    edges = cu_seqlens.tolist()
+    _check(edges[0] == 0, "cu_seqlens[0]", edges[0], "must be 0, where the first sequence begins")
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
+    for i, length in enumerate(lengths):
+        rule = f"must be at least cu_seqlens[{i}] = {edges[i]}, where the sequence begins that ends here"
+        _check(length >= 0, f"cu_seqlens[{i + 1}]", edges[i + 1], rule)
+    _LENGTHS[cu_seqlens] = version, lengths
+    return lengths
+
+
+def _sequence_lengths(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> tuple[int, ...]:
+    """The lengths of the sequences that are packed in (batch, tokens, ...); () where none are. Checks cu_seqlens."""
+    if cu_seqlens is None:
+        return ()
+    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
+    _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
+    _check(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "must be torch.int32")
+    _check(cu_seqlens.device == device, "cu_seqlens.device", str(cu_seqlens.device), f"must be the tokens', {device}")
+    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
+    lengths = _read_lengths(cu_seqlens)
+    _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
+    return lengths
+
+
 def _check_query(q: Tensor, scale: float | None) -> float:
     """Checks q (B, T, H, D); returns the scale."""
     _check_tensor("q", q, 4, "(B, T, H, D)")
@@ -2453,11 +2552,14 @@ def _check_keys(q: Tensor, rows: int, letters: str, **keys_and_values: Tensor) -
         _check_shape(name, x, letters, (q.shape[0], rows, heads, q.shape[3]))
 
 
-def _check_compressed(q: Tensor, block_size: int, stride: int, **keys_and_values: Tensor) -> None:
+def _check_compressed(
+    q: Tensor, block_size: int, stride: int, lengths: tuple[int, ...], **keys_and_values: Tensor
+) -> None:
     _check_integer("block_size", block_size, 1)
     _check_integer("stride", stride, 1)
     _check_blocks(block_size, stride, stride, 0, 0, 0)
-    _check_keys(q, _compressed_count(q.shape[1], block_size, stride), "(B, C, K, D)", **keys_and_values)
+    blocks = sum(_compressed_count(n, block_size, stride) for n in lengths or q.shape[1:2])
+    _check_keys(q, blocks, "(B, C, K, D)", **keys_and_values)
 
 
 def _check_choice(
@@ -2473,16 +2575,23 @@ def _check_choice(
 
 
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sliding-window causal attention (§3.3.3): the query at t attends to the keys at t − W < s ≤ t, itself included.
 
-    W = 3:            keys →
-            queries   ■ · · · ·
-               ↓      ■ ■ · · ·
-                      ■ ■ ■ · ·
-                      · ■ ■ ■ ·
-                      · · ■ ■ ■
+    W = 3:            keys →              packed, cu_seqlens = [0, 3, 5]:    ■ · · | · ·
+            queries   ■ · · · ·                                              ■ ■ · | · ·
+               ↓      ■ ■ · · ·           two sequences, of 3 and of         ■ ■ ■ | · ·
+                      ■ ■ ■ · ·           2 tokens; each is as causal        ——————|————
+                      · ■ ■ ■ ·           as it is alone, and blind          · · · | ■ ·
+                      · · ■ ■ ■           to the other                       · · · | ■ ■
 
     >>> q, k = torch.randn(1, 100, 8, 64), torch.randn(1, 100, 2, 64)  # 4 query heads share a key head
     >>> local_attention(q, k, torch.randn_like(k), window=32).shape
@@ -2492,9 +2601,13 @@ def local_attention(
         q: queries (B, T, H, D), of any floating point type.
         k, v: keys and values (B, T, K, D), K a divisor of H; query head h uses key head h // (H/K).
         window: W ≥ 1, in tokens.
+        cu_seqlens: None, or int32 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is 1, and
+            sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result is
+            that of each sequence alone. Its first reading waits for the GPU; later calls with the same tensor do not.
         scale: factor on q·k; None is 1/sqrt(D).
         backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
             where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
+            Packed sequences have no kernel yet.
 
     Returns:
         (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
@@ -2506,11 +2619,12 @@ def local_attention(
     scale = _check_query(q, scale)
     _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("window", window, 1)
-    on = _choose_backend(backend, q, scale)
-    flash = _flash_attention(q) if backend == "auto" else None
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, scale, lengths)
+    flash = _flash_attention(q) if backend == "auto" and not lengths else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply((on, "local", [window], scale), q, k, v)[0]
+    return _BranchFunction.apply((lengths, on, "local", [window], scale), cu_seqlens, q, k, v)[0]
 
 
 def compressed_attention(
@@ -2520,6 +2634,7 @@ def compressed_attention(
     block_size: int,
     stride: int,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -2538,9 +2653,10 @@ def compressed_attention(
 
     Args:
         q: queries (B, T, H, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l.
+        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
+            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
         block_size, stride: l and d, in tokens; l is a multiple of d.
-        scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend: as in `local_attention`.
 
     Returns:
         o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
@@ -2548,9 +2664,11 @@ def compressed_attention(
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_query(q, scale)
-    _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
-    on = _choose_backend(backend, q, scale)
-    return _BranchFunction.apply((on, "compressed", [block_size, stride], scale), q, k_cmp, v_cmp)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    on = _choose_backend(backend, q, scale, lengths)
+    settings = (lengths, on, "compressed", [block_size, stride], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, q, k_cmp, v_cmp)
 
 
 @torch.no_grad()
@@ -2565,6 +2683,7 @@ def select_blocks(
     topk_blocks: int,
     init_blocks: int = 0,
     local_blocks: int = 1,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -2580,23 +2699,25 @@ def select_blocks(
     tensor([ 0,  1, -1], dtype=torch.int32)
 
     Args:
-        q, k_cmp, block_size, stride, scale, backend: as in `compressed_attention`.
+        q, k_cmp, block_size, stride, cu_seqlens, scale, backend: as in `compressed_attention`.
         lse: its second result, (B, T, H).
         select_block_size: l' in tokens, a multiple of `stride`.
         topk_blocks: S, at least `init_blocks` + `local_blocks`.
 
     Returns:
-        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free.
+        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
+        packed sequences they count from the start of the query's own.
     """
     q, k_cmp = _autocast(q, k_cmp)
     scale = _check_query(q, scale)
-    _check_compressed(q, block_size, stride, k_cmp=k_cmp)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
-    return _select([q, k_cmp, lse], on, sizes, scale)
+    on = _choose_backend(backend, q, scale, lengths, _check_choice(*sizes))
+    return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
 
 
 def selective_attention(
@@ -2606,6 +2727,7 @@ def selective_attention(
     block_indices: Tensor,
     select_block_size: int,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -2617,9 +2739,10 @@ def selective_attention(
     torch.Size([1, 100, 4, 64])
 
     Args:
-        q, k, v, scale, backend: as in `local_attention`.
+        q, k, v, cu_seqlens, scale, backend: as in `local_attention`.
         block_indices: int32 or int64 (B, T, K, S), as `select_blocks` returns it: for each key head the blocks chosen,
-            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen.
+            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen. In packed
+            sequences they count from the start of the query's own.
         select_block_size: l', in tokens.
 
     Returns:
@@ -2634,8 +2757,10 @@ def selective_attention(
     dtype, device = block_indices.dtype, block_indices.device
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
-    on = _choose_backend(backend, q, scale)
-    return _BranchFunction.apply((on, "selective", [select_block_size], scale), q, k, v, block_indices)[0]
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, scale, lengths)
+    settings = (lengths, on, "selective", [select_block_size], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, q, k, v, block_indices)[0]
 
 
 def nsa_attention(
@@ -2655,6 +2780,7 @@ def nsa_attention(
     local_blocks: int = 1,
     k_local: Tensor | None = None,
     v_local: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -2671,12 +2797,12 @@ def nsa_attention(
     Args:
         q: queries (B, T, H, D).
         k, v: keys and values of the local and the selective branch, (B, T, K, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D).
+        k_cmp, v_cmp: compressed keys and values, as in `compressed_attention`.
         gates: (B, T, H, 3), through the sigmoid already, in (local, compressed, selective) order.
         local_window, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks: as in
             `local_attention`, `compressed_attention` and `select_blocks`.
         k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
-        scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend: as in `local_attention`.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -2687,21 +2813,22 @@ def nsa_attention(
     local = {"k_local": k_local, "v_local": v_local} if own else {}
     scale = _check_query(q, scale)
     _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v, **local)
-    _check_compressed(q, block_size, stride, k_cmp=k_cmp, v_cmp=v_cmp)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
     _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
-    if backend == "auto" and _flash_attention(q) is not None:  # its part has a backward of its own
+    on = _choose_backend(backend, q, scale, lengths, _check_choice(*sizes))
+    if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *(local.values() or (k, v)), local_window, scale=scale)
         o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
-        chosen = _select([q, k_cmp, lse.detach()], on, sizes, scale)
+        chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
         o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = (q, k, v, k_cmp, v_cmp, gates, *local.values())
-    return _AttentionFunction.apply((on, local_window, sizes, scale), *tensors)[0]
+    return _AttentionFunction.apply((lengths, on, local_window, sizes, scale), cu_seqlens, *tensors)[0]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
