@@ -3366,9 +3366,6 @@ class NativeSparseAttention(nn.Module):
     >>> attention = NativeSparseAttention(NSAConfig(dim=256, heads=4, seq_len=1024))
     >>> attention(torch.randn(2, 300, 256)).shape
     torch.Size([2, 300, 256])
-
-    Raises:
-        ValueError, TypeError: x is not a floating point tensor (B, T ≤ seq_len, dim) of the weights' dtype and device.
     """
 
     def __init__(self, config: NSAConfig) -> None:
@@ -3402,6 +3399,29 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
+        """(B, T, dim) → (B, T, dim).
+
+        >>> attention = NativeSparseAttention(NSAConfig(dim=64, heads=2, seq_len=128))
+        >>> x, mask = torch.randn(2, 70, 64), torch.arange(70) >= torch.tensor([[0], [30]])  # 30 places of left padding
+        >>> y = attention(x, key_padding_mask=mask)
+        >>> bool((y[1, :30] == 0).all()), torch.allclose(y[1, 30:], attention(x[1:, 30:])[0], atol=1e-5)
+        (True, True)
+
+        Args:
+            x: (B, T, dim), T at most seq_len, of the weights' dtype and device.
+            cache: x holds the next tokens of its rows, which it appends to the cache. The output is that of one forward
+                over all tokens of each row. No gradients are recorded. What fails leaves the cache as it was.
+            cu_seqlens: int32 (n + 1,), x is (1, total, dim): the tokens of n sequences one after another, as in
+                `local_attention`, each at most seq_len. The output is that of each sequence alone; with a cache,
+                sequence i goes on from row i.
+            key_padding_mask: bool (B, T), True for a token, in any pattern. The output is that of each row's tokens by
+                themselves, positions counted among them; elsewhere it is 0, and x has no gradient. With a cache, rows
+                append as many tokens as they have.
+
+        Raises:
+            ValueError, TypeError: an argument breaks one of these rules, or the cache is full or of another
+                configuration, batch, dtype or device.
+        """
         with _appending(cache):
             if key_padding_mask is None:
                 return self._attend(x, cache, cu_seqlens)
@@ -3432,8 +3452,8 @@ class NativeSparseAttention(nn.Module):
             cache._write(blocks, {"k_cmp": k_cmp, "v_cmp": v_cmp})
         sizes = {"local_window": cfg.local_window, **cfg.selection, "backend": self._backend}
         if past:
-            lengths = tuple(map(int.__sub__, stop, first)) if packed else None
-            o = self._look_back(p, cache, positions, lengths, **sizes)
+            lengths = [end - begin for begin, end in zip(first, stop, strict=True)] if packed else None
+            o = self._attend_past(p, cache, positions, lengths, **sizes)
         else:
             tensors, local = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates), {"k_local": p.k_local, "v_local": p.v_local}
             o = nsa_attention(*tensors, **local, **sizes, cu_seqlens=cu_seqlens)
@@ -3512,8 +3532,8 @@ class NativeSparseAttention(nn.Module):
             k_cmp = _rotate(k_cmp, number * cfg.stride, cfg.rope_theta)
         return k_cmp, v_cmp
 
-    def _look_back(
-        self, p: _Projections, cache: NSACache, positions: Tensor, lengths: tuple[int, ...] | None, **sizes: Any
+    def _attend_past(
+        self, p: _Projections, cache: NSACache, positions: Tensor, lengths: list[int] | None, **sizes: Any
     ) -> Tensor:
         """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of sequences of `lengths`."""
         keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
@@ -3555,7 +3575,7 @@ class NativeSparseAttention(nn.Module):
             return (0,) * len(lengths), lengths
         dtype = _autocast(weight[:0])[0].dtype  # what the projections return
         cache._check_room(cfg, lengths, dtype, x.device)
-        return cache.lengths, tuple(map(int.__add__, cache.lengths, lengths))
+        return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
 
 
 def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
@@ -3600,6 +3620,10 @@ class NSABlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
+        """(B, T, dim) → (B, T, dim); the arguments are those of `NativeSparseAttention.forward`.
+
+        Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
+        """
         with _appending(cache):
             if key_padding_mask is None:
                 return self._residuals(x, cache, cu_seqlens)
