@@ -2498,7 +2498,9 @@ def _decode_merge_kernel(
 
 
 def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
-    """Why decoding has no kernel for such blocks; None if it has."""
+    """Why decoding has no kernel for such blocks; None if it has, or if it takes Triton to tell."""
+    if triton is None:
+        return None
     ratio, spill = _decode_spill(block_size, stride, select_block_size)
     if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
         return None
@@ -2653,7 +2655,7 @@ _BACKENDS = {
         _triton_gate,
         _triton_row_terms,
         _triton_gated_row_terms,
-        _torch_decode,
+        _triton_decode,
     ),
 }
 
@@ -3300,7 +3302,8 @@ def _cached_attention(
     scale = _check_query(q, None)
     if q.numel() == 0:
         return q
-    on = _choose_backend(backend, q, scale, obstacle=_check_choice(**choice))
+    obstacle = _decode_obstacle(choice["block_size"], choice["stride"], choice["select_block_size"])
+    on = _choose_backend(backend, q, scale, obstacle=obstacle)
     with torch.autocast(q.device.type, enabled=False):
         tensors = (q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions)
         return _BACKENDS[on].decode(*tensors, local_window=local_window, **choice, scale=scale)

@@ -13,6 +13,7 @@ import torch
 from cases import Random
 from conftest import assert_close64, assert_within_budget
 from test_attention import BASE, CONFIGS, PAPER, build, draw, every_config, reference
+from test_kernels import interpreted, needs_triton
 from torch import Tensor, nn
 
 from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig
@@ -351,6 +352,26 @@ def test_lower_precision_keeps_to_the_error_of_one_forward(name: str, how: Any, 
         actual, plain = feed(attention, cache, x, [17, 1, 1, 1, 13, 7]), attention(x)
     assert actual.dtype == plain.dtype
     assert_within_budget(actual, plain, exact(x.double()))
+
+
+@needs_triton
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # −inf − −inf, as on a GPU
+@pytest.mark.parametrize("name", ["overlapping_avgpool", "paper_rope_bias"])
+def test_the_kernels_of_a_step(name: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the module, rows of different lengths among them; `test_decode_kernels.py` has the awkward sizes."""
+    exact, x = build(random, **CONFIGS[name] | {"topk_blocks": 12}), random((2, 24, 12), torch.float32)
+    attention, exact_y, pick = copy.deepcopy(exact).float(), exact(x.double()), python_random.Random(0)
+    plain, steps = attention(x), []
+    monkeypatch.setattr(NativeSparseAttention, "_backend", property(lambda self: "triton"))
+    cache = room(attention, 2, max_len=24, dtype=torch.float32)
+    y = feed(attention, cache, x[:, :19], [16, 1, 2])
+    assert_within_budget(y, plain[:, :19], exact_y[:, :19], "rows of one length")
+    cache.truncate([19, 17])
+    for row, output in enumerate(append(attention, cache, x, [1, 3], pick)):
+        start = (19, 17)[row]
+        steps.append((output, *(of[row, start : start + len(output)] for of in (plain, exact_y))))
+    assert_within_budget(*map(torch.cat, zip(*steps, strict=True)), "rows of two lengths")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
