@@ -791,6 +791,9 @@ _SELECTIVE_TILES = {
     ("backward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
 }
 
+# Thresholds that one round of the choice counts by: registers against rounds.
+_TRIALS = {"choose": 1, "decode": 8}
+
 # Block scores of one chunk of queries take at most this much memory.
 _SCORE_BYTES = 256 << 20
 
@@ -810,6 +813,26 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 
 # Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
 _SPAN = {2: 4096, 4: 512}
+
+# Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
+_DECODE_TILES = {
+    ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3, "num_warps": 4},
+    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("selected", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("selected", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+}
+_DECODE_MAX_KEYS = 128  # the most keys in a tile
+_DECODE_MAX_PARTS = 32  # the most parts of a row in each branch
+_DECODE_HEADS = {2: 64, 4: 16}  # the most heads of a group in a tile, by bytes of a number
+_DECODE_BYTES = 256 << 20  # partial results of one chunk of new tokens take at most this much memory
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -878,24 +901,28 @@ def _load_pair_rows(
 
 @_kernel
 def _fold_importance(
-    score, p, part_first, m: tl.constexpr, r: tl.constexpr,
+    p, part_first, m: tl.constexpr, r: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr,
 ):  # fmt: skip
-    """score[j] += sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, then what it lends.
+    """score[j] = sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, and what its left lends it.
 
-    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r).
+    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r). Beside
+    the score, what the tile lends to the first SPILL blocks of the next one.
     """
     p = tl.reshape(p, [TOKENS, BLOCKS, PART])
     i = part_first + tl.arange(0, PART)
     jj = tl.arange(0, BLOCKS)
     own = tl.minimum(i + m, r) - i
-    score += tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
+    score = tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
+    beyond = tl.zeros([TOKENS, BLOCKS], tl.float32)
     for right in tl.static_range(1, SPILL + 1):
         share = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
         lent = tl.sum(p * share.to(tl.float32)[None, None, :], axis=2)
         source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [TOKENS, BLOCKS])
         score += tl.where((jj >= right)[None, :], tl.gather(lent, source, axis=1), 0.0)
-    return score
+        source = tl.broadcast_to(tl.minimum(jj + (BLOCKS - right), BLOCKS - 1)[None, :], [TOKENS, BLOCKS])
+        beyond += tl.where((jj < right)[None, :], tl.gather(lent, source, axis=1), 0.0)
+    return score, beyond
 
 
 @_kernel
@@ -951,11 +978,11 @@ def _block_scores_kernel(
                 s_next = tl.dot(queries, keys_next, input_precision=PRECISION)
                 p_next += tl.exp2(s_next * (scale * _TL_LOG2E) - lse_g[:, None])
         visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
-        score = _fold_importance(score, tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
         if TILES == 2:
             visible = (inside < r)[None, :] & ((i_next * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
             p_next = tl.where(visible, p_next, 0.0)
-            score_next = _fold_importance(score_next, p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+            score_next += _fold_importance(p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
 
     jj = tl.arange(0, BLOCKS)
     row = scores + (z.to(tl.int64) * n_tokens + token) * n_blocks
@@ -967,31 +994,26 @@ def _block_scores_kernel(
 
 
 @_kernel
-def _choose_kernel(
-    scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
-    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+def _store_highest(
+    score, own, exists, out_row,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+    TRIALS: tl.constexpr,
 ):  # fmt: skip
-    """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1], forced ones first, ties to the lower index.
+    """out_row[:] = the S highest of score[: own + 1], forced ones first, ties to the lower index; ROWS rows at once.
 
-    Scores are not negative, so their bits order as integers: the S-th highest is found by bisection, by counting, and
-    a round that counts exactly S ends it. The running count of what is taken is the slot: slots ascend without a sort.
+    Scores are not negative, so their bits order as integers: the S-th highest is found by counting what reaches each of
+    TRIALS thresholds at a time (one bisects), and a round that counts exactly S ends it. The running count of what is
+    taken is the slot: slots ascend without a sort.
     """
     QUAD: tl.constexpr = 4 if NP > 4 else 1
-    z = tl.program_id(1)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_chunk = token < n_tokens
-    own = (t0 + token) // SELECT
     j = tl.arange(0, NP)[None, :]
-    row = (z.to(tl.int64) * n_tokens + token) * n_blocks
 
     # keys: -1 no candidate, score bits, above every score for the forced blocks
-    candidate = in_chunk[:, None] & (j <= own[:, None])
-    score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
+    candidate = exists[:, None] & (j <= own[:, None])
     key = tl.where((score >= 0) & (score < float("inf")), score, 0.0).to(tl.int32, bitcast=True)
     forced = candidate & ((j < INIT) | (j > (own - LOCAL)[:, None]))
     key = tl.where(candidate & ~forced, key, -1)
-    wanted = tl.where(in_chunk, tl.minimum(own + 1, S), 0)
+    wanted = tl.where(exists, tl.minimum(own + 1, S), 0)
 
     # at least `wanted` keys reach the threshold, fewer reach `over`; SP strided groups have a maximum each
     over = tl.max(key, axis=1) + 1
@@ -1002,10 +1024,14 @@ def _choose_kernel(
     threshold = tl.where(n_forced >= wanted, _TL_FORCED, tl.minimum(threshold, over - 1))
     over = tl.where(n_forced >= wanted, _TL_FORCED + 1, over)
     while tl.max(over - threshold, axis=0) > 1:
-        trial = threshold + (over - threshold) // 2
-        reached = tl.sum((key >= trial[:, None]).to(tl.int32), axis=1)
-        threshold = tl.where(reached >= wanted, trial, threshold)
-        over = tl.where(reached > wanted, over, tl.where(reached == wanted, trial + 1, trial))
+        step = tl.maximum((over - threshold) // (TRIALS + 1), 1)
+        trial = tl.minimum(threshold[:, None] + step[:, None] * (1 + tl.arange(0, TRIALS))[None, :], over[:, None] - 1)
+        reached = tl.sum((key[:, :, None] >= trial[:, None, :]).to(tl.int32), axis=1)
+        enough, few = reached >= wanted[:, None], reached < wanted[:, None]
+        threshold = tl.maximum(threshold, tl.max(tl.where(enough, trial, 0), axis=1))
+        over = tl.minimum(over, tl.min(tl.where(few, trial, _TL_FORCED + 1), axis=1))
+        exact = tl.max((reached == wanted[:, None]).to(tl.int32), axis=1) > 0
+        over = tl.where(exact, threshold + 1, over)
 
     # ties at the threshold: those before `limit` are taken, so that `wanted` are taken in all
     limit = tl.full([ROWS], NP, tl.int32)
@@ -1024,13 +1050,28 @@ def _choose_kernel(
     quad = tl.sum(taken, axis=2)
     slot = (tl.cumsum(quad, axis=1) - quad)[:, :, None] + tl.cumsum(taken, axis=2) - 1
     slot = tl.reshape(slot, [ROWS, NP])
-
-    out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
-    out_row = out + (t0 + token).to(tl.int64) * stride_ot
     tl.store(out_row[:, None] + slot, tl.broadcast_to(j, [ROWS, NP]), mask=chosen & candidate)
     free = tl.arange(0, SP)[None, :]
-    empty = in_chunk[:, None] & (free >= wanted[:, None]) & (free < S)
+    empty = exists[:, None] & (free >= wanted[:, None]) & (free < S)
     tl.store(out_row[:, None] + free, tl.full([ROWS, SP], -1, tl.int32), mask=empty)
+
+
+@_kernel
+def _choose_kernel(
+    scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
+    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, TRIALS: tl.constexpr,
+):  # fmt: skip
+    """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1]."""
+    z = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_chunk = token < n_tokens
+    j = tl.arange(0, NP)[None, :]
+    row = (z.to(tl.int64) * n_tokens + token) * n_blocks
+    score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
+    out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
+    out_row = out + (t0 + token).to(tl.int64) * stride_ot
+    _store_highest(score, (t0 + token) // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP, TRIALS)
 
 
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
@@ -1085,7 +1126,7 @@ def _triton_select(
         _choose_kernel[(triton.cdiv(n_tokens, rows), B * K)](
             scores, chosen, n_tokens, n_blocks, t0, *chosen.stride()[:3],
             K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, INIT=init_blocks, LOCAL=local_blocks,
-            ROWS=rows, NP=width, num_warps=min(max(width // 1024, 1), 32),
+            ROWS=rows, NP=width, TRIALS=_TRIALS["choose"], num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
 
@@ -2150,6 +2191,346 @@ def _triton_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     return o
 
 
+# Decoding: split keys ─────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
+# (b·M + m)·K + k; the heads of its group are a tile. Its keys are split into parts, so many that all multiprocessors
+# read; a part writes an output and a log-sum-exp of its own, and the last kernel merges them:
+#
+#     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
+#     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
+#     selected    parts of the S slots
+#     merge       softmax over the parts of each branch, and the gates
+#
+# How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
+# A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
+
+_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "n_local", "n_parts"]  # no new kernel for each number of rows
+
+
+@_kernel
+def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
+    """A row's sequence, token, key head and position."""
+    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
+    return b, m, row % K, tl.load(positions + b * strides[0] + m * strides[1])
+
+
+@_kernel
+def _decode_begin(
+    q, k, v, q_strides, k_strides, v_strides, b, m, h,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """What a part starts from: heads of the group, their queries, where the keys and values lie, an empty softmax."""
+    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    queries = _load_tile(q + b * q_strides[0] + m * q_strides[1] + h * G * q_strides[2], g, q_strides[2], g < G, D, DP)
+    k_base, v_base = k + b * k_strides[0] + h * k_strides[2], v + b * v_strides[0] + h * v_strides[2]
+    acc = tl.zeros([HEADS, DP], tl.float32)
+    return g, queries, k_base, v_base, acc, tl.full([HEADS], float("-inf"), tl.float32), tl.zeros([HEADS], tl.float32)
+
+
+@_kernel
+def _decode_share(tiles, part, parts):
+    """The tiles of a part: [begin, end)."""
+    return tiles * part // parts, tiles * (part + 1) // parts
+
+
+@_kernel
+def _decode_tile(
+    acc, peak, total, queries, k_base, v_base, key, seen, stride_k, stride_v, scale,
+    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of the online softmax: p = exp2(scale q.k - peak), acc += p.v, total += sum p; and p itself."""
+    keys = _load_tile(k_base, key, stride_k, seen, D, DP)
+    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
+    s = tl.where(seen[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, axis=1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(peak - shift)
+    values = _load_tile(v_base, key, stride_v, seen, D, DP)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_peak, total * fade + tl.sum(p, axis=1), p
+
+
+@_kernel
+def _decode_end(
+    acc, peak, total, o_part, lse_part, row, part, parts, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """o_part[row, part, g] = acc / total, lse_part[row, part, g] = peak + log2 total: 0 and -inf where no key is."""
+    out = (row.to(tl.int64) * parts + part) * G + g
+    _store_tile(o_part, acc / tl.where(total > 0, total, 1.0)[:, None], out, D, g < G, D, DP)
+    tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_compressed_kernel(
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
+
+    A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
+    """
+    r: tl.constexpr = SELECT // STRIDE
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+        q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+    )
+    end = _span_end(t, BLOCK, STRIDE)
+    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
+    column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
+    score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
+    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+        i = (tile * BLOCKS + column // PART) * r + column % PART
+        seen = (column % PART < r) & (i < end)
+        acc, peak, total, p = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, i, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
+        score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
+        j = (tile * BLOCKS + jj)[None, :]
+        tl.store(scores + score_rows + j, peak[:, None] + tl.log2(score), mask=(g < G)[:, None])
+        if SPILL > 0:
+            borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
+            tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
+    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
+
+
+@_kernel
+def _decode_score(
+    lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G: tl.constexpr, PARTS_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr, SPILL: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """score[j] = sum_g exp2(scores[row, g, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
+    j, part = tl.arange(0, NP)[None, :], tl.arange(0, PARTS_PAD)[None, :]
+    score = tl.zeros([NP], tl.float32)
+    for first in range(0, G, HEADS):
+        g = first + tl.arange(0, HEADS)[:, None]
+        lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
+        lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
+        top = tl.max(lse, axis=1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        lse = (top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), axis=1)))[:, None]
+        offsets = (row.to(tl.int64) * G + g) * n_scores + j
+        own = tl.load(scores + offsets, mask=(g < G) & (j < tiles * BLOCKS), other=float("-inf"))
+        score += tl.sum(tl.where(own == float("-inf"), 0.0, tl.exp2(own - lse)), axis=0)
+        if SPILL > 0:
+            borrows = (g < G) & (j % BLOCKS < SPILL) & (j >= BLOCKS) & (j < (tiles + 1) * BLOCKS)
+            left = tl.load(lent + offsets, mask=borrows, other=float("-inf"))
+            score += tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
+    return score
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_choose_kernel(
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
+    TRIALS: tl.constexpr, WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
+    row, part = tl.program_id(0), tl.program_id(1) - 1
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    if part >= 0:
+        g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+        )
+        first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
+        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
+        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+            s = first + tile * KEYS + tl.arange(0, KEYS)
+            acc, peak, total, _ = _decode_tile(
+                acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
+                D, DP, PRECISION,
+            )  # fmt: skip
+        _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
+    elif tl.program_id(2) == 0:
+        tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
+        score = _decode_score(
+            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
+        )
+        one = tl.arange(0, 1)
+        _store_highest(
+            score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
+            S, SP, INIT, LOCAL, 1, NP, TRIALS,
+        )  # fmt: skip
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_selected_kernel(
+    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+    )
+    slot = tl.arange(0, SP)
+    taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
+    blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
+    begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
+    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+        n = tile * KEYS + tl.arange(0, KEYS)
+        of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
+        j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
+        s = j * SELECT + n % SELECT_PAD
+        seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
+        acc, peak, total, _ = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
+    part += n_parts - tl.num_programs(1)
+    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_merge_kernel(
+    o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gate_strides, o_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
+):  # fmt: skip
+    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
+    row, g = tl.program_id(0) // G, tl.program_id(0) % G
+    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
+    head = row % K * G + g
+    part = tl.arange(0, PARTS_PAD)
+    offsets = (row.to(tl.int64) * n_parts + part) * G + g
+    lse = tl.load(lse_part + offsets, mask=part < n_parts, other=float("-inf"))
+    after_local = n_compressed + n_local
+    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + head * gate_strides[2]
+    weight = tl.zeros([PARTS_PAD], tl.float32)
+    for c in tl.static_range(3):  # local, compressed, selective
+        first = n_compressed if c == 0 else (0 if c == 1 else after_local)
+        end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
+        lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
+        top = tl.max(lse_c, axis=0)
+        e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top))
+        gate = tl.load(gate_base + c * gate_strides[3]).to(tl.float32)
+        weight += gate / tl.maximum(tl.sum(e, axis=0), 1.0) * e  # the sum is 0 or, as its largest term is 1, at least 1
+    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < n_parts, D, DP), axis=0)
+    d = tl.arange(0, DP)
+    out = o + b * o_strides[0] + m * o_strides[1] + head * o_strides[2]
+    tl.store(out + d, merged.to(o.dtype.element_ty), mask=d < D)
+
+
+def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
+    """Why decoding has no kernel for such blocks; None if it has."""
+    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
+        return None
+    return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
+
+
+def _decode_spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
+    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
+    ratio = select_block_size // stride
+    return ratio, (ratio + block_size // stride - 2) // ratio
+
+
+def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
+    width = 128 if _padded(D) <= 128 else 256
+    return dict(_DECODE_TILES[kernel, dtype.itemsize, width])
+
+
+def _triton_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_local: Tensor,
+    v_local: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    *,
+    local_window: int,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """o (B, M, H, D): all branches and gates, for M new tokens a row over buffers that hold their keys already."""
+    B, M, H, D = q.shape
+    K, S = k.shape[2], topk_blocks
+    G = H // K
+    o = torch.empty(B, M, H, D, dtype=q.dtype, device=q.device)
+    if o.numel() == 0:
+        return o
+    q, k, v, k_local, v_local, k_cmp, v_cmp = map(_unit_stride, (q, k, v, k_local, v_local, k_cmp, v_cmp))
+    heads = min(max(triton.next_power_of_2(G), 16), _DECODE_HEADS[q.dtype.itemsize])
+    head_blocks = triton.cdiv(G, heads)
+    tiles = {name: _decode_tiles(name, D, q.dtype) for name in ("compressed", "local", "selected")}
+    programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
+
+    # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
+    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    part = triton.next_power_of_2(ratio)
+    blocks = max(tiles["compressed"].pop("KEYS") // part, triton.next_power_of_2(max(spill, 1)))
+    score_tiles = triton.cdiv(k_cmp.shape[1], blocks * ratio)
+    n_scores = (score_tiles + 1) * blocks
+    select_pad = triton.next_power_of_2(select_block_size)
+    most = (
+        score_tiles,
+        triton.cdiv(min(local_window, k.shape[1]), tiles["local"]["KEYS"]),
+        triton.cdiv(S * select_pad, tiles["selected"]["KEYS"]),
+    )
+    NP = triton.next_power_of_2(max(triton.cdiv(k.shape[1], select_block_size), S))
+    tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
+
+    chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
+    rows = B * chunk * K
+    parts = [max(min(p // (rows * head_blocks), m, _DECODE_MAX_PARTS), 1) for p, m in zip(programs, most, strict=True)]
+    n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
+    o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
+    lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
+    scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
+    chosen = torch.empty(rows * S, dtype=torch.int32, device=q.device)
+    shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
+    attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
+    blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
+    parts_pad = triton.next_power_of_2(n_parts)
+    slots = {"S": S, "SP": triton.next_power_of_2(S)}
+    for m0 in range(0, M, chunk):
+        n_tokens = min(chunk, M - m0)
+        rows = B * n_tokens * K
+        _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+            q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
+            **attend, **blocked, PART=part, **tiles["compressed"],
+        )  # fmt: skip
+        _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
+            m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+            q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
+            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP, TRIALS=_TRIALS["decode"],
+            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=local_window,
+            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
+        )  # fmt: skip
+        _decode_selected_kernel[(rows, n_selected, head_blocks)](
+            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
+            q.stride(), k.stride(), v.stride(), positions.stride(),
+            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
+        )  # fmt: skip
+        _decode_merge_kernel[(rows * G,)](
+            o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
+            **shape, PARTS_PAD=parts_pad, num_warps=min(max(parts_pad * _padded(D) // 2048, 1), 8),
+        )  # fmt: skip
+    return o
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 6  Autograd and operators: one function for a branch, one for the whole, on every backend
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2452,7 +2833,7 @@ def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
 
 
 def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -395,7 +395,7 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # G, D and what is launched: the settings whose tile sizes are tuned. Groups of 4 and 16 differ in the selective branch.
-EVERYTHING = ("local", "compressed", "selective", "select", "gates")
+EVERYTHING = ("local", "compressed", "selective", "select", "gates", "decode")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING),
     "4_heads_a_group_of_128": (4, 128, ("selective",)),
@@ -411,6 +411,8 @@ PRODUCTS = {
     "4_heads_a_group_of_128": ("selective_partial", "selective_gradient"),
     "1_head_a_group_of_64": BY_BLOCK,
 }
+# A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
+STEP = ("compressed", "choose", "selected", "merge")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
@@ -445,6 +447,12 @@ def launch(G: int, D: int, launched: tuple[str, ...], T: int = 1024, K: int = 2)
     if "gates" in launched:
         kernels.gate(gates, q, q, q)
         kernels.gated_row_terms(q, gates, [q] * 3, [lse] * 3, K)
+    if "decode" in launched:
+        settings = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": S}
+        keys, positions = (k, k, k, k, compressed_keys, compressed_keys), torch.zeros(1, 1, dtype=torch.int32)
+        nsa._triton_decode(
+            q[:, :1], *keys, gates[:, :1], positions, **settings, init_blocks=1, local_blocks=2, scale=scale
+        )
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -516,7 +524,8 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    rest = {"choose", "gate", "row_terms"} if "gates" in BUILDS[name][2] else {"sum_over_slots"}
+    everything = {"choose", "gate", "row_terms", *(f"decode_{kernel}" for kernel in STEP)}
+    rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_over_slots"}
     assert set(PRODUCTS[name]) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in PRODUCTS[name]:
         assert kernels[kernel]["wgmma"] > 0, f"{kernel} does without Hopper's matrix unit"

@@ -3,13 +3,18 @@
     python tests/benchmarks/gpu.py                 # the paper's setting: whole, parts, memory
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
+    python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph; --sweep: other launch settings
 
 Medians of device events, bf16, batch 1; `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output.
+A decoding step is timed from one new q a row and the cache to the output, in turn on several caches: what a step reads
+would else lie in the L2 of the GPU when the next one reads it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +30,7 @@ import native_sparse_attention as nsa  # noqa: E402
 PAPER = {"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "init_blocks": 1,
          "local_blocks": 2, "local_window": 512}  # fmt: skip
 LONG = {"block_size": 64, "stride": 64, "select_block_size": 64, "topk_blocks": 8, "local_window": 256}
+RATE = 790e12  # operations a second in bfloat16 matrix products, as measured on an H200
 SHAPES = [(64, 4, 128, 65536), (64, 4, 128, 8192), (32, 8, 128, 65536), (16, 16, 64, 32768)]  # H, K, D, T
 
 
@@ -73,15 +79,55 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def whole(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
+def measure_whole(shape: tuple[int, int, int, int], setting: dict[str, int]) -> tuple[tuple[float, ...], ...]:
+    """`forward_backward` of NSA and of dense attention."""
     leaves = leaves_of(*shape, setting)
     ours = forward_backward(lambda *x: nsa.nsa_attention(*x, **setting), leaves)
-    theirs = forward_backward(dense, leaves[:3])
+    return ours, forward_backward(dense, leaves[:3])
+
+
+def name_of(shape: tuple[int, int, int, int]) -> str:
     heads, kv_heads, dim, tokens = shape
-    name = f"{heads} q / {kv_heads} kv, D {dim}, T {tokens // 1024}k"
+    return f"{heads} q / {kv_heads} kv, D {dim}, T {tokens // 1024}k"
+
+
+def whole_row(shape: tuple[int, int, int, int], ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
     cells = [f"{theirs[0]:.2f} / {theirs[1]:.2f}", f"{ours[0]:.2f} / {ours[1]:.2f}"]
     cells += [f"{theirs[0] / ours[0]:.2f}× / {theirs[1] / ours[1]:.2f}×", f"{theirs[2]:.1f} / {ours[2]:.1f}"]
-    return f"| {name} | " + " | ".join(cells) + " |"
+    return f"| {name_of(shape)} | " + " | ".join(cells) + " |"
+
+
+def break_even(times: dict[int, tuple[float, float]]) -> str:
+    """Tokens at which NSA's forward and backward take as long as dense attention's, of {T: (ours, theirs)}."""
+    for (low, (ours, theirs)), (high, (ours_high, theirs_high)) in itertools.pairwise(sorted(times.items())):
+        before, after = math.log(theirs / ours), math.log(theirs_high / ours_high)
+        if before < 0 <= after:
+            return f"break-even at {low * (high / low) ** (before / (before - after)) / 1024:.0f}k tokens"
+    return "no break-even in this range"
+
+
+def compare(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) -> dict[int, tuple[float, float]]:
+    """Prints a row for each shape; returns ms of forward and backward by length: {T: (NSA, dense)}."""
+    columns = ("shape", "dense, ms", "NSA, ms", "dense / NSA", "peak GiB, dense / NSA")
+    print("forward / backward\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    times = {}
+    for shape in shapes:
+        ours, theirs = measure_whole(shape, setting)
+        print(whole_row(shape, ours, theirs), flush=True)
+        times[shape[3]] = sum(ours[:2]), sum(theirs[:2])
+    return times
+
+
+# Keys that a query sees, and matrix products with each, in the forward: the backward has 2.5 times as many.
+def floors(shape: tuple[int, int, int, int], setting: dict[str, int]) -> list[float]:
+    """ms that the matrix products of compressed, choice, selective and local attention take at RATE."""
+    heads, _, dim, tokens = shape
+    t = torch.arange(tokens, dtype=torch.float64)
+    visible = ((t - setting["block_size"] + 1) // setting["stride"] + 1).clamp(min=0).sum()
+    chosen = (t + 1).clamp(max=setting["topk_blocks"] * setting["select_block_size"]).sum()
+    window = (t + 1).clamp(max=setting["local_window"]).sum()
+    keys_and_products = ((visible, 2), (visible, 1), (chosen, 2), (window, 2))
+    return [1e3 * 2 * float(keys) * products * heads * dim / RATE for keys, products in keys_and_products]
 
 
 def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
@@ -96,26 +142,141 @@ def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
         (lambda q, k, v: nsa.local_attention(q, k, v, setting["local_window"]), [q, k, v]),
     ]
     times = [forward_backward(f, x)[:2] for f, x in branches]
-    times.insert(1, (milliseconds(lambda: nsa.select_blocks(q, k_cmp, lse, **choice)), 0.0))
-    return " | ".join(f"{forward:.2f} / {backward:.2f}" for forward, backward in times)
+    times.insert(1, (milliseconds(lambda: nsa.select_blocks(q, k_cmp, lse, **choice)), None))
+    cells = []
+    for (forward, backward), floor in zip(times, floors(shape, setting), strict=True):
+        back = "" if backward is None else f" / {backward:.2f} ({2.5 * floor:.2f})"
+        cells.append(f"{forward:.2f} ({floor:.2f}){back}")
+    return " | ".join(cells)
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+STEPS = [(batch, tokens) for batch in (16, 64) for tokens in (8192, 32768, 65536)]
+BANDWIDTH = 4.3e12  # bytes a second, as measured on an H200
+CACHES = 4
+VARIANTS = {"PROGRAMS": (1, 2, 3, 4, 6, 8, 16), "KEYS": (32, 64, 128), "STAGES": (1, 2, 3, 4, 5, 6),
+            "num_warps": (2, 4, 8)}  # fmt: skip
+
+
+def in_a_graph(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+    """ms of one of the calls, which are captured and replayed one after the other."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]  # noqa: F841, kept: their memory is not to be shared
+    return milliseconds(graph.replay, repeats) / len(calls)
+
+
+def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
+    """The arguments of a step of one new token at the end of full caches, 64 query and 4 key heads of 128."""
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(batch, *shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    blocks = (tokens - PAPER["block_size"]) // PAPER["stride"] + 1
+    steps = []
+    for _ in range(CACHES):
+        k, v, k_cmp, v_cmp = make(tokens, 4), make(tokens, 4), make(blocks, 4), make(blocks, 4)
+        gates = torch.rand(batch, 1, 64, 3, device="cuda", dtype=torch.bfloat16)
+        positions = torch.full((batch, 1), tokens - 1, device="cuda", dtype=torch.int32)
+        steps.append({"q": make(1, 64), "k": k, "v": v, "k_local": k, "v_local": v, "k_cmp": k_cmp, "v_cmp": v_cmp,
+                      "gates": gates, "positions": positions})  # fmt: skip
+    return steps
+
+
+def sparse_step(step: dict[str, Tensor]) -> Tensor:
+    return nsa._triton_decode(**step, **PAPER, scale=128**-0.5)
+
+
+def dense_step(step: dict[str, Tensor], backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        q, k, v = (step[name].transpose(1, 2) for name in ("q", "k", "v"))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def fastest_dense_step(steps: list[dict[str, Tensor]]) -> tuple[float, str]:
+    """ms, and the backend's name."""
+    times = []
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            times.append((in_a_graph([lambda s=s, b=backend: dense_step(s, b) for s in steps]), backend.name))
+        except RuntimeError as error:
+            print(f"{backend.name}: {error}")
+    return min(times)
+
+
+def decode_row(batch: int, tokens: int) -> str:
+    steps = caches(batch, tokens)
+    theirs, backend = fastest_dense_step(steps)
+    ours = in_a_graph([lambda s=s: sparse_step(s) for s in steps])
+    keys = tokens / PAPER["stride"] + PAPER["topk_blocks"] * PAPER["select_block_size"] + PAPER["local_window"]
+    floor = 1e3 * batch * keys * 4 * 128 * 2 * 2 / BANDWIDTH
+    cells = (f"{batch}", f"{tokens // 1024}k", f"{theirs:.4f} ({backend.split('_')[0].lower()})", f"{ours:.4f}")
+    return "| " + " | ".join((*cells, f"{theirs / ours:.2f}×", f"{floor:.4f}")) + " |"
+
+
+def kernels_of_a_step(batch: int, tokens: int) -> str:
+    """Microseconds of each kernel, without a graph."""
+    steps = caches(batch, tokens)
+    for step in steps:
+        sparse_step(step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for step in steps * 5:
+            sparse_step(step)
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if "decode" in event.key]
+    return ", ".join(f"{event.key.strip('_')} {event.device_time:.1f}" for event in events)
+
+
+def sweep_decode(shapes: list[tuple[int, int]]) -> None:
+    """Each launch setting varied on its own: ms a step at each shape, the present setting first."""
+    steps = {shape: caches(*shape) for shape in shapes}
+
+    def times() -> str:
+        try:
+            return "  ".join(f"{in_a_graph([lambda s=s: sparse_step(s) for s in x]):.4f}" for x in steps.values())
+        except Exception as error:  # a tile that does not fit
+            return f"{type(error).__name__}: {error}"[:90]
+
+    print("present", "  ".join(f"{batch} × {tokens // 1024}k" for batch, tokens in shapes), "\n", times(), flush=True)
+    for kernel, (name, values) in itertools.product(("compressed", "local", "selected"), VARIANTS.items()):
+        entry = nsa._DECODE_TILES[kernel, 2, 128]
+        present = entry[name]
+        for value in values:
+            entry[name] = value
+            print(f"{kernel:>10} {name:>9} {value:>3}{'*' if value == present else ' '} {times()}", flush=True)
+        entry[name] = present
+
+
+def decode(sweep: bool) -> None:
+    if sweep:
+        return sweep_decode([(16, 8192), (16, 65536), (64, 65536)])
+    columns = ("batch", "cached tokens", "dense, ms", "NSA, ms", "dense / NSA", "its bytes, ms")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for shape in STEPS:
+        print(decode_row(*shape), flush=True)
+    for shape in ((16, 8192), (16, 65536), (64, 65536)):
+        print(f"\nkernels at batch {shape[0]}, {shape[1] // 1024}k, µs: {kernels_of_a_step(*shape)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("paper", "long"), default="paper")
+    parser.add_argument("what", nargs="?", choices=("paper", "long", "decode"), default="paper")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="of the paper's setting")
+    parser.add_argument("--sweep", action="store_true", help="decode: vary the launch settings")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {nsa.triton.__version__}\n")
-    shapes = [SHAPES[i] for i in args.shapes] if args.what == "paper" else [(8, 8, 64, 2**i) for i in range(11, 18)]
-    setting = PAPER if args.what == "paper" else LONG
-    columns = ("shape", "dense, ms", "NSA, ms", "dense / NSA", "peak GiB, dense / NSA")
-    print("forward / backward\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    if args.what == "decode":
+        return decode(args.sweep)
+    if args.what == "long":
+        times = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
+        return print("\n" + break_even(times))
+    shapes = [SHAPES[i] for i in args.shapes]
+    compare(shapes, PAPER)
+    print("\nms (floor)\n\n| shape | compressed | choice | selective | local |\n|---|---|---|---|---|")
     for shape in shapes:
-        print(whole(shape, setting), flush=True)
-    if args.what == "paper":
-        print("\n| shape | compressed | choice | selective | local |\n|---|---|---|---|---|")
-        for shape in shapes:
-            print("| {} q / {} kv, D {}, T {} | ".format(*shape) + parts(shape, setting) + " |", flush=True)
+        print(f"| {name_of(shape)} | {parts(shape, PAPER)} |", flush=True)
 
 
 if __name__ == "__main__":
