@@ -2986,7 +2986,7 @@ def _attention_forward(
     o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
     chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
     o_selective, lse_selective = on.selective.forward(q, k, v, chosen, sizes[2], scale)
-    o = on.gate(gates, o_local, o_compressed, o_selective)
+    o = on.gate(gates, o_local, o_compressed, o_selective).contiguous()
     return [o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen]
 
 
@@ -3118,6 +3118,7 @@ def _once(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     remembered = functools.cache(function)
 
+    @functools.wraps(function)
     def once(*arguments: Any) -> Any:
         return remembered(*arguments)
 
@@ -3542,7 +3543,7 @@ def nsa_attention(
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
     on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
     if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
-        o_local = local_attention(q, *(local.values() or (k, v)), local_window, scale=scale)
+        o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
         o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
         chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
         o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)

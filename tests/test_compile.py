@@ -1,0 +1,383 @@
+"""torch.compile and the operators behind it: no graph break, few graphs, the numbers of eager."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import BRANCHES, PLAIN, Branch, Case, Random, choice, compressed, draw, every_branch, finite, run, whole
+from conftest import assert_close64
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import native_sparse_attention as nsa
+from nsa_gpt_training import NSALanguageModel
+
+CASE = Case("overlap", T=29, B=2, H=4, D=6, block_size=8, stride=4, select_block_size=8, topk_blocks=3, window=6)
+CFG = nsa.NSAConfig(dim=16, heads=4, kv_heads=2, seq_len=64, local_window=6, block_size=8, stride=4,
+                    select_block_size=8, topk_blocks=3, rope_theta=1e4, gate_mode="q_cond")  # fmt: skip
+LENGTHS = (29, 37, 22, 40, 53)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def graphs() -> int:
+    """How many graphs were made since the test began."""
+    return counters["stats"]["unique_graphs"]
+
+
+def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    for name, value in expected.items():
+        assert value.abs().sum() > 0, f"{name} is 0"
+        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
+        error = ((actual[name] - value).norm() / value.norm()).item()
+        assert error <= tolerance, f"{name} differs from eager by {error:.1e}"
+
+
+def step(call: Callable[..., Tensor], leaves: dict[str, Tensor], *inputs: Any) -> dict[str, Tensor]:
+    """The outputs of `call` and the gradients of the leaves, for upstream gradients that are the same in every run."""
+    outputs = call(*inputs)
+    outputs = finite(outputs if isinstance(outputs, tuple) else (outputs,))
+    random = Random(seed=1)
+    upstream = [random(tuple(y.shape), y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return values | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_same_step(
+    compiled: Callable[..., Tensor], eager: Callable[..., Tensor], leaves: dict[str, Tensor], *inputs: Any
+) -> None:
+    assert_alike(step(compiled, leaves, *inputs), step(eager, leaves, *inputs))
+
+
+def attention(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return nsa.NativeSparseAttention(replace(CFG, **options)).double()
+
+
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    return nsa.NSABlock(CFG).double()
+
+
+def hidden(random: Random, tokens: int = 29) -> Tensor:
+    return random((2, tokens, CFG.dim)).requires_grad_()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward and backward, for any number of tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_branch
+def test_functions(branch: Branch, random: Random) -> None:
+    def outputs(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return branch(PLAIN, CASE, x)
+
+    call = compiled(outputs, dynamic=True)
+    for tokens in LENGTHS:
+        x = draw(branch, replace(CASE, T=tokens), random)
+        assert_same_step(call, outputs, {name: x[name] for name in BRANCHES[branch]}, x)
+    assert graphs() == 1
+
+
+def test_choice_of_blocks(random: Random) -> None:
+    x = CASE.tensors(random)
+    assert torch.equal(compiled(lambda x: choice(PLAIN, CASE, x))(x), choice(PLAIN, CASE, x))
+
+
+def leaves_of(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return {"x": x} | dict(module.named_parameters())
+
+
+def test_attention(random: Random) -> None:
+    """A graph where the compressed blocks cover all tokens, and one where they do not."""
+    module = attention(separate_kv=True, compression="conv1d")
+    call = compiled(module, dynamic=True)
+    for tokens in LENGTHS:
+        x = hidden(random, tokens)
+        assert_same_step(call, module, leaves_of(module, x), x)
+    assert graphs() == 2
+
+
+def test_block_without_a_word_about_dynamic_shapes(random: Random) -> None:
+    """The first length has a graph to itself; then as above."""
+    module = block()
+    call = compiled(module)
+    for tokens in LENGTHS:
+        x = hidden(random, tokens)
+        assert_same_step(call, module, leaves_of(module, x), x)
+    assert graphs() == 3
+
+
+def test_language_model(random: Random) -> None:
+    torch.manual_seed(0)
+    module = NSALanguageModel(11, CFG, layers=1).double()
+    call = compiled(module, dynamic=True)
+    for tokens in LENGTHS:
+        text = random.integers(0, 11, (2, tokens + 1))
+        assert_same_step(call, module, dict(module.named_parameters()), text[:, :-1], text[:, 1:])
+    assert graphs() == 2
+
+
+def test_inductor(random: Random) -> None:
+    module = attention(compression="avgpool", rope_theta=None)
+    x = hidden(random)
+    assert_same_step(compiled(module, "inductor"), module, leaves_of(module, x), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside torch's machinery
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_gradients(random: Random) -> None:
+    module, x = block(), hidden(random)
+    with torch.no_grad():
+        assert_alike({"output": compiled(module)(x)}, {"output": module(x)})
+
+
+@every_branch
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode], ids=lambda context: context.__name__)
+def test_functions_of_tensors_without_gradients(
+    branch: Branch, context: Callable[[], AbstractContextManager], random: Random
+) -> None:
+    with context():
+        x = {name: tensor.detach() for name, tensor in draw(branch, CASE, random).items()}
+        actual, expected = compiled(lambda x: branch(PLAIN, CASE, x))(x), branch(PLAIN, CASE, x)
+    for one, other in zip(finite(actual), finite(expected), strict=True):
+        assert_close64(one, other)
+
+
+@every_branch
+def test_a_tensor_given_twice(branch: Branch, random: Random) -> None:
+    """As keys and as values: its gradient is the sum of both."""
+    x = draw(branch, CASE, random)
+    one, other = BRANCHES[branch][1:3] if branch is not whole else ("k_cmp", "v_cmp")
+    apart = run(branch, PLAIN, CASE, x | {other: x[one].detach().clone().requires_grad_()})
+    expected = apart[f"gradient of {one}"] + apart[f"gradient of {other}"]
+
+    def outputs(x: dict[str, Tensor]) -> Tensor:
+        return branch(PLAIN, CASE, x | {other: x[one]})[0]
+
+    upstream = Random(seed=1)(tuple(apart["o"].shape))
+    for call in (outputs, compiled(outputs)):
+        (gradient,) = torch.autograd.grad(call(x), x[one], upstream)
+        if branch is not compressed:  # whose second output had an upstream gradient above
+            assert_close64(gradient, expected)
+
+
+def test_autocast(random: Random) -> None:
+    module, x = block().float(), hidden(random).detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = (step(call, leaves_of(module, x), x) for call in (module, compiled(module)))
+    assert expected["output 0"].dtype == torch.float32
+    assert_alike(actual, expected, tolerance=torch.finfo(torch.bfloat16).eps)
+
+
+def test_checkpoint(random: Random) -> None:
+    module, x = block(), hidden(random)
+    call = compiled(lambda x: checkpoint(module, x, use_reentrant=False))
+    assert_same_step(call, module, leaves_of(module, x), x)
+
+
+@every_branch
+def test_func_grad(branch: Branch, random: Random) -> None:
+    x = draw(branch, CASE, random)
+    names = BRANCHES[branch]
+
+    def loss(leaves: dict[str, Tensor], x: dict[str, Tensor]) -> Tensor:
+        return sum((output.sin() ** 2).sum() for output in finite(branch(PLAIN, CASE, x | leaves)))
+
+    leaves = {name: x.pop(name) for name in names}
+    expected = dict(zip(names, torch.autograd.grad(loss(leaves, x), list(leaves.values())), strict=True))
+    leaves, x = ({name: tensor.detach() for name, tensor in each.items()} for each in (leaves, x))
+    assert_alike(torch.func.grad(loss)(leaves, x), expected)
+    try:
+        actual = compiled(torch.func.grad(loss))(leaves, x)
+    except torch._dynamo.exc.TorchDynamoException:  # an error, and never other numbers
+        pytest.xfail("torch does not trace an autograd function inside torch.func.grad")
+    assert_alike(actual, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The path of a GPU, on tensors that hold no numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+
+
+@pytest.fixture
+def a_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name, with a function that can be told in a graph."""
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = lambda q, k, v, softmax_scale, causal, window_size: torch.tanh(q)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+def operators(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The operators of the one graph of a function, with their arguments that are strings."""
+    nodes: list[torch.fx.Node] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nodes.extend(graph.graph.nodes)
+        return graph.forward
+
+    compiled(function, backend)(*arguments)
+    called = [node for node in nodes if node.target is torch.tanh or isinstance(node.target, torch._ops.OpOverload)]
+    name = lambda node: getattr(node.target, "_opname", "tanh")  # noqa: E731
+    return [" ".join([name(node), *(word for word in node.args if isinstance(word, str))]) for node in called]
+
+
+@pytest.mark.parametrize(
+    "capability, flash, expected",
+    [
+        ((9, 0), "no_flash", ["attention_forward triton"]),
+        ((9, 0), "a_flash", ["tanh", "branch_forward triton compressed", "select triton",
+                              "branch_forward triton selective"]),
+        ((8, 0), "no_flash", ["attention_forward torch"]),
+    ],
+)  # fmt: skip
+def test_choice_of_a_backend_on_a_gpu(
+    capability: tuple[int, int],
+    flash: str,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if nsa.triton is None:
+        pytest.skip("needs Triton")
+    request.getfixturevalue(flash)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for name in ("_capability", "_flash_works"):  # with nothing remembered
+        monkeypatch.setattr(nsa, name, nsa._once(getattr(nsa, name).__wrapped__))
+
+    def attend(x: dict[str, Tensor]) -> Tensor:
+        tensors = (x[name] for name in BRANCHES[whole])
+        return nsa.nsa_attention(*tensors, **CASE.whole)
+
+    with FakeTensorMode():
+        x = CASE.tensors(Random(seed=0), torch.bfloat16)
+        x = {name: torch.empty_like(tensor, device="cuda", requires_grad=False) for name, tensor in x.items()}
+        assert operators(attend, x) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+Calls = dict[str, tuple[Any, tuple[Any, ...]]]
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same numbers in another layout."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
+    """Every operator on every branch, and its arguments: tensors that are not contiguous."""
+    random = Random(seed=2)
+    x = {name: turned(tensor.detach()) for name, tensor in case.tensors(random, dtype).items()}
+    q, k, v, k_cmp, v_cmp, gates = (tensor.to(torch.get_default_device()) for tensor in x.values())
+    do, scale, every_size = turned(torch.randn_like(q)), 0.3, [*case.choice.values()]
+    sizes = {"local": [case.window], "compressed": every_size[:2], "selective": [case.select_block_size]}
+    inputs = {"local": [q, k, v], "compressed": [q, k_cmp, v_cmp]}
+    lse = nsa._branch_forward(inputs["compressed"], backend, "compressed", sizes["compressed"], scale)[1]
+    choice = [q, k_cmp, lse], backend, every_size, scale
+    inputs["selective"] = [q, k, v, nsa._select(*choice)]
+    made: Calls = {"select": (nsa._select, choice)}
+    for branch, tensors in inputs.items():
+        settings = backend, branch, sizes[branch], scale
+        o, lse = nsa._branch_forward(tensors, *settings)
+        made[f"{branch} forward"] = nsa._branch_forward, (tensors, *settings)
+        made[f"{branch} backward"] = nsa._branch_backward, ([do, torch.randn_like(lse), o, lse, *tensors], *settings)
+    settings = backend, case.window, every_size, scale
+    common = [q, k, v, k_cmp, v_cmp, gates]
+    for name, tensors in {"attention": common, "own keys": [*common, turned(k), turned(v)]}.items():
+        saved = nsa._attention_forward(tensors, *settings)[1:]
+        made[f"{name} forward"] = nsa._attention_forward, (tensors, *settings)
+        made[f"{name} backward"] = nsa._attention_backward, ([do, *saved, *tensors], *settings)
+    return made
+
+
+@pytest.fixture(scope="module")
+def torch_calls() -> Calls:
+    return calls(CASE, "torch", torch.bfloat16)
+
+
+NAMES = tuple(f"{branch} {direction}" for branch in ("local", "compressed", "selective", "attention", "own keys")
+              for direction in ("forward", "backward")) + ("select",)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, torch_calls: Calls) -> None:
+    operator, arguments = torch_calls[name]
+    torch.library.opcheck(operator, arguments)
+
+
+def test_opcheck_of_the_kernels() -> None:
+    """Shapes, dtypes and strides; what remains of opcheck does not depend on the backend."""
+    if nsa.triton is None or not (nsa._INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("needs Triton, and its interpreter or a CUDA device")
+    case = replace(CASE, T=9, B=1)
+    with torch.device("cpu" if nsa._INTERPRETED else "cuda"):
+        for operator, arguments in calls(case, "triton", torch.float32).values():
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Importing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_importing_does_not_load_the_compiler(tmp_path: Path) -> None:
+    shutil.copy(nsa.__file__, tmp_path)
+    script = "import sys, native_sparse_attention; assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest.WarningsRecorder) -> None:
+    """Under another name: the operators are those of the second, and both modules work with them."""
+    x = draw(whole, CASE, random)
+    tensors = {name: x[name] for name in BRANCHES[whole]}
+    expected = step(lambda: nsa.nsa_attention(**tensors, **CASE.whole), tensors)
+    copy = Path(shutil.copy(nsa.__file__, tmp_path / "nsa_of_another_project.py"))
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    other = importlib.util.module_from_spec(spec)
+    sys.modules[copy.stem] = other  # where the dataclass looks for its module
+    try:
+        spec.loader.exec_module(other)
+        assert not list(recwarn), [str(each.message) for each in recwarn]
+        for module in (other, nsa):
+            for call in (module.nsa_attention, compiled(module.nsa_attention)):
+                actual = step(lambda call=call: call(**tensors, **CASE.whole), tensors)
+                assert_alike(actual, expected)
+    finally:
+        del sys.modules[copy.stem]
