@@ -3131,7 +3131,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> str:
+def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
     """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
 
     `obstacle`: why the caller's function has no kernel for its other arguments, if so.
@@ -3139,7 +3139,7 @@ def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None 
     _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
     if backend == "torch":
         return "torch"
-    obstacle = obstacle or _triton_obstacle(q, scale)
+    obstacle = obstacle or _triton_obstacle(q, k, scale)
     usable = obstacle is None
     if backend == "auto":
         usable = usable and q.is_cuda and _capability(q.device)[0] == 9
@@ -3148,8 +3148,8 @@ def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None 
     return "triton" if usable and q.numel() > 0 else "torch"
 
 
-def _triton_obstacle(q: Tensor, scale: float) -> str | None:
-    """Why the Triton kernels cannot run on such a query; None if they can."""
+def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
+    """Why the Triton kernels cannot run on such queries and keys; None if they can."""
     if triton is None:
         return "Triton is not installed, or older than 3.4"
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * q.is_cuda  # its interpreter gets bfloat16 wrong
@@ -3157,6 +3157,8 @@ def _triton_obstacle(q: Tensor, scale: float) -> str | None:
         return f"there is no kernel for {q.dtype} on {q.device.type}"
     if q.shape[-1] > 256:
         return f"the head dim is {q.shape[-1]}, and the kernels go to 256"
+    if q.shape[0] * k.shape[2] > 65535:
+        return f"there are {q.shape[0]} × {k.shape[2]} key heads, and a GPU's grid takes 65535"
     if scale <= 0:
         return f"scale is {scale}, and the kernels take positive ones only"
     if q.is_cuda:
@@ -3341,7 +3343,7 @@ def local_attention(
     _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("window", window, 1)
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
-    on = _choose_backend(backend, q, scale)
+    on = _choose_backend(backend, q, k, scale)
     flash = _flash_attention(q) if backend == "auto" and not lengths else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
@@ -3387,7 +3389,7 @@ def compressed_attention(
     scale = _check_query(q, scale)
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
-    on = _choose_backend(backend, q, scale)
+    on = _choose_backend(backend, q, k_cmp, scale)
     settings = (lengths, on, "compressed", [block_size, stride], scale)
     return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k_cmp, v_cmp), None)
 
@@ -3437,7 +3439,7 @@ def select_blocks(
     _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
+    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_check_choice(*sizes))
     return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
 
 
@@ -3479,7 +3481,7 @@ def selective_attention(
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
-    on = _choose_backend(backend, q, scale)
+    on = _choose_backend(backend, q, k, scale)
     settings = (lengths, on, "selective", [select_block_size], scale)
     return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k, v), block_indices)[0]
 
@@ -3541,7 +3543,7 @@ def nsa_attention(
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, scale, obstacle=_check_choice(*sizes))
+    on = _choose_backend(backend, q, k, scale, obstacle=_check_choice(*sizes))
     if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
         o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
@@ -3579,7 +3581,7 @@ def _cached_attention(
     if q.numel() == 0:
         return q
     obstacle = _decode_obstacle(choice["block_size"], choice["stride"], choice["select_block_size"])
-    on = _choose_backend(backend, q, scale, obstacle=obstacle)
+    on = _choose_backend(backend, q, k, scale, obstacle=obstacle)
     with torch.autocast(q.device.type, enabled=False):
         tensors = (q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions)
         return _BACKENDS[on].decode(*tensors, local_window=local_window, **choice, scale=scale)
@@ -4439,7 +4441,8 @@ def _selftest_flash() -> str:
 
 def _selftest_triton() -> str:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    obstacle = _triton_obstacle(torch.empty(1, 1, 1, 64, device=device, dtype=dtype), 1.0)
+    probe = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
+    obstacle = _triton_obstacle(probe, probe, 1.0)
     if obstacle is not None:
         raise _Skip(obstacle)
     tokens = 1000 if device == "cuda" else 70

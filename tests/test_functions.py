@@ -216,6 +216,13 @@ def test_unknown_backend(function: Callable[..., Any], random: Random) -> None:
     assert_refused(function, call, "backend", "'cuda'", "'auto'", "'torch'", "'triton'")
 
 
+def test_more_key_heads_than_a_grid_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nsa, "_INTERPRETED", True)
+    q = torch.zeros(65536, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"backend = 'triton'.*(65536 × 1|not installed)"):
+        nsa.local_attention(q, q, q, 1, backend="triton")
+
+
 @every_function
 def test_triton_on_a_cpu_says_why_not(
     function: Callable[..., Any], random: Random, monkeypatch: pytest.MonkeyPatch

@@ -368,7 +368,8 @@ def assert_trains_alike(tokens: int) -> None:
     DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"
 )
 def test_ten_steps_of_training() -> None:
-    assert nsa._choose_backend("auto", torch.empty(1, 1, 1, 32), 1.0) == "triton"
+    q = torch.empty(1, 1, 1, 32)
+    assert nsa._choose_backend("auto", q, q, 1.0) == "triton"
     assert_trains_alike(tokens=384)
 
 
