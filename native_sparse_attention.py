@@ -3407,7 +3407,8 @@ class NativeSparseAttention(nn.Module):
     def _project(self, x: Tensor) -> _Projections:
         self._check_input(x)
         cfg, tokens = self.cfg, x.shape[1]
-        heads = lambda y, *shape: y.unflatten(-1, (*shape, cfg.dim_head))  # noqa: E731
+        # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
+        heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
         q = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
         keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
         values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
@@ -3433,7 +3434,8 @@ class NativeSparseAttention(nn.Module):
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
         if self.gate_weight is None:
             return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
-        return F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid().unflatten(-1, (self.cfg.heads, 3))
+        gates = F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid()
+        return torch.unflatten(gates, -1, (self.cfg.heads, 3))
 
     def _check_input(self, x: Tensor) -> None:
         cfg, weight = self.cfg, self.to_q.weight
