@@ -4148,7 +4148,8 @@ class NativeSparseAttention(nn.Module):
 
     def _project(self, x: Tensor, positions: Tensor) -> _Projections:
         cfg = self.cfg
-        heads = lambda y, *shape: y.unflatten(-1, (*shape, cfg.dim_head))  # noqa: E731
+        # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
+        heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
         rotated = lambda y: y if cfg.rope_theta is None else _rotate(y, positions, cfg.rope_theta)  # noqa: E731
         keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
         values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
@@ -4203,7 +4204,8 @@ class NativeSparseAttention(nn.Module):
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
         if self.gate_weight is None:
             return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
-        return F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid().unflatten(-1, (self.cfg.heads, 3))
+        gates = F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid()
+        return torch.unflatten(gates, -1, (self.cfg.heads, 3))
 
     def _check_input(
         self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,11 +29,15 @@ from test_packed import GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, NO_BLO
 from torch import Tensor, nn
 
 import native_sparse_attention as nsa
+from nsa_gpt_training import NSALanguageModel
 
 pytestmark = pytest.mark.gpu
 
 TRITON = Library("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_hopper = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"
+)
 
 
 class DeviceRandom(Random):
@@ -364,9 +368,7 @@ def assert_trains_alike(tokens: int) -> None:
     assert_within_budget(*parameters, "parameters after ten steps")
 
 
-@pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"
-)
+@on_hopper
 def test_ten_steps_of_training() -> None:
     q = torch.empty(1, 1, 1, 32)
     assert nsa._choose_backend("auto", q, q, 1.0) == "triton"
@@ -500,3 +502,89 @@ def test_cuda_graph_of_a_step(random: Random) -> None:
         graph.replay()
         assert torch.equal(captured, run_step()) and torch.isfinite(captured).all()
         assert ((captured == 0).all(dim=(2, 3)) == (positions < 0)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Every block is chosen: bfloat16 and float64 would choose different ones.
+COMPILED = nsa.NSAConfig(dim=128, heads=4, kv_heads=2, seq_len=512, block_size=32, stride=16, select_block_size=64,
+                         topk_blocks=8, local_window=100, gate_mode="q_cond", rope_theta=1e4)  # fmt: skip
+
+
+def fresh_block(dtype: torch.dtype, use_flash: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return nsa.NSABlock(replace(COMPILED, use_flash=use_flash)).to(dtype)
+
+
+def block_step(call: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, seed: int = 5) -> dict[str, Tensor]:
+    """The output and all gradients, by name."""
+    dtype = next(module.parameters()).dtype
+    x, upstream = (DeviceRandom(seed + i)((2, tokens, COMPILED.dim), torch.bfloat16).to(dtype) for i in range(2))
+    leaves = {"x": x.requires_grad_()} | dict(module.named_parameters())
+    y = call(x)
+    of_leaves = torch.autograd.grad(y, list(leaves.values()), upstream)
+    values = {"y": y} | {f"gradient of {name}": g for name, g in zip(leaves, of_leaves, strict=True)}
+    return {name: value.detach().clone() for name, value in values.items()}  # a CUDA graph takes its memory back
+
+
+def assert_block_step(call: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, seed: int = 5) -> None:
+    actual = block_step(call, module, tokens, seed)
+    plain, exact = (fresh_block(dtype, use_flash=False) for dtype in (torch.bfloat16, torch.float64))
+    plain, exact = (block_step(each, each, tokens, seed) for each in (plain, exact))
+    for name, value in exact.items():
+        assert_within_budget(actual[name], plain[name], value, name)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@on_hopper
+def test_compiled_block_for_any_number_of_tokens(fresh_compiler: None) -> None:
+    module = fresh_block(torch.bfloat16, use_flash=True)
+    call = torch.compile(module, fullgraph=True, dynamic=True)
+    for tokens in (300, 500, 417, 512, 130):
+        assert_block_step(call, module, tokens)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@on_hopper
+def test_compiled_block_in_cuda_graphs(fresh_compiler: None) -> None:
+    module = fresh_block(torch.bfloat16, use_flash=True)
+    call = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    for seed in range(5):  # warm-up, recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_block_step(call, module, 417, seed)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert skipped == 0, f"{skipped} graphs ran without a CUDA graph"
+
+
+@on_hopper
+def test_compiled_training(fresh_compiler: None) -> None:
+    """The language model under bfloat16 autocast: ten steps, compiled and not."""
+
+    def losses(compile: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = NSALanguageModel(50, COMPILED, layers=2)
+        call = torch.compile(model, fullgraph=True) if compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        text = torch.randint(50, (4, 385))
+        made = []
+        for _ in range(10):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = call(text[:, :-1], text[:, 1:])[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            made.append(loss.detach())
+        return torch.stack(made)
+
+    actual, expected = losses(compile=True), losses(compile=False)
+    assert expected[-1] < expected[0] - 0.1, "it learns"
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.0)
