@@ -855,6 +855,7 @@ _SPAN_TILES = {
     "local_dkv": {64: (32, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
     "float32": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
+_FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
 _MAX_ROWS = 128  # the most rows in a tile; where a value of each row is kept, rows are padded to a multiple of it
 
 # (bytes of a number, padded D up to, one head a group): tiles of the scores. With several heads two tiles share a load
@@ -1867,7 +1868,8 @@ def _triton_local_forward(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, packing: _Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """Local branch: o (B, T, H, D) and lse (B, T, H)."""
-    return _span_forward("local", q, k, v, scale, packing, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+    span = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
+    return _span_forward("local", q, k, v, scale, packing, **span)
 
 
 def _triton_local_backward(
@@ -1875,7 +1877,8 @@ def _triton_local_backward(
     packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Local branch: dq, dk, dv."""
-    return _span_backward("local", do, terms, q, k, v, scale, dq, packing, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+    span = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
+    return _span_backward("local", do, terms, q, k, v, scale, dq, packing, **span)
 
 
 def _triton_compressed_forward(
@@ -2803,7 +2806,7 @@ def _triton_decode(
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP, TRIALS=_TRIALS["decode"],
-            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=local_window,
+            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
             PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
         _decode_selected_kernel[(rows, n_selected, head_blocks)](
@@ -3328,6 +3331,7 @@ def local_attention(
         cu_seqlens: None, or int32 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is 1, and
             sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result is
             that of each sequence alone. Its first reading waits for the GPU; later calls with the same tensor do not.
+            A CUDA graph is captured for its numbers, and replayed on no others.
         scale: factor on q·k; None is 1/sqrt(D).
         backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
             where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.

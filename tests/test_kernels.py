@@ -290,6 +290,14 @@ def test_scores_too_large_for_exp(branch: Branch, random: Random) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**63 - 1])
+def test_a_window_that_sees_everything(window: int, random: Random) -> None:
+    case = replace(MIDDLE, T=33, window=window)
+    x = draw(local, case, random, torch.float32)
+    assert_as_exact_as_plain(local, case, x, run(local, TRITON, case, x, torch.float32))
+
+
+@interpreted
 @pytest.mark.parametrize("branch", [local, selective], ids=lambda branch: branch.__name__)
 def test_scale_is_the_callers(branch: Branch, random: Random) -> None:
     case = replace(MIDDLE, T=33)
