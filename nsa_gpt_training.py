@@ -1004,16 +1004,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def wrap(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> nn.Module:
-    """Puts the model where it trains, and returns what a training step calls in its place, shared by the processes."""
+def place(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> None:
+    """Puts the model where it trains: on this process's device, whole or its shard of it."""
     if settings.compile:
         model.compile()
-    if settings.fsdp:
-        for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)  # in place; weights move to the device a block at a time
-    model.to(runtime.device)
-    if runtime.world == 1:
+    if not settings.fsdp:
+        model.to(runtime.device)
+        return
+    for module in (*model.blocks, model):  # weights move to the device a block at a time
+        fully_shard(module)
+
+
+def replicated(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> nn.Module:
+    """What a training step calls in the model's place, so that gradients are averaged over the processes."""
+    if settings.fsdp or runtime.world == 1:
         return model
     return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
 
@@ -1311,7 +1315,7 @@ class Trainer:
         self.settings, self.runtime, self.log = settings, runtime, log
         self.run = Run(model.attention, count_parameters(model))
         self.best_path, self.last_path = (settings.out / f"{model.attention}{kind}.pt" for kind in ("", ".last"))
-        self.net = wrap(model, settings, runtime)
+        place(model, settings, runtime)
         self.optimizer = make_optimizer(model, settings)
         self.generator = torch.Generator().manual_seed(settings.seed)  # both attentions see the same batches
         self.random: list[dict[str, Tensor]] = []  # of every process, where a run is resumed
@@ -1324,21 +1328,31 @@ class Trainer:
         """Train, evaluate now and then, keep the best model and the last. Stops with a clear line on Ctrl-C."""
         run, settings = self.run, self.settings
         self.seed_dropout()
-        with Progress(settings.iterations, run.attention, self.iteration) as self.progress, StopRequest() as request:
-            if not run.evaluations:
-                self.review()
-            self.since = time.perf_counter()
-            while self.iteration < settings.iterations and not self.stopping:
-                self.step(request.asked)
-                if self.iteration % settings.eval_interval == 0 or self.iteration == settings.iterations:
-                    self.settle()
-                    self.review()
-            self.settle()
-            if self.iteration < settings.iterations:
-                self.save(self.last_path)
-                line = f"interrupted after iteration {self.iteration} of {run.attention}; --resume goes on from there"
-                raise Stop(line, exit_code=130)
+        self.net = replicated(self.model, settings, self.runtime)
+        try:
+            with Progress(settings.iterations, run.attention, self.iteration) as self.progress:
+                with StopRequest() as request:
+                    self.steps(request)
+        finally:
+            self.net = None  # lets go of the process group, which waits for that when it is left
+        if self.iteration < settings.iterations:
+            line = f"interrupted after iteration {self.iteration} of {run.attention}; --resume goes on from there"
+            raise Stop(line, exit_code=130)
         return run
+
+    def steps(self, request: StopRequest) -> None:
+        settings = self.settings
+        if not self.run.evaluations:
+            self.review()
+        self.since = time.perf_counter()
+        while self.iteration < settings.iterations and not self.stopping:
+            self.step(request.asked)
+            if self.iteration % settings.eval_interval == 0 or self.iteration == settings.iterations:
+                self.settle()
+                self.review()
+        self.settle()
+        if self.iteration < settings.iterations:
+            self.save(self.last_path)
 
     def seed_dropout(self) -> None:
         if len(self.random) == self.runtime.world:
