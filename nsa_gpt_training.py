@@ -1309,10 +1309,9 @@ class Trainer:
     """A model on its way: everything that changes from step to step, and so all that a checkpoint has to hold."""
 
     def __init__(
-        self, model: NSALanguageModel, data: Data, batches: Batches, settings: Settings, runtime: Runtime, log: Log
+        self, model: NSALanguageModel, data: Data, batches: Batches, settings: Settings, runtime: Runtime
     ) -> None:
-        self.model, self.data, self.batches = model, data, batches
-        self.settings, self.runtime, self.log = settings, runtime, log
+        self.model, self.data, self.batches, self.settings, self.runtime = model, data, batches, settings, runtime
         self.run = Run(model.attention, count_parameters(model))
         self.best_path, self.last_path = (settings.out / f"{model.attention}{kind}.pt" for kind in ("", ".last"))
         place(model, settings, runtime)
@@ -1324,9 +1323,9 @@ class Trainer:
         self.pending: InFlight | None = None  # what the last step found
         self.since = 0.0  # when the clock was read last
 
-    def train(self) -> Run:
+    def train(self, log: Log) -> Run:
         """Train, evaluate now and then, keep the best model and the last. Stops with a clear line on Ctrl-C."""
-        run, settings = self.run, self.settings
+        run, settings, self.log = self.run, self.settings, log
         self.seed_dropout()
         self.net = replicated(self.model, settings, self.runtime)
         try:
@@ -1605,8 +1604,11 @@ def check_before_work(settings: Settings, data: Data, processes: int) -> None:
         raise Stop(f"plot_patterns = {str(picture)!r}: must end in .png")
     if picture is not None and "nsa" not in settings.attentions:
         raise Stop("plot_patterns: dense attention has no branches to draw; give --attention nsa or both")
+
+
+def make_folders(settings: Settings) -> None:
     try:
-        for path in (settings.out / "file", picture, settings.log):
+        for path in (settings.out / "file", settings.plot_patterns, settings.log):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -1675,10 +1677,11 @@ def run_training(settings: Settings) -> None:
         say(f"device: {runtime}; parameters: {sizes}")
         runtime.on_main(check_before_work, settings, data, runtime.world)
         batches = fixed_batches(data, settings)
+        trainers = make_trainers(models, data, batches, settings, runtime)
+        runtime.on_main(make_folders, settings)
         with Log(settings, runtime) as log:
-            trainers = make_trainers(models, data, batches, settings, runtime, log)
             for trainer in trainers:
-                trainer.train()
+                trainer.train(log)
         if IS_MAIN:
             report(trainers, data, settings, runtime.alone())
 
