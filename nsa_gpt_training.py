@@ -69,6 +69,11 @@ class Stop(Exception):
         self.exit_code = exit_code
 
 
+def gist(problem: Exception) -> str:
+    """The first line of what it says."""
+    return (str(problem) or type(problem).__name__).splitlines()[0]
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 1  Settings: one dataclass is the only home of names, defaults and help texts; the command line is generated from it
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -437,7 +442,7 @@ def find_device(name: str) -> torch.device:
         number = torch.zeros(1, device=name)
         number.item()  # fails here and now where the device cannot be used
     except (RuntimeError, AssertionError) as problem:
-        raise Stop(f"device = {name!r}: {str(problem).splitlines()[0]}") from problem
+        raise Stop(f"device = {name!r}: {gist(problem)}") from problem
     return number.device
 
 
@@ -1124,7 +1129,7 @@ def save_checkpoint(state: dict[str, typing.Any], *paths: Path) -> None:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as problem:
-            raise Stop(f"cannot write {path}: {str(problem).splitlines()[0]}", exit_code=1) from problem
+            raise Stop(f"cannot write {path}: {gist(problem)}", exit_code=1) from problem
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, typing.Any]:
@@ -1133,7 +1138,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     except FileNotFoundError as problem:
         raise Stop(f"there is no checkpoint {path}") from problem
     except Exception as problem:  # what a damaged file raises depends on where it is damaged
-        raise Stop(f"{path} is no whole checkpoint: {str(problem).splitlines()[0]}") from problem
+        raise Stop(f"{path} is no whole checkpoint: {gist(problem)}") from problem
     expected = {"model", "optimizer", "position", "random", "run", "config", "vocabulary", "data", "settings"}
     if not isinstance(state, dict) or not expected <= state.keys():
         raise Stop(f"{path} is no checkpoint of {Path(__file__).name}")
@@ -1149,7 +1154,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[NSA
         model = NSALanguageModel(len(state["vocabulary"]), config, layers, attention)
         model.load_state_dict(state.pop("model"))
     except (KeyError, TypeError, ValueError, RuntimeError) as problem:
-        raise Stop(f"{path} does not fit this version: {str(problem).splitlines()[0]}") from problem
+        raise Stop(f"{path} does not fit this version: {gist(problem)}") from problem
     return model.to(device).eval(), state
 
 
@@ -1334,7 +1339,7 @@ class Trainer:
                     self.steps(request)
         finally:
             self.net = None  # lets go of the process group, which waits for that when it is left
-        if self.iteration < settings.iterations:
+        if self.stopping:
             line = f"interrupted after iteration {self.iteration} of {run.attention}; --resume goes on from there"
             raise Stop(line, exit_code=130)
         return run
@@ -1345,12 +1350,12 @@ class Trainer:
             self.review()
         self.since = time.perf_counter()
         while self.iteration < settings.iterations and not self.stopping:
-            self.step(request.asked)
+            self.step(request)
             if self.iteration % settings.eval_interval == 0 or self.iteration == settings.iterations:
                 self.settle()
                 self.review()
         self.settle()
-        if self.iteration < settings.iterations:
+        if self.stopping:
             self.save(self.last_path)
 
     def seed_dropout(self) -> None:
@@ -1359,13 +1364,13 @@ class Trainer:
         else:  # a new run, or one that other processes began
             torch.manual_seed(self.settings.seed + self.runtime.rank + self.runtime.world * self.iteration)
 
-    def step(self, asked_to_stop: bool) -> None:
+    def step(self, request: StopRequest) -> None:
         """One update is launched; what the one before it found is read meanwhile."""
         settings, runtime = self.settings, self.runtime
         batch = self.data.draw("train", settings.batch_size, settings.context, self.generator)
         rate = learning_rate(self.iteration, settings)
         loss, norm = train_step(self.net, self.optimizer, batch, rate, settings, runtime)
-        asked = torch.tensor(float(asked_to_stop), device=runtime.device)
+        asked = torch.tensor(float(request.asked), device=runtime.device)
         found = InFlight(torch.stack([*runtime.sum(torch.stack([loss, asked])), norm]))
         self.settle()
         self.pending, self.iteration = found, self.iteration + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -337,10 +338,14 @@ def do_runs(processes: int, runs: list[script.Settings], folder: Path) -> str:
 
 def drive(listed: Path) -> None:
     """What each of the processes does. Runs into a folder named "stopped" are: one process alone gets Ctrl-C."""
-    for arguments in json.loads(listed.read_text()):
+    join, rank, world = script.dist.init_process_group, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = script.dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    for number, arguments in enumerate(json.loads(listed.read_text())):
         settings = script.parse_settings(arguments)
         to_be_stopped = settings.out.name.startswith("stopped") and not settings.resume
+        own = {"store": script.dist.PrefixStore(f"run {number}", store), "rank": rank, "world_size": world}
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script.dist, "init_process_group", functools.partial(join, **own))
             if to_be_stopped and os.environ["RANK"] == "1":
                 interrupt_at(patch, 5, ctrl_c)
             assert script.main(arguments) == (130 if to_be_stopped else 0)
@@ -353,9 +358,12 @@ def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Set
     def named(name: str, base: script.Settings, **changes: object) -> script.Settings:
         return dataclasses.replace(base, out=tmp_path / name, **changes)
 
-    stopped = [named(f"stopped{fsdp}", settings, fsdp=fsdp, log=None) for fsdp in (False, True)]
+    noisy, stopped = (
+        [named(f"{name} {fsdp}", settings, fsdp=fsdp, log=None) for fsdp in (False, True)]
+        for name in ("noisy", "stopped")
+    )
     on_two = [named("two", quiet), named("parts", quiet, accumulate=2), named("shards", quiet, fsdp=True, accumulate=2)]
-    on_two += [named("noisy", settings, log=None), *stopped, *(dataclasses.replace(s, resume=True) for s in stopped)]
+    on_two += [*noisy, *stopped, *(dataclasses.replace(each, resume=True) for each in stopped)]
     on_four = [named("four", quiet), named("four shards", quiet, fsdp=True)]
     shown = do_runs(2, on_two, tmp_path) + do_runs(4, on_four, tmp_path)
     assert shown.count("validation loss, best") == len(on_two) + len(on_four) - len(stopped), "one process prints"
@@ -367,21 +375,16 @@ def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Set
             assert (got.train, got.val) == pytest.approx((expected.train, expected.val), rel=2e-6), name
             assert torch.tensor(got.gates).sub(torch.tensor(expected.gates)).abs().max() < 1e-5, name
 
-    def state(name: str) -> dict:
-        return {**script.read_checkpoint(tmp_path / name / "nsa.last.pt"), "settings": None}
-
-    never = state("noisy")
-    assert len(never["random"]) == 2 and not torch.equal(*(each["cpu"] for each in never["random"]))
     for fsdp in (False, True):
-        again = state(f"stopped{fsdp}")
+        never, again = (
+            script.read_checkpoint(tmp_path / f"{name} {fsdp}" / "nsa.last.pt") for name in ("noisy", "stopped")
+        )
         for each in (never, again):
-            each["run"]["seconds"] = None
-        if fsdp:
-            assert again["run"]["losses"] == pytest.approx(never["run"]["losses"], rel=2e-6)
-        else:
-            assert_equal(again, never)
-    model, _ = script.load_checkpoint(tmp_path / "stoppedTrue" / "nsa.pt")
-    assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+            each["run"]["seconds"] = each["settings"] = None
+        assert len(never["random"]) == 2 and not torch.equal(*(each["cpu"] for each in never["random"]))
+        assert_equal(again, never)
+    model, _ = script.load_checkpoint(tmp_path / "stopped True" / "nsa.pt")
+    assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters()), "shards in a checkpoint"
 
 
 def test_ctrl_c_ends_all_processes_and_leaves_a_whole_checkpoint(settings: script.Settings) -> None:
