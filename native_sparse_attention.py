@@ -45,12 +45,13 @@ Sections; each one calls only those above it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -65,6 +67,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch path serves
     triton = tl = TensorDescriptor = None
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
 
 __all__ = [
     "AttentionPatterns",
@@ -72,6 +75,7 @@ __all__ = [
     "Conv1dCompressor",
     "GroupedMLPCompressor",
     "NSABlock",
+    "NSACache",
     "NSAConfig",
     "NativeSparseAttention",
     "TokenCompressor",
@@ -84,10 +88,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def _check(holds: bool, argument: str, value: object, rule: str, error: type[Exception] = ValueError) -> None:
-    """The one form of every complaint: the argument, what it was, and the rule that it breaks."""
+def _check(
+    holds: bool, argument: str, value: object, rule: str | Callable[[], str], error: type[Exception] = ValueError
+) -> None:
+    """The one form of every complaint: the argument, what it was, and the rule that it breaks.
+
+    A rule that speaks of shapes is a function, called on failure only: torch.compile would bind itself to their values.
+    """
     if not holds:
-        raise error(f"{argument} = {value!r}: {rule}")
+        raise error(f"{argument} = {value!r}: {rule() if callable(rule) else rule}")
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -314,6 +323,11 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _wide_zeros(x: Tensor) -> Tensor:
+    """Zeros of x's shape in the accumulation dtype, contiguous."""
+    return torch.zeros(x.shape, dtype=_accumulation_dtype(x), device=x.device)
+
+
 def _hide(hidden: Tensor, like: Tensor) -> Tensor:
     """True → −1e30, False → 0: added to scores, hides them. Finite, so that a row that sees nothing makes no NaN."""
     return hidden.to(_accumulation_dtype(like)).mul_(_HIDDEN)
@@ -354,32 +368,62 @@ class _Rows(NamedTuple):
 
     q: Tensor
     do: Tensor
-    lse: Tensor  # of the whole row
-    delta: Tensor  # Σ_d do·o − dlse: what the normalisation of the softmax takes back
+    shift: Tensor  # the gradient's share of a key is exp(s − shift)
+    delta: Tensor  # what the normalisation of the softmax takes back
 
     def map(self, function: Callable[[Tensor], Tensor]) -> _Rows:
         return _Rows(*map(function, self))
 
 
-def _delta(do: Tensor, dlse: Tensor, o: Tensor) -> Tensor:
-    """(B, T, H) in the precision of dlse, without a copy of `do` in it."""
-    return torch.einsum("bthd,bthd->bth", do.to(dlse.dtype), o.to(dlse.dtype)) - dlse
-
-
 def _tile_backward(
     rows: _Rows, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P = exp(scale·Q·Kᵀ − lse), for the lse of whole rows, which may span tiles; then
+    """P = exp(scale·Q·Kᵀ − shift), for the shift of whole rows, which may span tiles; then
 
     dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)
     """
-    lse = rows.lse.masked_fill(rows.lse == -math.inf, math.inf)  # makes P 0 in a row that sees nothing
     # In powers of two, which a CPU computes several times faster than exp.
-    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, lse[..., None] * -_LOG2E).exp2_()
+    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, rows.shift[..., None] * -_LOG2E).exp2_()
     ds = torch.baddbmm(rows.delta[..., None], rows.do, v.mT, beta=-1).mul_(p)
     dq = torch.bmm(ds, k).mul_(scale)
     dk = torch.bmm(ds.mT, rows.q).mul_(scale)
     return dq, dk, torch.bmm(p.mT, rows.do)
+
+
+# What a backward needs of each query row ──────────────────────────────────────────────────────────────────────────────
+#
+# With p = exp(s − lse) the gradient of a branch's scores is ds = p·(do·v − do·o + dlse). Under a gate g, do is g times
+# the gradient of the sum, so that ds = g·p·(do·v − do·o): the gate goes into the exponent, and into nothing else. So a
+# row brings two numbers, in the accumulation dtype: shift = lse − log g, +∞ where nothing flows; delta = do·o − dlse.
+
+
+class _RowTerms(NamedTuple):
+    """Of each query row, laid out as the backend likes it; here (B, T, H)."""
+
+    shift: Tensor
+    delta: Tensor
+
+
+def _row_dots(do: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
+    """do·o, (B, T, H)."""
+    return torch.einsum("bthd,bthd->bth", do.to(dtype), o.to(dtype))
+
+
+def _torch_row_terms(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _RowTerms:
+    """Those of a branch that stands alone."""
+    return _RowTerms(lse.masked_fill(lse == -math.inf, math.inf), _row_dots(do, o, lse.dtype) - dlse)
+
+
+def _torch_gated_row_terms(
+    do: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], kv_heads: int
+) -> tuple[Tensor, list[_RowTerms]]:
+    """dgates, (B, T, H, 3), and those of the three branches under their gates."""
+    dots = [_row_dots(do, o, lse.dtype) for o, lse in zip(outputs, lses, strict=True)]
+    terms = []
+    for gate, lse, dot in zip(gates.unbind(3), lses, dots, strict=True):
+        shift = (lse - gate.to(lse.dtype).log()).masked_fill_((gate == 0) | (lse == -math.inf), math.inf)
+        terms.append(_RowTerms(shift, dot))
+    return torch.stack(dots, dim=-1).to(gates.dtype), terms
 
 
 # Local and compressed: tiles along the sequence ───────────────────────────────────────────────────────────────────────
@@ -396,6 +440,7 @@ class _Tile(NamedTuple):
     batch: slice
     heads: slice
     queries: slice
+    positions: slice  # of the queries: where they stand in the sequence
     keys: slice
     mask: Tensor  # (M, 1, n), from `_hide`
 
@@ -419,29 +464,33 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, (m, g)).unflatten(0, (b, k)).transpose(1, 2)
 
 
-def _sequence_tiles(q: Tensor, rule: _Window | _Staircase) -> Iterator[_Tile]:
-    """Tiles of q (B, T, K, G, D): some query tokens, all keys that they see, as many heads as fit the cache."""
+def _sequence_tiles(q: Tensor, rule: _Window | _Staircase, first: int = 0) -> Iterator[_Tile]:
+    """Tiles of q (B, T, K, G, D): some query tokens, all keys that they see, as many heads as fit the cache.
+
+    The first query stands at position `first`, the first key always at 0.
+    """
     batch, tokens, heads, group, _ = q.shape
-    seen = rule.keys(tokens - 1, tokens)
+    seen = rule.keys(first + tokens - 1, first + tokens)
     # Half as many queries as keys: few scores are computed in vain, and the matrix product is still of a fair size.
     size = max(1, min(512 // group, max(32, (seen.stop - seen.start) // 2)))
     for start in range(0, tokens, size):
         queries = slice(start, min(start + size, tokens))
-        keys = rule.keys(queries.start, queries.stop)
-        query = torch.arange(queries.start, queries.stop, device=q.device)[:, None, None]
+        positions = slice(first + queries.start, first + queries.stop)
+        keys = rule.keys(positions.start, positions.stop)
+        query = torch.arange(positions.start, positions.stop, device=q.device)[:, None, None]
         mask = _hide(~rule.sees(query, torch.arange(keys.start, keys.stop, device=q.device)), q)
         most = max(1, _TILE_SCORES // max(1, mask.numel() * group))  # heads in the tile, over all its sequences
         for b, h in itertools.product(range(0, batch, max(1, most // heads)), range(0, heads, most)):
-            yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, keys, mask)
+            yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, positions, keys, mask)
 
 
 def _sequence_forward(
-    q: Tensor, k: Tensor, v: Tensor, rule: _Window | _Staircase, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rule: _Window | _Staircase, scale: float, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_grouped(x, k.shape[2]) for x in (q, k, v))
     o = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:4], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
-    for tile in _sequence_tiles(q, rule):
+    for tile in _sequence_tiles(q, rule, first):
         if tile.mask.numel() > 0:
             rows, keys, values = _fold(tile.rows(q)), _fold(tile.columns(k)), _fold(tile.columns(v))
             o_tile, lse_tile = _tile_forward(rows, keys, values, tile.mask, scale)
@@ -452,27 +501,26 @@ def _sequence_forward(
 
 def _sequence_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
     rule: _Window | _Staircase,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _Rows(q, do, lse, _delta(do, dlse, o)).map(lambda x: _grouped(x, k.shape[2]))
-    k, v = k.unsqueeze(3), v.unsqueeze(3)
-    dq = torch.empty_like(rows.q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+    dq = _wide_zeros(q) if dq is None else dq
+    rows = _Rows(q, do, *terms).map(lambda x: _grouped(x, k.shape[2]))
+    k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(dq, k.shape[2])
+    dk, dv = _wide_zeros(k), _wide_zeros(v)
     for tile in _sequence_tiles(rows.q, rule):
         tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
         keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
         dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.mask, scale)
-        tile.rows(dq).copy_(_unfold(dq_tile, tile.rows(dq)))
+        tile.rows(dq_rows).add_(_unfold(dq_tile, tile.rows(dq_rows)))
         tile.columns(dk).add_(_unfold(dk_tile, tile.columns(dk)))
         tile.columns(dv).add_(_unfold(dv_tile, tile.columns(dv)))
-    return dq.flatten(2, 3), dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
+    return dq, dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
 
 
 def _torch_local_forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -480,9 +528,9 @@ def _torch_local_forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: fl
 
 
 def _torch_local_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _sequence_backward(do, dlse, q, k, v, o, lse, _Window(window), scale)
+    return _sequence_backward(do, terms, q, k, v, _Window(window), scale, dq)
 
 
 def _torch_compressed_forward(
@@ -493,17 +541,16 @@ def _torch_compressed_forward(
 
 def _torch_compressed_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
-    o: Tensor,
-    lse: Tensor,
     block_size: int,
     stride: int,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _sequence_backward(do, dlse, q, k_cmp, v_cmp, o, lse, _Staircase(block_size, stride), scale)
+    return _sequence_backward(do, terms, q, k_cmp, v_cmp, _Staircase(block_size, stride), scale, dq)
 
 
 # Choice of blocks: the compressed tiles once more ─────────────────────────────────────────────────────────────────────
@@ -520,12 +567,13 @@ def _torch_select(
     init_blocks: int,
     local_blocks: int,
     scale: float,
+    first: int = 0,
 ) -> Tensor:
     """Chosen blocks (B, T, K, S), a tile of queries at a time: scores are (M, n), never (T, C) or (T, N)."""
     kv_heads, group = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
     q, lse, k_cmp = (_grouped(x, kv_heads) for x in (q, lse, k_cmp))
     chosen = torch.empty(*q.shape[:3], 1, topk_blocks, dtype=torch.int32, device=q.device)
-    for tile in _sequence_tiles(q, _Staircase(block_size, stride)):
+    for tile in _sequence_tiles(q, _Staircase(block_size, stride), first):
         rows, keys, row_lse = _fold(tile.rows(q)), _fold(tile.columns(k_cmp)), _fold(tile.rows(lse))
         if tile.mask.numel() > 0:
             p, tile_lse = _tile_softmax(rows, keys, tile.mask, scale)
@@ -533,9 +581,9 @@ def _torch_select(
         else:
             p = rows.new_zeros(*rows.shape[:2], 0)  # no block is complete yet
         p = p.unflatten(1, (-1, group)).sum(2)  # (b, M·G, n) → (b, M, n): one choice for the group
-        candidates = _selection_count(tile.queries.stop, select_block_size)
+        candidates = _selection_count(tile.positions.stop, select_block_size)
         importance = _block_importance(p, block_size, stride, select_block_size, candidates)
-        query = torch.arange(tile.queries.start, tile.queries.stop, device=q.device)
+        query = torch.arange(tile.positions.start, tile.positions.stop, device=q.device)
         highest = _choose_blocks(importance, query, select_block_size, topk_blocks, init_blocks, local_blocks)
         tile.rows(chosen).copy_(_unfold(highest, tile.rows(chosen)))
     return chosen.squeeze(3)
@@ -544,7 +592,7 @@ def _torch_select(
 # Selective: tiles of the pairs (query row, chosen block), sorted by block ─────────────────────────────────────────────
 #
 # A row is the G query heads of one (sequence, token, key head): in (B, T, H, D) they lie side by side, so that rows are
-# numbered (b·T + t)·K + k and a row's q is read where it is. Keys are numbered alike.
+# numbered (b·T + t)·K + k and a row's q is read where it is. Keys are numbered alike, by their own T.
 
 
 class _PairTiles(NamedTuple):
@@ -566,36 +614,39 @@ def _row_chunks(block_indices: Tensor, row_values: int) -> Iterator[Tensor]:
 
 
 def _pair_tiles(
-    block_indices: Tensor, rows: Tensor, size: int, group: int, like: Tensor
+    block_indices: Tensor, rows: Tensor, keys: int, size: int, group: int, like: Tensor, first: int = 0
 ) -> Iterator[_PairTiles]:
-    """Sorts the pairs of some rows by block, cuts them in tiles, and yields as many at a time as fit the cache."""
+    """Sorts the pairs of some rows by block, cuts them in tiles, and yields as many at a time as fit the cache.
+
+    The first query stands at position `first` of a sequence of so many `keys`.
+    """
     (_, tokens, kv_heads, slots), device = block_indices.shape, rows.device
-    per_head = _selection_count(tokens, size)
+    per_head, pairs = _selection_count(keys, size), min(_PAIR_TILE, tokens)  # a block meets a query once
     head = rows // (tokens * kv_heads) * kv_heads + rows % kv_heads  # b·K + k
     chosen = block_indices.reshape(-1, slots)[rows].long()  # (R, S)
-    own = (rows // kv_heads % tokens // size)[:, None]
+    own = ((first + rows // kv_heads % tokens) // size)[:, None]
     free = (chosen < 0) | (chosen > own)  # what begins behind the query has no token that it sees
     chosen = torch.where(free, -1, chosen + (head * per_head)[:, None]).flatten()
     order = chosen.argsort(stable=True)  # free slots first, then block by block, queries ascending
     count = torch.bincount(chosen + 1, minlength=1)  # pairs of each block, those of free slots in front
     offset = (count.cumsum(0) - count)[1:]  # where in `order` they begin
     count = count[1:]
-    tiles = (count + _PAIR_TILE - 1) // _PAIR_TILE
+    tiles = (count + pairs - 1) // pairs
     block = torch.repeat_interleave(tiles)  # (n,) of b·K·N
     nth = torch.arange(len(block), device=device) - (tiles.cumsum(0) - tiles)[block]
-    slot = nth[:, None] * _PAIR_TILE + torch.arange(_PAIR_TILE, device=device)  # (n, M): place among the block's pairs
+    slot = nth[:, None] * pairs + torch.arange(pairs, device=device)  # (n, M): place among the block's pairs
     pair = order[(offset[block, None] + slot).clamp_(max=len(order) - 1)]
     row = rows[pair // slots]
-    query = row // kv_heads % tokens
+    query = first + row // kv_heads % tokens
     spare = slot >= count[block, None]
     pair = pair.masked_fill_(spare, len(order))
     token = (block % per_head * size)[:, None] + torch.arange(size, device=device)  # (n, l')
     head = block // per_head
-    first = head // kv_heads * tokens * kv_heads + head % kv_heads  # number of the key at position 0
-    key = first[:, None] + token.clamp(max=tokens - 1) * kv_heads  # what lies past the end is hidden from everybody
+    start = head // kv_heads * keys * kv_heads + head % kv_heads  # number of the key at position 0
+    key = start[:, None] + token.clamp(max=keys - 1) * kv_heads  # what lies past the end is hidden from everybody
     # A query stands inside its own block, and of every other block that it may choose it sees all tokens.
     edge = query[:, 0] < token[:, -1]
-    most = max(1, _TILE_SCORES // (_PAIR_TILE * group * size))
+    most = max(1, _TILE_SCORES // (pairs * group * size))
     for part in edge.nonzero()[:, 0].split(most):
         mask = _hide(token[part, None, None, :] > query[part, :, None, None], like)
         yield _PairTiles(pair[part], spare[part], row[part], key[part], mask)
@@ -617,7 +668,7 @@ def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torch_selective_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     slots, group, dim = block_indices.shape[3], q.shape[2] // k.shape[2], q.shape[3]
     rows, keys, values = (x.reshape(-1, g, dim) for x, g in ((q, group), (k, 1), (v, 1)))  # (B·T·K, g, D)
@@ -629,7 +680,7 @@ def _torch_selective_forward(
         # What a free slot holds does not matter, as long as it is finite, so the memory serves every chunk.
         partial = partial[: pairs + 1] if len(partial) > pairs else lse.new_zeros(pairs + 1, group, dim)
         partial_lse = lse.new_full((pairs + 1, group), -math.inf)
-        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group, lse):
+        for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, lse, first):
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
             o_tile, lse_tile = _tile_forward(_gather(rows, tiles.row), k_tile, v_tile, tiles.mask, scale)
             partial.index_copy_(0, tiles.pair.flatten(), o_tile.reshape(-1, group, dim))
@@ -643,48 +694,112 @@ def _torch_selective_forward(
 
 def _torch_selective_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
     select_block_size: int,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dq = _wide_zeros(q) if dq is None else dq
     group, dim = q.shape[2] // k.shape[2], q.shape[3]
-    rows = _Rows(q, do, lse, _delta(do, dlse, o)).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
-    keys, values = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (rows.q, keys, values))
+    rows = _Rows(q, do, *terms).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
+    keys, values, dq_rows = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim), dq.view(-1, group, dim)
+    dk, dv = _wide_zeros(keys), _wide_zeros(values)
     for chunk in _row_chunks(block_indices, group * dim):
-        for tiles in _pair_tiles(block_indices, chunk, select_block_size, group, lse):
+        for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, dq):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
             # What only fills up a tile has no gradient.
-            tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
+            tile_rows.shift.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
             dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, k_tile, v_tile, tiles.mask, scale)
-            dq.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
+            dq_rows.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
             dk.index_add_(0, tiles.key.flatten(), dk_tile.reshape(-1, 1, dim))
             dv.index_add_(0, tiles.key.flatten(), dv_tile.reshape(-1, 1, dim))
-    return dq.to(q.dtype).view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+    return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
 # Gates: eq. 5 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _torch_gate_forward(gates: Tensor, *branches: Tensor) -> Tensor:
+def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     """Σ_c gates[..., c]·branches[c]:  (B, T, H, 3) and three of (B, T, H, D) → (B, T, H, D)."""
     first, second, third = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
     o = first * branches[0]
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
 
 
-def _torch_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple[Tensor, ...]:
-    """dgates[..., c] = do·branches[c] and dbranches[c] = gates[..., c]·do."""
-    wide = _accumulation_dtype(do)
-    dots = [torch.einsum("bthd,bthd->bth", do.to(wide), x.to(wide)) for x in branches]
-    return torch.stack(dots, dim=-1).to(gates.dtype), *(gate * do for gate in gates.unsqueeze(-1).unbind(3))
+# Cached keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _equal_rows(positions: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Neighbouring rows of positions (B, M) that begin at the same one and hold as many: (rows, first, count)."""
+    stop = 0
+    spans = zip(positions[:, 0].tolist(), (positions >= 0).sum(1).tolist(), strict=True)
+    for (first, count), rows in itertools.groupby(spans):
+        start, stop = stop, stop + len(list(rows))
+        if count > 0:
+            yield slice(start, stop), first, count
+
+
+def _torch_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_local: Tensor,
+    v_local: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    *,
+    local_window: int,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """The gated sum of the branches for a few queries q (B, M, H, D) over many keys: (B, M, H, D).
+
+    The keys (B, T, K, D) and (B, C, K, D) start at position 0 and may go on behind the last query, with anything that
+    is finite. `positions`, (B, M): where each query stands, ascending by 1 from the left; −1 where a row has fewer
+    queries, and o is 0.
+    """
+    o = torch.zeros_like(q)
+    choice = (block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    for rows, first, count in _equal_rows(positions):
+        queries, blocks = q[rows, :count], k_cmp[rows]
+        o_local, _ = _sequence_forward(queries, k_local[rows], v_local[rows], _Window(local_window), scale, first)
+        o_compressed, lse = _sequence_forward(queries, blocks, v_cmp[rows], _Staircase(*choice[:2]), scale, first)
+        chosen = _torch_select(queries, blocks, lse, *choice, scale, first)
+        o_selective, _ = _torch_selective_forward(queries, k[rows], v[rows], chosen, select_block_size, scale, first)
+        o[rows, :count] = _torch_gate(gates[rows, :count], o_local, o_compressed, o_selective)
+    return o
+
+
+# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _each_sequence(
+    function: Callable[[list[Tensor]], list[Tensor] | Tensor], tensors: list[Tensor], lengths: list[int], *blocks: int
+) -> list[Tensor] | Tensor:
+    """`function` of each of some packed sequences alone, its results one after another.
+
+    A tensor (1, rows, ...) has a row for each token or for each compressed block, of l and d in `blocks`. Their numbers
+    tell which: no sequence has more blocks than tokens, so where there are as many overall, every sequence has as many.
+    """
+    counts = [_compressed_count(n, *blocks) for n in lengths] if blocks else lengths
+    rows = {sum(counts): counts, sum(lengths): lengths}
+    sequences = zip(*(x.split(rows[x.shape[1]], dim=1) for x in tensors), strict=True)
+    results = [function(list(sequence)) for sequence in sequences]
+    if isinstance(results[0], Tensor):
+        return torch.cat(results, dim=1)
+    return [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -779,6 +894,26 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 # Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
 _SPAN = {2: 4096, 4: 512}
 
+# Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
+_DECODE_TILES = {
+    ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("selected", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("selected", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+}
+_DECODE_MAX_KEYS = 128  # the most keys in a tile
+_DECODE_MAX_PARTS = 32  # the most parts of a row in each branch
+_DECODE_HEADS = {2: 64, 4: 16}  # the most heads of a group in a tile, by bytes of a number
+_DECODE_BYTES = 256 << 20  # partial results of one chunk of new tokens take at most this much memory
+
 
 def _unit_stride(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, which is all that the kernels ask for."""
@@ -846,24 +981,28 @@ def _load_pair_rows(
 
 @_kernel
 def _fold_importance(
-    score, p, part_first, m: tl.constexpr, r: tl.constexpr,
+    p, part_first, m: tl.constexpr, r: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr,
 ):  # fmt: skip
-    """score[j] += sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, then what it lends.
+    """score[j] = sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, and what its left lends it.
 
-    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r).
+    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r). Beside
+    the score, what the tile lends to the first SPILL blocks of the next one.
     """
     p = tl.reshape(p, [TOKENS, BLOCKS, PART])
     i = part_first + tl.arange(0, PART)
     jj = tl.arange(0, BLOCKS)
     own = tl.minimum(i + m, r) - i
-    score += tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
+    score = tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
+    beyond = tl.zeros([TOKENS, BLOCKS], tl.float32)
     for right in tl.static_range(1, SPILL + 1):
         share = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
         lent = tl.sum(p * share.to(tl.float32)[None, None, :], axis=2)
         source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [TOKENS, BLOCKS])
         score += tl.where((jj >= right)[None, :], tl.gather(lent, source, axis=1), 0.0)
-    return score
+        source = tl.broadcast_to(tl.minimum(jj + (BLOCKS - right), BLOCKS - 1)[None, :], [TOKENS, BLOCKS])
+        beyond += tl.where((jj < right)[None, :], tl.gather(lent, source, axis=1), 0.0)
+    return score, beyond
 
 
 @_kernel
@@ -919,11 +1058,11 @@ def _block_scores_kernel(
                 s_next = tl.dot(queries, keys_next, input_precision=PRECISION)
                 p_next += tl.exp2(s_next * (scale * _TL_LOG2E) - lse_g[:, None])
         visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
-        score = _fold_importance(score, tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
         if TILES == 2:
             visible = (inside < r)[None, :] & ((i_next * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
             p_next = tl.where(visible, p_next, 0.0)
-            score_next = _fold_importance(score_next, p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+            score_next += _fold_importance(p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
 
     jj = tl.arange(0, BLOCKS)
     row = scores + (z.to(tl.int64) * n_tokens + token) * n_blocks
@@ -935,31 +1074,24 @@ def _block_scores_kernel(
 
 
 @_kernel
-def _choose_kernel(
-    scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
-    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+def _store_highest(
+    score, own, exists, out_row,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1], forced ones first, ties to the lower index.
+    """out_row[:] = the S highest of score[: own + 1], forced ones first, ties to the lower index; ROWS rows at once.
 
     Scores are not negative, so their bits order as integers: the S-th highest is found by bisection, by counting, and
     a round that counts exactly S ends it. The running count of what is taken is the slot: slots ascend without a sort.
     """
     QUAD: tl.constexpr = 4 if NP > 4 else 1
-    z = tl.program_id(1)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_chunk = token < n_tokens
-    own = (t0 + token) // SELECT
     j = tl.arange(0, NP)[None, :]
-    row = (z.to(tl.int64) * n_tokens + token) * n_blocks
 
     # keys: -1 no candidate, score bits, above every score for the forced blocks
-    candidate = in_chunk[:, None] & (j <= own[:, None])
-    score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
+    candidate = exists[:, None] & (j <= own[:, None])
     key = tl.where((score >= 0) & (score < float("inf")), score, 0.0).to(tl.int32, bitcast=True)
     forced = candidate & ((j < INIT) | (j > (own - LOCAL)[:, None]))
     key = tl.where(candidate & ~forced, key, -1)
-    wanted = tl.where(in_chunk, tl.minimum(own + 1, S), 0)
+    wanted = tl.where(exists, tl.minimum(own + 1, S), 0)
 
     # at least `wanted` keys reach the threshold, fewer reach `over`; SP strided groups have a maximum each
     over = tl.max(key, axis=1) + 1
@@ -992,13 +1124,28 @@ def _choose_kernel(
     quad = tl.sum(taken, axis=2)
     slot = (tl.cumsum(quad, axis=1) - quad)[:, :, None] + tl.cumsum(taken, axis=2) - 1
     slot = tl.reshape(slot, [ROWS, NP])
-
-    out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
-    out_row = out + (t0 + token).to(tl.int64) * stride_ot
     tl.store(out_row[:, None] + slot, tl.broadcast_to(j, [ROWS, NP]), mask=chosen & candidate)
     free = tl.arange(0, SP)[None, :]
-    empty = in_chunk[:, None] & (free >= wanted[:, None]) & (free < S)
+    empty = exists[:, None] & (free >= wanted[:, None]) & (free < S)
     tl.store(out_row[:, None] + free, tl.full([ROWS, SP], -1, tl.int32), mask=empty)
+
+
+@_kernel
+def _choose_kernel(
+    scores, chosen_blocks, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
+    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1]."""
+    z = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_chunk = token < n_tokens
+    j = tl.arange(0, NP)[None, :]
+    row = (z.to(tl.int64) * n_tokens + token) * n_blocks
+    score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
+    out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
+    out_row = out + (t0 + token).to(tl.int64) * stride_ot
+    _store_highest(score, (t0 + token) // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP)
 
 
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
@@ -1056,6 +1203,85 @@ def _triton_select(
             ROWS=rows, NP=width, num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
+
+
+# What a backward needs of each query row ──────────────────────────────────────────────────────────────────────────────
+#
+# Shift, in powers of two, and delta as in section 4, for row n of key head z: token n // Gp, head n % Gp of the group,
+# where Gp is G rounded up to a power of two. Rows that do not exist have a shift of +inf, so that their p is 0.
+
+
+def _group_pad(G: int) -> int:
+    """Gp."""
+    return triton.next_power_of_2(G)
+
+
+@_kernel
+def _row_terms_kernel(
+    do, dlse, gates, o_0, o_1, o_2, lse_0, lse_1, lse_2, dgates, shift, delta, T, rows_pad,
+    stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh, stride_gc,
+    K: tl.constexpr, G: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr, BRANCHES: tl.constexpr,
+):  # fmt: skip
+    """Of each branch c: dgates[c] = do . o_c, delta[c] = do . o_c - dlse, shift[c] = (lse_c - log gates[c]) log2(e).
+
+    One branch stands alone, ungated, with the gradient of its lse; three are under their gates, which have gradients.
+    """
+    z = tl.program_id(1)
+    b, h = (z // K).to(tl.int64), (z % K) * G
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t, g = (n // GROUP_PAD).to(tl.int64), n % GROUP_PAD
+    exists = (t < T) & (g < G)
+    row = (b * T + t) * (K * G) + h + g  # of the contiguous (B, T, H)
+    d = tl.arange(0, DP)
+    mask = exists[:, None] & (d < D)[None, :]
+    do_row = b * stride_db + t * stride_dt + (h + g).to(tl.int64) * stride_dh
+    d_out = tl.load(do + do_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    for c in tl.static_range(BRANCHES):
+        o = o_0 if c == 0 else (o_1 if c == 1 else o_2)
+        lse = lse_0 if c == 0 else (lse_1 if c == 1 else lse_2)
+        term = tl.sum(d_out * tl.load(o + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32), axis=1)
+        lse_row = tl.load(lse + row, mask=exists, other=float("-inf"))
+        log_gate = tl.zeros([ROWS], tl.float32)
+        if BRANCHES > 1:
+            gate = b * stride_gb + t * stride_gt + (h + g).to(tl.int64) * stride_gh + c * stride_gc
+            tl.store(dgates + row * BRANCHES + c, term.to(dgates.dtype.element_ty), mask=exists)
+            log_gate = tl.log2(tl.load(gates + gate, mask=exists, other=0.0).to(tl.float32))
+        else:
+            term -= tl.load(dlse + row, mask=exists, other=0.0)
+        out = (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n
+        nothing = (lse_row == float("-inf")) | (log_gate == float("-inf"))
+        tl.store(shift + out, tl.where(nothing, float("inf"), lse_row * _TL_LOG2E - log_gate))
+        tl.store(delta + out, term)
+
+
+def _launch_row_terms(
+    do: Tensor, dlse: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], dgates: Tensor, kv_heads: int
+) -> list[_RowTerms]:
+    """The terms of one branch or of three; what a launch has no use for may be any tensor."""
+    B, T, H, D = do.shape
+    G, branches = H // kv_heads, len(outputs)
+    rows_pad = triton.cdiv(T * _group_pad(G), _MAX_ROWS) * _MAX_ROWS
+    shift, delta = torch.empty(2, branches, B, kv_heads, rows_pad, dtype=torch.float32, device=do.device)
+    do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
+    rows = _merge_rows(D)
+    _row_terms_kernel[(triton.cdiv(rows_pad, rows), B * kv_heads)](
+        do, dlse.contiguous(), gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, shift, delta, T, rows_pad,
+        *do.stride()[:3], *gates.stride(), K=kv_heads, G=G, GROUP_PAD=_group_pad(G), D=D, DP=_padded(D), ROWS=rows,
+        BRANCHES=branches,
+    )  # fmt: skip
+    return [_RowTerms(*terms) for terms in zip(shift, delta, strict=True)]
+
+
+def _triton_row_terms(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _RowTerms:
+    return _launch_row_terms(do, dlse, do, [o], [lse], dlse, kv_heads)[0]
+
+
+def _triton_gated_row_terms(
+    do: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], kv_heads: int
+) -> tuple[Tensor, list[_RowTerms]]:
+    dgates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    return dgates, _launch_row_terms(do, lses[0], gates, outputs, lses, dgates, kv_heads)
 
 
 # Local and compressed: spans of keys ──────────────────────────────────────────────────────────────────────────────────
@@ -1130,15 +1356,29 @@ def _rows_of(tile, T, ROWS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.con
 
 
 @_kernel
+def _row_offsets(strides, b, head, t, exists, D, DIM: tl.constexpr):
+    """Where (ROWS, DIM) query rows of a (B, T, H, D) tensor lie, and which of them exist."""
+    column = tl.arange(0, DIM)
+    row = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+    return row[:, None] + column[None, :], exists[:, None] & (column < D)[None, :]
+
+
+@_kernel
 def _load_resident_rows(x_ptr, strides, b, head, t, exists, D, DIM: tl.constexpr):
     """(ROWS, DIM) query rows of a (B, T, H, D) tensor that stay for the whole program.
 
     By plain pointers, because then the tile is a matrix operand in shared memory. Loaded through a descriptor it would
     be one in registers, and ptxas (13.0) has been seen to overwrite such registers inside the loop.
     """
-    column = tl.arange(0, DIM)
-    row = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
-    return tl.load(x_ptr + row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
+    offsets, mask = _row_offsets(strides, b, head, t, exists, D, DIM)
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0)
+
+
+@_kernel
+def _store_rows(x_ptr, strides, x, b, head, t, exists, D, DIM: tl.constexpr):
+    """Write (ROWS, DIM) query rows into a (B, T, H, D) tensor; those that do not exist are dropped."""
+    offsets, mask = _row_offsets(strides, b, head, t, exists, D, DIM)
+    tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @_kernel
@@ -1146,15 +1386,6 @@ def _load_rows(desc, b, k, tile, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DI
     """(ROWS, DIM) query rows of a (B, K, T, G, D) view, inside a loop; what does not exist is zero."""
     n = tile * ROWS
     return desc.load([b, k, n // GROUP_PAD, n % GROUP_PAD, 0]).reshape(ROWS, DIM)
-
-
-@_kernel
-def _store_rows(desc, b, k, tile, x, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
-    """Write (ROWS, DIM) query rows into a (B, K, T, G, D) view; those that do not exist are dropped."""
-    n = tile * ROWS
-    TOKENS: tl.constexpr = ROWS // GROUP_PAD if ROWS > GROUP_PAD else 1
-    x = x.to(desc.dtype).reshape(1, 1, TOKENS, ROWS // TOKENS, DIM)
-    desc.store([b, k, n // GROUP_PAD, n % GROUP_PAD, 0], x)
 
 
 @_kernel
@@ -1188,7 +1419,7 @@ def _forward_tile(
 
 @_kernel(do_not_specialize=["T"])
 def _span_forward_kernel(
-    q_ptr, q_strides, k_desc, v_desc, o_desc, lse_ptr, T, H, K, D, scale,
+    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, T, H, K, D, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -1218,7 +1449,7 @@ def _span_forward_kernel(
         )  # fmt: skip
     # Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(o_desc, b, k, tile, acc, ROWS, GROUP_PAD, DIM)
+    _store_rows(o_ptr, o_strides, acc, b, k * GROUP + g, t, exists, D, DIM)
     row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
     tl.store(lse_ptr + row, (peak + tl.log2(total)) * _TL_LN2, mask=exists)
 
@@ -1244,32 +1475,25 @@ def _dq_tile(
 
 @_kernel(do_not_specialize=["T"])
 def _span_dq_kernel(
-    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, dlse_ptr,
-    dq_desc, shift_ptr, delta_ptr, T, H, K, D, rows_pad, scale,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, shift_ptr, delta_ptr, dq_ptr, dq_strides,
+    T, K, D, rows_pad, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ADD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), delta_t = do_t.o_t - dlse_t.
+    """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), p_ti = exp(scale*q_t.k_i - shift_t).
 
-    Leaves delta and shift = lse*log2(e) behind for the next kernel, each (B, K, rows_pad).
+    Added to what dq holds, where ADD.
     """
     heads = tl.num_programs(0) // (rows_pad // ROWS)  # B * K
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
     b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
     t, g, exists = _rows_of(tile, T, ROWS, GROUP, GROUP_PAD)
     t_low, t_high = tile * ROWS // GROUP_PAD, tl.minimum((tile * ROWS + ROWS - 1) // GROUP_PAD, T - 1)
-    # What softmax and its derivative subtract from each row; p is 0 in rows that do not exist.
     do = _load_resident_rows(do_ptr, do_strides, b, k * GROUP + g, t, exists, D, DIM)
-    o = _load_resident_rows(o_ptr, o_strides, b, k * GROUP + g, t, exists, D, DIM)
-    row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
-    shift = tl.load(lse_ptr + row, mask=exists, other=float("inf")) * _TL_LOG2E
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    delta -= tl.load(dlse_ptr + row, mask=exists, other=0.0)
-    n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
-    tl.store(shift_ptr + n, shift)
-    tl.store(delta_ptr + n, delta)
     q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
+    n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
+    shift, delta = tl.load(shift_ptr + n), tl.load(delta_ptr + n)
     dq = tl.zeros((ROWS, DIM), tl.float32)
     # Tiles that every row sees whole, then the ones at both edges of the span.
     first, before, full, tiles = _key_tiles(t_low, t_high, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
@@ -1284,7 +1508,10 @@ def _span_dq_kernel(
             dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, scale * _TL_LOG2E,
             True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
         )  # fmt: skip
-    _store_rows(dq_desc, b, k, tile, dq * scale, ROWS, GROUP_PAD, DIM)
+    dq *= scale
+    if ADD:
+        dq += _load_resident_rows(dq_ptr, dq_strides, b, k * GROUP + g, t, exists, D, DIM)
+    _store_rows(dq_ptr, dq_strides, dq, b, k * GROUP + g, t, exists, D, DIM)
 
 
 @_kernel
@@ -1360,7 +1587,7 @@ def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, obj
     assert D <= 256, f"no tile sizes for head dim {D}: at most 256"
     rows, keys, warps, stages = _SPAN_TILES["float32" if q.dtype == torch.float32 else kernel][max(64, _padded(D))]
     constants = {
-        "GROUP_PAD": triton.next_power_of_2(H // K),
+        "GROUP_PAD": _group_pad(H // K),
         "DIM": _padded(D),
         "PRECISION": _precision(),
     }
@@ -1392,7 +1619,7 @@ def _row_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
     """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
     (B, T, H, D), (sb, st, sh, sd) = x.shape, x.stride()
     G = H // K
-    group_pad = triton.next_power_of_2(G)
+    group_pad = _group_pad(G)
     box = [1, 1, max(1, rows // group_pad), min(rows, group_pad), _padded(D)]
     return TensorDescriptor(x, [B, K, T, G, D], [sb, G * sh, st, sh, sd], box)
 
@@ -1412,68 +1639,65 @@ def _span_forward(
     lse = q.new_empty((B, T, H), dtype=torch.float32)
     if q.numel() == 0 or C == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse.fill_(float("-inf"))
-    q, k, v, o = _aligned(q), _aligned(k), _aligned(v), _empty_aligned(q.shape, q)
+    q, k, v, o = _unit_stride(q), _aligned(k), _aligned(v), q.new_empty(q.shape)
     rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
     grid = (triton.cdiv(T * options["GROUP_PAD"], rows) * B * K,)
     _span_forward_kernel[grid](
-        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), _row_descriptor(o, K, rows),
+        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
         lse, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
-    return o.contiguous(), lse
+    return o, lse
 
 
 def _span_backward(
-    branch: str, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    o: Tensor, lse: Tensor, scale: float, **span: int,
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    **span: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values."""
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    do, q, k, v, o = _aligned(do), _aligned(q), _aligned(k), _aligned(v), _aligned(o)
-    dq, shift, delta = _span_dq(branch, do, dlse, q, k, v, o, lse, scale, **span)
-    dk, dv = _span_dkv(branch, do, q, k, v, shift, delta, scale, **span)
-    return dq.contiguous(), dk, dv
+        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
+    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
+    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, **span)
+    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, **span)
 
 
 def _span_dq(
-    branch: str, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    o: Tensor, lse: Tensor, scale: float, **span: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, and what the next kernel subtracts from each row: shift = lse*log2(e) and delta = do.o - dlse."""
-    B, T, H, D = q.shape
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    **span: int,
+) -> Tensor:  # fmt: skip
+    """dq, added to what is there."""
+    T, H, D = q.shape[1:]
     K = k.shape[2]
     rows, keys, options = _tile_sizes(f"{branch}_dq", q, K)
-    rows_pad = triton.cdiv(T * options["GROUP_PAD"], _MAX_ROWS) * _MAX_ROWS
-    dq, (shift, delta) = _empty_aligned(q.shape, q), lse.new_empty((2, B, K, rows_pad))
-    _span_dq_kernel[(rows_pad // rows * B * K,)](
-        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
-        lse.contiguous(), dlse.contiguous(), _row_descriptor(dq, K, rows), shift, delta, T, H, K, D, rows_pad, scale,
-        GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+    out = q.new_empty(q.shape) if dq is None else dq
+    _span_dq_kernel[(terms.shift.numel() // rows,)](
+        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms,
+        out, out.stride(), T, K, D, terms.shift.shape[-1], scale,
+        GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
-    return dq, shift, delta
+    return out
 
 
 def _span_dkv(
-    branch: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    shift: Tensor, delta: Tensor, scale: float, **span: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, **span: int
+) -> tuple[Tensor, Tensor]:
     """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
     B, T, _, D = q.shape
     C, K = k.shape[1:3]
     rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
     row_tiles, key_tiles = triton.cdiv(T * options["GROUP_PAD"], rows), triton.cdiv(C, keys)
     parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
-    out = _empty_aligned((2, parts * B, C, K, D), k, k.dtype if parts == 1 else torch.float32)
-    dk, dv = out
+    dtype = k.dtype if parts == 1 else torch.float32
+    dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
     _span_dkv_kernel[(parts * key_tiles * B * K,)](
         _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
-        shift, delta, _key_descriptor(dk, keys), _key_descriptor(dv, keys),
-        T, K, C, B, shift.shape[-1], triton.cdiv(row_tiles, parts), scale, **span, ROWS=rows, KEYS=keys, **options,
+        *terms, _key_descriptor(dk, keys), _key_descriptor(dv, keys),
+        T, K, C, B, terms.shift.shape[-1], triton.cdiv(row_tiles, parts), scale,
+        **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
-        out = out.unflatten(1, (parts, B)).sum(1).to(k.dtype)
-    dk, dv = out.contiguous()
-    return dk, dv
+        dk, dv = (x.unflatten(0, (parts, B)).sum(0).to(k.dtype) for x in (dk, dv))
+    return dk.contiguous(), dv.contiguous()
 
 
 def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
@@ -1494,10 +1718,10 @@ def _triton_local_forward(
 
 
 def _triton_local_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local branch: dq, dk, dv."""
-    return _span_backward("local", do, dlse, q, k, v, o, lse, scale, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
+    return _span_backward("local", do, terms, q, k, v, scale, dq, BLOCK_SIZE=1, STRIDE=1, WINDOW=window)
 
 
 def _triton_compressed_forward(
@@ -1508,12 +1732,12 @@ def _triton_compressed_forward(
 
 
 def _triton_compressed_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-    o: Tensor, lse: Tensor, block_size: int, stride: int, scale: float,
+    do: Tensor, terms: _RowTerms, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
+    block_size: int, stride: int, scale: float, dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compressed branch: dq, dk_cmp, dv_cmp."""
     span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
-    return _span_backward("compressed", do, dlse, q, k_cmp, v_cmp, o, lse, scale, **span)
+    return _span_backward("compressed", do, terms, q, k_cmp, v_cmp, scale, dq, **span)
 
 
 # Selective: pairs in order of their block ─────────────────────────────────────────────────────────────────────────────
@@ -1843,35 +2067,17 @@ def _triton_selective_forward(
 
 
 @_kernel
-def _selective_delta_kernel(
-    o, do, dlse, delta, n_rows, stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh,
-    T, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """delta[b, t, h] = o[b, t, h] . do[b, t, h] - dlse[b, t, h]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < n_rows
-    d = tl.arange(0, DP)
-    b, t, h = row // H // T, row // H % T, row % H
-    mask = row_mask[:, None] & (d < D)[None, :]
-    o_row = b * stride_ob + t * stride_ot + h * stride_oh
-    do_row = b * stride_db + t * stride_dt + h * stride_dh
-    o_tile = tl.load(o + o_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    do_tile = tl.load(do + do_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    dlse_row = tl.load(dlse + row, mask=row_mask, other=0.0)
-    tl.store(delta + row, tl.sum(o_tile * do_tile, axis=1) - dlse_row, mask=row_mask)
-
-
-@_kernel
 def _selective_gradient_kernel(
-    do, q, k, v, lse, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part,
-    T, n_blocks, n_tiles, n_pairs, t0, scale,
+    do, q, k, v, shift, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part,
+    T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
     stride_db, stride_dt, stride_dh, stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_lb, stride_lt, stride_lh,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    K: tl.constexpr, G: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With p = exp(scale q . k - lse) and ds = p (do . v - delta): dv_part = p^T do, dk_part = scale ds^T q over a span
-    of the rows that chose the block, and dq_part[t, s] = scale ds k. One program: KEYS keys of a block, SPAN rows.
+    """With p = exp(scale q . k - shift) and ds = p (do . v - delta): dv_part = p^T do, dk_part = scale ds^T q over a
+    span of the rows that chose the block, and dq_part[t, s] = scale ds k. One program: KEYS keys, SPAN rows.
     """
     tile, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
@@ -1891,8 +2097,7 @@ def _selective_gradient_kernel(
     values = _load_tile(v + b * stride_vb + h * stride_vh, token, stride_vt, exists, D, DP)
     q_base = q + b * stride_qb + h * G * stride_qh
     do_base = do + b * stride_db + h * G * stride_dh
-    lse_base = lse + b * stride_lb + h * G * stride_lh
-    delta_base = delta + b * stride_lb + h * G * stride_lh
+    shift_base, delta_base = shift + z.to(tl.int64) * rows_pad, delta + z.to(tl.int64) * rows_pad
     dk = tl.zeros([KEYS, DP], tl.float32)
     dv = tl.zeros([KEYS, DP], tl.float32)
     for r in range(row_first, row_last, ROWS):
@@ -1901,16 +2106,16 @@ def _selective_gradient_kernel(
         row_mask = row < row_last
         pair = tl.load(pairs + first + row // G, mask=row_mask, other=0)
         t = tl.where(row_mask, t0 + pair // S, -1)
-        scalar = (t0 + pair // S).to(tl.int64) * stride_lt + (row % G).to(tl.int64) * stride_lh
+        term = (t0 + pair // S) * GROUP_PAD + row % G
         queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
         d_out = _load_pair_rows(do_base, pair, row, row_mask, t0, stride_dt, stride_dh, G, S, D, DP)
-        lse_t = tl.load(lse_base + scalar, mask=row_mask, other=0.0) * _TL_LOG2E
-        delta_t = tl.load(delta_base + scalar, mask=row_mask, other=0.0)
+        shift_t = tl.load(shift_base + term, mask=row_mask, other=0.0)
+        delta_t = tl.load(delta_base + term, mask=row_mask, other=0.0)
 
         # probabilities, transposed: (keys, rows)
         s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * _TL_LOG2E)
         visible = exists[:, None] & (token[:, None] <= t[None, :])
-        p = tl.where(visible, tl.exp2(s - lse_t[None, :]), 0.0)
+        p = tl.where(visible, tl.exp2(s - shift_t[None, :]), 0.0)
         dv += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(d_out), input_precision=PRECISION)
         ds = (p * (dp - delta_t[None, :])).to(queries.dtype)
@@ -1955,9 +2160,9 @@ def _sum_over_tiles_kernel(
 def _sum_over_slots_kernel(
     dq_part, block_indices, dq, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block."""
+    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; added to what dq holds, where ADD."""
     z = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
     row_mask = row < n_tokens * G
@@ -1965,39 +2170,37 @@ def _sum_over_slots_kernel(
     blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
     d = tl.arange(0, DP)
     part = (z.to(tl.int64) * n_tokens + row // G) * (S * PARTS * G) + row % G  # slot 0; the next one is G further
+    head = (z % K) * G + row % G
+    out = (z // K).to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    out_mask = row_mask[:, None] & (d < D)[None, :]
     total = tl.zeros([ROWS, DP], tl.float32)
+    if ADD:
+        total += tl.load(dq + out[:, None] + d[None, :], mask=out_mask, other=0.0).to(tl.float32)
     for slot in tl.range(0, S * PARTS, loop_unroll_factor=4):
         block = tl.load(blocks + t.to(tl.int64) * stride_it + slot // PARTS, mask=row_mask, other=-1)
         mask = ((block >= 0) & (block <= t // SELECT))[:, None] & (d < D)[None, :]
         dq_slot = tl.load(dq_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
         total += dq_slot.to(tl.float32)
-    head = (z % K) * G + row % G
-    out = (z // K).to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
-    tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+    tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=out_mask)
 
 
 def _triton_selective_backward(
     do: Tensor,
-    dlse: Tensor,
+    terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
     select_block_size: int,
     scale: float,
+    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z, DP = H // K, B * K, _padded(D)
-    do, q, k, v, o, block_indices = (_unit_stride(x) for x in (do, q, k, v, o, block_indices))
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    _selective_delta_kernel[(triton.cdiv(B * T * H, 32),)](
-        o, do, dlse.contiguous(), delta, B * T * H, *o.stride()[:3], *do.stride()[:3], T, H=H, D=D, DP=DP, ROWS=32
-    )
+    do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
+    add, dq = dq is not None, torch.empty(B, T, H, D, dtype=q.dtype, device=q.device) if dq is None else dq
     N = triton.cdiv(T, select_block_size)
     tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
     parts = triton.cdiv(select_block_size, tiles["KEYS"])
@@ -2005,7 +2208,6 @@ def _triton_selective_backward(
     chunk = _chunk_tokens(B * H * S * parts * D * q.element_size(), T)
     # a sum over several chunks of queries stays in float32 until the last
     sum_dtype = k.dtype if chunk == T else torch.float32
-    dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
     dq_part = torch.empty(Z * chunk * S * parts * G, D, dtype=q.dtype, device=q.device)
     merge_rows = _merge_rows(D)
@@ -2019,10 +2221,10 @@ def _triton_selective_backward(
             for _ in range(2)
         )
         _selective_gradient_kernel[(cut.bound, parts, Z)](
-            do, q, k, v, lse, delta, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
-            T, N, cut.bound, n_tokens * S, t0, scale,
-            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *lse.stride(),
-            **constants, G=G, S=S, SPAN=span, PRECISION=_precision(), **tiles,
+            do, q, k, v, *terms, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part,
+            T, N, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
+            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            **constants, G=G, GROUP_PAD=_group_pad(G), S=S, SPAN=span, PRECISION=_precision(), **tiles,
         )  # fmt: skip
         _sum_over_tiles_kernel[(N, parts, Z)](
             dk_part, dv_part, cut.begin, cut.end, dk, dv, T, N, cut.bound, *dk.stride()[:3],
@@ -2030,7 +2232,7 @@ def _triton_selective_backward(
         )  # fmt: skip
         _sum_over_slots_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
             dq_part, block_indices, dq, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
-            **constants, G=G, S=S, ROWS=merge_rows,
+            **constants, G=G, S=S, ROWS=merge_rows, ADD=add,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -2041,7 +2243,7 @@ _GATE_ROWS = 32
 
 
 @_kernel
-def _gate_forward_kernel(
+def _gate_kernel(
     gates, local, compressed, selective, o, n_rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """o[row] = gates[row, 0] local[row] + gates[row, 1] compressed[row] + gates[row, 2] selective[row]."""
@@ -2055,143 +2257,622 @@ def _gate_forward_kernel(
     _store_tile(o, mixed, row, D, row_mask, D, DP)
 
 
-@_kernel
-def _gate_backward_kernel(
-    do, gates, local, compressed, selective, dgates, dlocal, dcompressed, dselective, n_rows,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dgates[row, c] = do[row] . branch_c[row] and dbranch_c[row] = gates[row, c] do[row]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < n_rows
-    d_out = _load_tile(do, row, D, row_mask, D, DP).to(tl.float32)
-    for c in tl.static_range(3):
-        branch = local if c == 0 else (compressed if c == 1 else selective)
-        dbranch = dlocal if c == 0 else (dcompressed if c == 1 else dselective)
-        gate = tl.load(gates + row * 3 + c, mask=row_mask, other=0.0).to(tl.float32)
-        dot = tl.sum(d_out * _load_tile(branch, row, D, row_mask, D, DP).to(tl.float32), axis=1)
-        tl.store(dgates + row * 3 + c, dot.to(dgates.dtype.element_ty), mask=row_mask)
-        _store_tile(dbranch, gate[:, None] * d_out, row, D, row_mask, D, DP)
-
-
-def _triton_gate_forward(gates: Tensor, *branches: Tensor) -> Tensor:
+def _triton_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     rows, D = gates.numel() // 3, branches[0].shape[-1]
     o = torch.empty_like(branches[0], memory_format=torch.contiguous_format)
     inputs = (x.contiguous() for x in (gates, *branches))
-    _gate_forward_kernel[(triton.cdiv(rows, _GATE_ROWS),)](*inputs, o, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS)
+    _gate_kernel[(triton.cdiv(rows, _GATE_ROWS),)](*inputs, o, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS)
     return o
 
 
-def _triton_gate_backward(do: Tensor, gates: Tensor, *branches: Tensor) -> tuple[Tensor, ...]:
-    rows, D = gates.numel() // 3, do.shape[-1]
-    inputs = [x.contiguous() for x in (do, gates, *branches)]
-    gradients = [torch.empty_like(x) for x in inputs[1:]]
-    _gate_backward_kernel[(triton.cdiv(rows, _GATE_ROWS),)](
-        *inputs, *gradients, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS
+# Decoding: split keys ─────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
+# (b·M + m)·K + k; the heads of its group are a tile. Its keys are split into parts, so many that all multiprocessors
+# read; a part writes an output and a log-sum-exp of its own, and the last kernel merges them:
+#
+#     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
+#     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
+#     selected    parts of the S slots
+#     merge       softmax over the parts of each branch, and the gates
+#
+# How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
+# A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
+
+_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "n_local", "n_parts"]  # no new kernel for each number of rows
+
+
+@_kernel
+def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
+    """A row's sequence, token, key head and position."""
+    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
+    return b, m, row % K, tl.load(positions + b * strides[0] + m * strides[1])
+
+
+@_kernel
+def _decode_begin(
+    q, k, v, q_strides, k_strides, v_strides, b, m, h,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """What a part starts from: heads of the group, their queries, where the keys and values lie, an empty softmax."""
+    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    queries = _load_tile(q + b * q_strides[0] + m * q_strides[1] + h * G * q_strides[2], g, q_strides[2], g < G, D, DP)
+    k_base, v_base = k + b * k_strides[0] + h * k_strides[2], v + b * v_strides[0] + h * v_strides[2]
+    acc = tl.zeros([HEADS, DP], tl.float32)
+    return g, queries, k_base, v_base, acc, tl.full([HEADS], float("-inf"), tl.float32), tl.zeros([HEADS], tl.float32)
+
+
+@_kernel
+def _decode_share(tiles, part, parts):
+    """The tiles of a part: [begin, end)."""
+    return tiles * part // parts, tiles * (part + 1) // parts
+
+
+@_kernel
+def _decode_tile(
+    acc, peak, total, queries, k_base, v_base, key, seen, stride_k, stride_v, scale,
+    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of the online softmax: p = exp2(scale q.k - peak), acc += p.v, total += sum p; and p itself."""
+    keys = _load_tile(k_base, key, stride_k, seen, D, DP)
+    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
+    s = tl.where(seen[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, axis=1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(peak - shift)
+    values = _load_tile(v_base, key, stride_v, seen, D, DP)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_peak, total * fade + tl.sum(p, axis=1), p
+
+
+@_kernel
+def _decode_end(
+    acc, peak, total, o_part, lse_part, row, part, parts, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """o_part[row, part, g] = acc / total, lse_part[row, part, g] = peak + log2 total: 0 and -inf where no key is."""
+    out = (row.to(tl.int64) * parts + part) * G + g
+    _store_tile(o_part, acc / tl.where(total > 0, total, 1.0)[:, None], out, D, g < G, D, DP)
+    tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_compressed_kernel(
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
+
+    A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
+    """
+    r: tl.constexpr = SELECT // STRIDE
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+        q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
-    return tuple(gradients)
+    end = _span_end(t, BLOCK, STRIDE)
+    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
+    column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
+    score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
+    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+        i = (tile * BLOCKS + column // PART) * r + column % PART
+        seen = (column % PART < r) & (i < end)
+        acc, peak, total, p = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, i, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
+        score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
+        j = (tile * BLOCKS + jj)[None, :]
+        tl.store(scores + score_rows + j, peak[:, None] + tl.log2(score), mask=(g < G)[:, None])
+        if SPILL > 0:
+            borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
+            tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
+    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
+
+
+@_kernel
+def _decode_score(
+    lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G: tl.constexpr, PARTS_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr, SPILL: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """score[j] = sum_g exp2(scores[row, g, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
+    j, part = tl.arange(0, NP)[None, :], tl.arange(0, PARTS_PAD)[None, :]
+    score = tl.zeros([NP], tl.float32)
+    for first in range(0, G, HEADS):
+        g = first + tl.arange(0, HEADS)[:, None]
+        lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
+        lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
+        top = tl.max(lse, axis=1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        lse = (top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), axis=1)))[:, None]
+        offsets = (row.to(tl.int64) * G + g) * n_scores + j
+        own = tl.load(scores + offsets, mask=(g < G) & (j < tiles * BLOCKS), other=float("-inf"))
+        score += tl.sum(tl.where(own == float("-inf"), 0.0, tl.exp2(own - lse)), axis=0)
+        if SPILL > 0:
+            borrows = (g < G) & (j % BLOCKS < SPILL) & (j >= BLOCKS) & (j < (tiles + 1) * BLOCKS)
+            left = tl.load(lent + offsets, mask=borrows, other=float("-inf"))
+            score += tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
+    return score
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_choose_kernel(
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
+    row, part = tl.program_id(0), tl.program_id(1) - 1
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    if part >= 0:
+        g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+        )
+        first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
+        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
+        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+            s = first + tile * KEYS + tl.arange(0, KEYS)
+            acc, peak, total, _ = _decode_tile(
+                acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
+                D, DP, PRECISION,
+            )  # fmt: skip
+        _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
+    elif tl.program_id(2) == 0:
+        tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
+        score = _decode_score(
+            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
+        )
+        one = tl.arange(0, 1)
+        _store_highest(
+            score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
+            S, SP, INIT, LOCAL, 1, NP,
+        )  # fmt: skip
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_selected_kernel(
+    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+    )
+    slot = tl.arange(0, SP)
+    taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
+    blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
+    begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
+    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+        n = tile * KEYS + tl.arange(0, KEYS)
+        of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
+        j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
+        s = j * SELECT + n % SELECT_PAD
+        seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
+        acc, peak, total, _ = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
+    part += n_parts - tl.num_programs(1)
+    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_merge_kernel(
+    o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gate_strides, o_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
+):  # fmt: skip
+    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
+    row, g = tl.program_id(0) // G, tl.program_id(0) % G
+    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
+    head = row % K * G + g
+    part = tl.arange(0, PARTS_PAD)
+    offsets = (row.to(tl.int64) * n_parts + part) * G + g
+    lse = tl.load(lse_part + offsets, mask=part < n_parts, other=float("-inf"))
+    after_local = n_compressed + n_local
+    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + head * gate_strides[2]
+    weight = tl.zeros([PARTS_PAD], tl.float32)
+    for c in tl.static_range(3):  # local, compressed, selective
+        first = n_compressed if c == 0 else (0 if c == 1 else after_local)
+        end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
+        lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
+        top = tl.max(lse_c, axis=0)
+        e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top))
+        gate = tl.load(gate_base + c * gate_strides[3]).to(tl.float32)
+        weight += gate / tl.maximum(tl.sum(e, axis=0), 1.0) * e  # the sum is 0 or, as its largest term is 1, at least 1
+    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < n_parts, D, DP), axis=0)
+    d = tl.arange(0, DP)
+    out = o + b * o_strides[0] + m * o_strides[1] + head * o_strides[2]
+    tl.store(out + d, merged.to(o.dtype.element_ty), mask=d < D)
+
+
+def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
+    """Why decoding has no kernel for such blocks; None if it has, or if it takes Triton to tell."""
+    if triton is None:
+        return None
+    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
+        return None
+    return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
+
+
+def _decode_spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
+    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
+    ratio = select_block_size // stride
+    return ratio, (ratio + block_size // stride - 2) // ratio
+
+
+def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
+    width = 128 if _padded(D) <= 128 else 256
+    return dict(_DECODE_TILES[kernel, dtype.itemsize, width])
+
+
+def _triton_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_local: Tensor,
+    v_local: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    *,
+    local_window: int,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """o (B, M, H, D): all branches and gates, for M new tokens a row over buffers that hold their keys already."""
+    B, M, H, D = q.shape
+    K, S = k.shape[2], topk_blocks
+    G = H // K
+    o = torch.empty(B, M, H, D, dtype=q.dtype, device=q.device)
+    if o.numel() == 0:
+        return o
+    q, k, v, k_local, v_local, k_cmp, v_cmp = map(_unit_stride, (q, k, v, k_local, v_local, k_cmp, v_cmp))
+    heads = min(max(triton.next_power_of_2(G), 16), _DECODE_HEADS[q.dtype.itemsize])
+    head_blocks = triton.cdiv(G, heads)
+    tiles = {name: _decode_tiles(name, D, q.dtype) for name in ("compressed", "local", "selected")}
+    programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
+
+    # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
+    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    part = triton.next_power_of_2(ratio)
+    blocks = max(tiles["compressed"].pop("KEYS") // part, triton.next_power_of_2(max(spill, 1)))
+    score_tiles = triton.cdiv(k_cmp.shape[1], blocks * ratio)
+    n_scores = (score_tiles + 1) * blocks
+    select_pad = triton.next_power_of_2(select_block_size)
+    most = (
+        score_tiles,
+        triton.cdiv(min(local_window, k.shape[1]), tiles["local"]["KEYS"]),
+        triton.cdiv(S * select_pad, tiles["selected"]["KEYS"]),
+    )
+    NP = triton.next_power_of_2(max(triton.cdiv(k.shape[1], select_block_size), S))
+    tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
+
+    chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
+    rows = B * chunk * K
+    parts = [max(min(p // (rows * head_blocks), m, _DECODE_MAX_PARTS), 1) for p, m in zip(programs, most, strict=True)]
+    n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
+    o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
+    lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
+    scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
+    chosen = torch.empty(rows * S, dtype=torch.int32, device=q.device)
+    shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
+    attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
+    blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
+    parts_pad = triton.next_power_of_2(n_parts)
+    slots = {"S": S, "SP": triton.next_power_of_2(S)}
+    for m0 in range(0, M, chunk):
+        n_tokens = min(chunk, M - m0)
+        rows = B * n_tokens * K
+        _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+            q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
+            **attend, **blocked, PART=part, **tiles["compressed"],
+        )  # fmt: skip
+        _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
+            m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+            q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
+            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
+            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=local_window,
+            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
+        )  # fmt: skip
+        _decode_selected_kernel[(rows, n_selected, head_blocks)](
+            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
+            q.stride(), k.stride(), v.stride(), positions.stride(),
+            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
+        )  # fmt: skip
+        _decode_merge_kernel[(rows * G,)](
+            o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
+            **shape, PARTS_PAD=parts_pad, num_warps=min(max(parts_pad * _padded(D) // 2048, 1), 8),
+        )  # fmt: skip
+    return o
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 6  Autograd: one function for every branch and backend
+# 6  Autograd and operators: one function for a branch, one for the whole, on every backend
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 class _Branch(NamedTuple):
-    """A branch on a backend. `forward(q, k, v[, block_indices], **settings) → o, lse`, and its `backward`."""
+    """A branch on a backend. The sizes are its integers: the window, l and d, or l'.
 
-    forward: Callable[..., Any]
-    backward: Callable[..., tuple[Tensor, ...]]
+    forward(q, k, v[, block_indices], *sizes, scale) → o, lse
+    backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
+    """
 
-
-class _BranchFunction(torch.autograd.Function):
-    """(q, k, v[, block_indices]) → o, lse. Saves its inputs and outputs, never a probability."""
-
-    @staticmethod
-    def forward(branch: _Branch, settings: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        # The precision is the branch's business: it works in float32 under autocast, too.
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return branch.forward(*tensors, **settings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.branch, ctx.settings, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        with torch.autocast(do.device.type, enabled=False):
-            gradients = ctx.branch.backward(do, dlse, *tensors, **ctx.settings)
-        return None, None, *gradients, *[None] * (len(tensors) - 5)  # block_indices, where given
-
-
-class _GateFunction(torch.autograd.Function):
-    """(gates, local, compressed, selective) → their gated sum, in one pass over memory each way."""
-
-    @staticmethod
-    def forward(branch: _Branch, *tensors: Tensor) -> Tensor:
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return branch.forward(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.branch, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(do.device.type, enabled=False):
-            return None, *ctx.branch.backward(do, *ctx.saved_tensors)
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 7  Functions: the functional API. The only place that knows every backend.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class _Backend(NamedTuple):
-    """All that a backend must bring: the pairs for section 6, and the choice of blocks, which has no gradient."""
+    """All that a backend must bring."""
 
     local: _Branch
     compressed: _Branch
     selective: _Branch
-    gates: _Branch
     select: Callable[..., Tensor]
+    gate: Callable[..., Tensor]
+    row_terms: Callable[..., _RowTerms]
+    gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
+    decode: Callable[..., Tensor]
 
 
-_TORCH = _Backend(
-    _Branch(_torch_local_forward, _torch_local_backward),
-    _Branch(_torch_compressed_forward, _torch_compressed_backward),
-    _Branch(_torch_selective_forward, _torch_selective_backward),
-    _Branch(_torch_gate_forward, _torch_gate_backward),
-    _torch_select,
-)
-_TRITON = _Backend(
-    _Branch(_triton_local_forward, _triton_local_backward),
-    _Branch(_triton_compressed_forward, _triton_compressed_backward),
-    _Branch(_triton_selective_forward, _triton_selective_backward),
-    _Branch(_triton_gate_forward, _triton_gate_backward),
-    _triton_select,
-)
-_BACKENDS = ("auto", "torch", "triton")
+_BACKENDS = {
+    "torch": _Backend(
+        _Branch(_torch_local_forward, _torch_local_backward),
+        _Branch(_torch_compressed_forward, _torch_compressed_backward),
+        _Branch(_torch_selective_forward, _torch_selective_backward),
+        _torch_select,
+        _torch_gate,
+        _torch_row_terms,
+        _torch_gated_row_terms,
+        _torch_decode,
+    ),
+    "triton": _Backend(
+        _Branch(_triton_local_forward, _triton_local_backward),
+        _Branch(_triton_compressed_forward, _triton_compressed_backward),
+        _Branch(_triton_selective_forward, _triton_selective_backward),
+        _triton_select,
+        _triton_gate,
+        _triton_row_terms,
+        _triton_gated_row_terms,
+        _triton_decode,
+    ),
+}
+
+# Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
+# pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
 
 
-def _choose_backend(backend: str, q: Tensor, scale: float, obstacle: str | None = None) -> _Backend:
+def _operator(function: Callable[..., Any]) -> Any:
+    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments.
+
+    Packed sequences are their cu_seqlens and lengths, else None and []. PyTorch runs each alone.
+    """
+
+    @functools.wraps(function)
+    def in_full_precision(
+        tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, *settings: Any
+    ) -> Any:
+        *_, sizes, _scale = settings
+        lengths = [length for length in lengths if length > 0]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            if backend == "torch" and lengths:
+                of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
+                return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
+            return function(tensors, cu_seqlens, lengths, backend, *settings)
+
+    name = f"native_sparse_attention::{function.__name__.lstrip('_')}"
+    return torch.library.custom_op(name, in_full_precision, mutates_args=())
+
+
+def _fake_output(q: Tensor) -> list[Tensor]:
+    """Shapes of o and lse."""
+    return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
+
+
+@_operator
+def _branch_forward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """q, k, v[, block_indices] → o, lse."""
+    return list(getattr(_BACKENDS[backend], branch).forward(*tensors, *sizes, scale))
+
+
+@_branch_forward.register_fake
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
+    return _fake_output(tensors[0])
+
+
+@_operator
+def _branch_backward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
+    (do, dlse, o, lse, *inputs), on = tensors, _BACKENDS[backend]
+    terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
+    dq, dk, dv = getattr(on, branch).backward(do, terms, *inputs, *sizes, scale, None)
+    return [dq.to(do.dtype).contiguous(), dk, dv]
+
+
+@_branch_backward.register_fake
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[4:7]]
+
+
+@_operator
+def _select(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
+    """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
+    return _BACKENDS[backend].select(*tensors, *sizes, scale)
+
+
+@_select.register_fake
+def _(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
+    q, k_cmp, _lse = tensors
+    return q.new_empty(*q.shape[:2], k_cmp.shape[2], sizes[3], dtype=torch.int32)
+
+
+@_operator
+def _attention_forward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, then o and lse of each branch, then block_indices."""
+    (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _BACKENDS[backend]
+    o_local, lse_local = on.local.forward(q, *(local or (k, v)), window, scale)
+    o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
+    chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
+    o_selective, lse_selective = on.selective.forward(q, k, v, chosen, sizes[2], scale)
+    o = on.gate(gates, o_local, o_compressed, o_selective)
+    return [o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen]
+
+
+@_attention_forward.register_fake
+def _(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+    q, kv_heads, sizes = tensors[0], tensors[1].shape[2], settings[-2]
+    outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
+    chosen = q.new_empty(*q.shape[:2], kv_heads, sizes[3], dtype=torch.int32)
+    return [q.new_empty(q.shape), *outputs, *lses, chosen]
+
+
+@_operator
+def _attention_backward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """do, the results of the forward but for o, and its arguments → the gradients of the arguments.
+
+    The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
+    """
+    do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
+    (k_local, v_local), on = tensors[14:] or (k, v), _BACKENDS[backend]
+    dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
+    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None)
+    dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
+    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq)
+    gradients = [dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates]
+    if tensors[14:]:
+        return [*gradients, dk_local, dv_local]
+    dk += dk_local
+    dv += dv_local
+    return gradients
+
+
+@_attention_backward.register_fake
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[8:]]
+
+
+class _BranchFunction(torch.autograd.Function):
+    """A branch by itself: q, k, v[, block_indices] → o, lse. Saves what goes in and out, never a probability."""
+
+    @staticmethod
+    def forward(settings: tuple[Any, ...], cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(_branch_forward(list(tensors), cu_seqlens, *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.save_for_backward(cu_seqlens, *output, *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        cu_seqlens, *saved = ctx.saved_tensors
+        gradients = _branch_backward([do, dlse, *saved], cu_seqlens, *ctx.settings)
+        return None, None, *gradients, *[None] * (len(saved) - 5)  # block_indices, where given
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """The gated sum of the branches: q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, and what backward reads."""
+
+    @staticmethod
+    def forward(settings: tuple[Any, ...], cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_attention_forward(list(tensors), cu_seqlens, *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
+        ctx.save_for_backward(cu_seqlens, *output[1:], *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        cu_seqlens, *saved = ctx.saved_tensors
+        if do is None:  # o took no part in what is differentiated
+            return (None,) * (len(saved) - 5)
+        return None, None, *_attention_backward([do, *saved], cu_seqlens, *ctx.settings)
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 7  Functions: the functional API. The only place that chooses a backend.
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _choose_backend(
+    backend: str, q: Tensor, scale: float, lengths: tuple[int, ...] = (), obstacle: str | None = None
+) -> str:
     """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
 
     `obstacle`: why the caller's function has no kernel for its other arguments, if so.
     """
-    _check(backend in _BACKENDS, "backend", backend, f"must be one of {', '.join(map(repr, _BACKENDS))}")
+    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
     if backend == "torch":
-        return _TORCH
-    obstacle = obstacle or _triton_obstacle(q, scale)
+        return "torch"
+    obstacle = obstacle or ("there is no kernel for cu_seqlens" if lengths else None) or _triton_obstacle(q, scale)
+    usable = obstacle is None
     if backend == "auto":
-        usable = obstacle is None and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-        return _TRITON if usable and q.numel() > 0 else _TORCH
-    _check(obstacle is None, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return _TRITON if q.numel() > 0 else _TORCH
+        usable = usable and q.is_cuda and torch.cuda.get_device_properties(q.device).major == 9
+    else:
+        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return "triton" if usable and q.numel() > 0 else "torch"
 
 
 def _triton_obstacle(q: Tensor, scale: float) -> str | None:
@@ -2206,9 +2887,9 @@ def _triton_obstacle(q: Tensor, scale: float) -> str | None:
     if scale <= 0:
         return f"scale is {scale}, and the kernels take positive ones only"
     if q.is_cuda:
-        old = torch.cuda.get_device_capability(q.device) < (8, 0)
+        old = torch.cuda.get_device_properties(q.device).major < 8
         return "the GPU is older than sm_80" if old else None
-    interpreted = triton.knobs.runtime.interpret and q.device.type == "cpu"
+    interpreted = _INTERPRETED and q.device.type == "cpu"
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
@@ -2228,7 +2909,7 @@ def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
 
 
 def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -2246,53 +2927,117 @@ def _check_tensor(name: str, x: object, rank: int, letters: str) -> None:
     _check(x.ndim == rank, f"{name}.shape", tuple(x.shape), f"must have {rank} dimensions, {letters}")
 
 
+def _check_shape(name: str, x: Tensor, letters: str, expected: tuple[int, ...]) -> None:
+    _check_tensor(name, x, len(expected), letters)
+    _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), lambda: f"must be {letters} = {expected}")
+
+
 def _check_like(name: str, x: Tensor, q: Tensor) -> None:
     _check(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"must be q's, {q.dtype}")
     _check(x.device == q.device, f"{name}.device", str(x.device), f"must be q's, {q.device}")
 
 
-def _check_attention(q: Tensor, scale: float | None, rows: int | None = None, **keys_and_values: Tensor) -> float:
-    """Checks q (B, T, H, D) against pairs of keys and values (B, rows, K, D); returns the scale."""
+def _remembered(known: WeakTensorKeyDictionary, tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """What `read(tensor)` gives, read again only when the tensor has changed: the layers of a model wait once."""
+    if tensor.is_inference():  # does not count its changes
+        return read(tensor)
+    version, result = known.get(tensor, (None, None))
+    if version != tensor._version:
+        result = read(tensor)
+        known[tensor] = tensor._version, result
+    return result
+
+
+# What has been read of a cu_seqlens that is still alive.
+_LENGTHS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The lengths of packed sequences, on the host."""
+    edges = cu_seqlens.tolist()
+    _check(edges[0] == 0, "cu_seqlens[0]", edges[0], "must be 0, where the first sequence begins")
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
+    for i, length in enumerate(lengths):
+        rule = f"must be at least cu_seqlens[{i}] = {edges[i]}, where the sequence begins that ends here"
+        _check(length >= 0, f"cu_seqlens[{i + 1}]", edges[i + 1], rule)
+    return lengths
+
+
+def _sequence_lengths(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> tuple[int, ...]:
+    """The lengths of the sequences that are packed in (batch, tokens, ...); () where none are. Checks cu_seqlens."""
+    if cu_seqlens is None:
+        return ()
+    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
+    _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
+    _check(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "must be torch.int32")
+    _check(cu_seqlens.device == device, "cu_seqlens.device", str(cu_seqlens.device), f"must be the tokens', {device}")
+    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
+    lengths = _remembered(_LENGTHS, cu_seqlens, _read_lengths)
+    _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
+    return lengths
+
+
+def _check_query(q: Tensor, scale: float | None) -> float:
+    """Checks q (B, T, H, D); returns the scale."""
     _check_tensor("q", q, 4, "(B, T, H, D)")
     _check(q.is_floating_point(), "q.dtype", q.dtype, "must be a floating point type", TypeError)
     _check(q.shape[3] > 0, "q.shape", tuple(q.shape), "must have at least 1 number a head")
-    first = None
+    _check(scale is None or _finite(scale), "scale", scale, "must be a finite number, or None for 1/sqrt(D)")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _check_keys(q: Tensor, rows: int, letters: str, **keys_and_values: Tensor) -> None:
+    """Checks keys and values, (B, rows, K, D), against a q that has been checked: the first sets K for all."""
+    heads = None
     for name, x in keys_and_values.items():
-        _check_tensor(name, x, 4, "(B, T, K, D)")
+        _check_tensor(name, x, 4, letters)
         _check_like(name, x, q)
-        _check(x.shape[2] > 0, f"{name}.shape", tuple(x.shape), "must have at least 1 head")
-        rule = f"must be a divisor of q's {q.shape[2]} heads in dimension 2"
-        _check(q.shape[2] % x.shape[2] == 0, f"{name}.shape", tuple(x.shape), rule)
-        length = q.shape[1] if rows is None else rows
-        expected = (q.shape[0], length, (x if first is None else first).shape[2], q.shape[3])
-        rule = f"must be {expected} for q of shape {tuple(q.shape)}"
-        _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), rule)
-        first = x if first is None else first
-    if scale is None:
-        return q.shape[3] ** -0.5
-    _check(_finite(scale), "scale", scale, "must be a finite number, or None for 1/sqrt(D)")
-    return float(scale)
+        heads = x.shape[2] if heads is None else heads
+        of_group = heads > 0 and q.shape[2] % heads == 0
+        _check(of_group, f"{name}.shape", tuple(x.shape), lambda: f"must have a divisor of q's {q.shape[2]} heads")
+        _check_shape(name, x, letters, (q.shape[0], rows, heads, q.shape[3]))
 
 
-def _check_compressed(q: Tensor, block_size: int, stride: int, scale: float | None, **keys_and_values: Tensor) -> float:
+def _check_compressed(
+    q: Tensor, block_size: int, stride: int, lengths: tuple[int, ...], **keys_and_values: Tensor
+) -> None:
     _check_integer("block_size", block_size, 1)
     _check_integer("stride", stride, 1)
     _check_blocks(block_size, stride, stride, 0, 0, 0)
-    _check_tensor("q", q, 4, "(B, T, H, D)")
-    return _check_attention(q, scale, _compressed_count(q.shape[1], block_size, stride), **keys_and_values)
+    blocks = sum(_compressed_count(n, block_size, stride) for n in lengths or q.shape[1:2])
+    _check_keys(q, blocks, "(B, C, K, D)", **keys_and_values)
+
+
+def _check_choice(
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
+) -> str | None:
+    """Checks the sizes of the choice; returns what is in the way of its kernel, if anything is."""
+    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
+        _check_integer(name, value, 1)
+    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
+        _check_integer(name, value, 0)
+    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
 
 
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sliding-window causal attention (§3.3.3): the query at t attends to the keys at t − W < s ≤ t, itself included.
 
-    W = 3:            keys →
-            queries   ■ · · · ·
-               ↓      ■ ■ · · ·
-                      ■ ■ ■ · ·
-                      · ■ ■ ■ ·
-                      · · ■ ■ ■
+    W = 3:            keys →              packed, cu_seqlens = [0, 3, 5]:    ■ · · | · ·
+            queries   ■ · · · ·                                              ■ ■ · | · ·
+               ↓      ■ ■ · · ·           two sequences, of 3 and of         ■ ■ ■ | · ·
+                      ■ ■ ■ · ·           2 tokens; each is as causal        ——————|————
+                      · ■ ■ ■ ·           as it is alone, and blind          · · · | ■ ·
+                      · · ■ ■ ■           to the other                       · · · | ■ ■
 
     >>> q, k = torch.randn(1, 100, 8, 64), torch.randn(1, 100, 2, 64)  # 4 query heads share a key head
     >>> local_attention(q, k, torch.randn_like(k), window=32).shape
@@ -2302,9 +3047,13 @@ def local_attention(
         q: queries (B, T, H, D), of any floating point type.
         k, v: keys and values (B, T, K, D), K a divisor of H; query head h uses key head h // (H/K).
         window: W ≥ 1, in tokens.
+        cu_seqlens: None, or int32 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is 1, and
+            sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result is
+            that of each sequence alone. Its first reading waits for the GPU; later calls with the same tensor do not.
         scale: factor on q·k; None is 1/sqrt(D).
         backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
             where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
+            Packed sequences have no kernel yet.
 
     Returns:
         (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
@@ -2313,13 +3062,15 @@ def local_attention(
         ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
     """
     q, k, v = _autocast(q, k, v)
-    scale = _check_attention(q, scale, k=k, v=v)
+    scale = _check_query(q, scale)
+    _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("window", window, 1)
-    branches = _choose_backend(backend, q, scale)
-    flash = _flash_attention(q) if backend == "auto" else None
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, scale, lengths)
+    flash = _flash_attention(q) if backend == "auto" and not lengths else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply(branches.local, {"window": window, "scale": scale}, q, k, v)[0]
+    return _BranchFunction.apply((lengths, on, "local", [window], scale), cu_seqlens, q, k, v)[0]
 
 
 def compressed_attention(
@@ -2329,6 +3080,7 @@ def compressed_attention(
     block_size: int,
     stride: int,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -2347,19 +3099,22 @@ def compressed_attention(
 
     Args:
         q: queries (B, T, H, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l.
+        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
+            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
         block_size, stride: l and d, in tokens; l is a multiple of d.
-        scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend: as in `local_attention`.
 
     Returns:
         o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
         (B, T, H) in float32 (float64 for float64), −inf there. Both are differentiable.
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
-    scale = _check_compressed(q, block_size, stride, scale, k_cmp=k_cmp, v_cmp=v_cmp)
-    branches = _choose_backend(backend, q, scale)
-    settings = {"block_size": block_size, "stride": stride, "scale": scale}
-    return _BranchFunction.apply(branches.compressed, settings, q, k_cmp, v_cmp)
+    scale = _check_query(q, scale)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    on = _choose_backend(backend, q, scale, lengths)
+    settings = (lengths, on, "compressed", [block_size, stride], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, q, k_cmp, v_cmp)
 
 
 @torch.no_grad()
@@ -2374,6 +3129,7 @@ def select_blocks(
     topk_blocks: int,
     init_blocks: int = 0,
     local_blocks: int = 1,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -2389,31 +3145,25 @@ def select_blocks(
     tensor([ 0,  1, -1], dtype=torch.int32)
 
     Args:
-        q, k_cmp, block_size, stride, scale, backend: as in `compressed_attention`.
+        q, k_cmp, block_size, stride, cu_seqlens, scale, backend: as in `compressed_attention`.
         lse: its second result, (B, T, H).
         select_block_size: l' in tokens, a multiple of `stride`.
         topk_blocks: S, at least `init_blocks` + `local_blocks`.
 
     Returns:
-        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free.
+        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
+        packed sequences they count from the start of the query's own.
     """
     q, k_cmp = _autocast(q, k_cmp)
-    scale = _check_compressed(q, block_size, stride, scale, k_cmp=k_cmp)
-    _check_tensor("lse", lse, 3, "(B, T, H)")
-    _check(lse.shape == q.shape[:3], "lse.shape", tuple(lse.shape), f"must be {tuple(q.shape[:3])}, q's (B, T, H)")
+    scale = _check_query(q, scale)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
+    _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
-    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
-        _check_integer(name, value, 1)
-    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-        _check_integer(name, value, 0)
-    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    far = "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
-    branches = _choose_backend(backend, q, scale, obstacle=far)
-    with torch.autocast(q.device.type, enabled=False):
-        return branches.select(
-            q, k_cmp, lse, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks, scale
-        )
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    on = _choose_backend(backend, q, scale, lengths, _check_choice(*sizes))
+    return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
 
 
 def selective_attention(
@@ -2423,6 +3173,7 @@ def selective_attention(
     block_indices: Tensor,
     select_block_size: int,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -2434,31 +3185,28 @@ def selective_attention(
     torch.Size([1, 100, 4, 64])
 
     Args:
-        q, k, v, scale, backend: as in `local_attention`.
+        q, k, v, cu_seqlens, scale, backend: as in `local_attention`.
         block_indices: int32 or int64 (B, T, K, S), as `select_blocks` returns it: for each key head the blocks chosen,
-            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen.
+            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen. In packed
+            sequences they count from the start of the query's own.
         select_block_size: l', in tokens.
 
     Returns:
         (B, T, H, D) in q's dtype; 0 where a query has chosen nothing that it sees.
     """
     q, k, v = _autocast(q, k, v)
-    scale = _check_attention(q, scale, k=k, v=v)
+    scale = _check_query(q, scale)
+    _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v)
     _check_integer("select_block_size", select_block_size, 1)
     _check_tensor("block_indices", block_indices, 4, "(B, T, K, S)")
-    expected = (*k.shape[:3], block_indices.shape[3])
-    _check(
-        tuple(block_indices.shape) == expected,
-        "block_indices.shape",
-        tuple(block_indices.shape),
-        f"must be (B, T, K, S) = {expected}",
-    )
+    _check_shape("block_indices", block_indices, "(B, T, K, S)", (*k.shape[:3], block_indices.shape[3]))
     dtype, device = block_indices.dtype, block_indices.device
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
-    branches = _choose_backend(backend, q, scale)
-    settings = {"select_block_size": select_block_size, "scale": scale}
-    return _BranchFunction.apply(branches.selective, settings, q, k, v, block_indices)[0]
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, scale, lengths)
+    settings = (lengths, on, "selective", [select_block_size], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, q, k, v, block_indices)[0]
 
 
 def nsa_attention(
@@ -2478,6 +3226,7 @@ def nsa_attention(
     local_blocks: int = 1,
     k_local: Tensor | None = None,
     v_local: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -2494,44 +3243,70 @@ def nsa_attention(
     Args:
         q: queries (B, T, H, D).
         k, v: keys and values of the local and the selective branch, (B, T, K, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D).
+        k_cmp, v_cmp: compressed keys and values, as in `compressed_attention`.
         gates: (B, T, H, 3), through the sigmoid already, in (local, compressed, selective) order.
         local_window, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks: as in
             `local_attention`, `compressed_attention` and `select_blocks`.
         k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
-        scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend: as in `local_attention`.
 
     Returns:
         (B, T, H, D) in q's dtype.
     """
-    _check_integer("local_window", local_window, 1)
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    if k_local is None:
-        k_local, v_local = k, v
-    _check_attention(q, scale, k=k, v=v, k_local=k_local, v_local=v_local)
-    _check_tensor("gates", gates, 4, "(B, T, H, 3)")
-    expected = (*q.shape[:3], 3)
-    _check(tuple(gates.shape) == expected, "gates.shape", tuple(gates.shape), f"must be (B, T, H, 3) = {expected}")
+    own = k_local is not None and not (k_local is k and v_local is v)
+    local = {"k_local": k_local, "v_local": v_local} if own else {}
+    scale = _check_query(q, scale)
+    _check_keys(q, q.shape[1], "(B, T, K, D)", k=k, v=v, **local)
+    lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
+    _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
-    options = {"scale": scale, "backend": backend}
-    blocks = {"block_size": block_size, "stride": stride}
-    o_local = local_attention(q, k_local, v_local, local_window, **options)
-    o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, **blocks, **options)
-    chosen = select_blocks(
-        q,
-        k_cmp,
-        lse,
-        **blocks,
-        select_block_size=select_block_size,
-        topk_blocks=topk_blocks,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        **options,
-    )
-    o_selective = selective_attention(q, k, v, chosen, select_block_size, **options)
-    branches = _choose_backend(backend, q, 1.0)
-    return _GateFunction.apply(branches.gates, gates, o_local, o_compressed, o_selective)
+    _check_integer("local_window", local_window, 1)
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    on = _choose_backend(backend, q, scale, lengths, _check_choice(*sizes))
+    if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
+        o_local = local_attention(q, *(local.values() or (k, v)), local_window, scale=scale)
+        o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
+        chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
+        o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
+        return _torch_gate(gates, o_local, o_compressed, o_selective)
+    tensors = (q, k, v, k_cmp, v_cmp, gates, *local.values())
+    return _AttentionFunction.apply((lengths, on, local_window, sizes, scale), cu_seqlens, *tensors)[0]
+
+
+@torch.no_grad()
+def _cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_local: Tensor,
+    v_local: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    *,
+    local_window: int,
+    backend: str,
+    **choice: int,
+) -> Tensor:
+    """`nsa_attention` of the next tokens of some rows over the keys of a cache: q, gates (B, M, ...) → (B, M, H, D).
+
+    The queries stand at `positions`, int32 (B, M), −1 where a row has fewer than M. The keys, (B, max_len, K, D) and
+    (B, C, K, D), hold theirs already; what a cache holds behind a query is not seen.
+    """
+    q, gates = _autocast(q, gates)
+    scale = _check_query(q, None)
+    if q.numel() == 0:
+        return q
+    obstacle = _decode_obstacle(choice["block_size"], choice["stride"], choice["select_block_size"])
+    on = _choose_backend(backend, q, scale, obstacle=obstacle)
+    with torch.autocast(q.device.type, enabled=False):
+        tensors = (q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions)
+        return _BACKENDS[on].decode(*tensors, local_window=local_window, **choice, scale=scale)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2683,8 +3458,8 @@ class TokenCompressor(nn.Module):
         _check_tensor("x", x, 3, "(b, T, dim)")
         _check(x.shape[2] == self.dim, "x.shape", tuple(x.shape), f"must have dim = {self.dim} in dimension 2")
         count = _compressed_count(x.shape[1], self.block, self.stride)
-        if count == 0:
-            return x.new_empty(x.shape[0], 0, self.dim)
+        if count == 0 or x.shape[0] == 0:
+            return x.new_empty(x.shape[0], count, self.dim)
         out = self.method(x[:, : (count - 1) * self.stride + self.block])
         expected, name = (x.shape[0], count, self.dim), type(self.method).__name__
         _check(isinstance(out, Tensor), f"output of {name}", type(out).__name__, "must be a tensor", TypeError)
@@ -2715,24 +3490,247 @@ class AttentionPatterns(NamedTuple):
     block_indices: Tensor  # (B, T, K, S)
 
 
-class _Projections(NamedTuple):
-    """All that the branches need of an input x, positions already rotated in."""
+class _Places(NamedTuple):
+    """Where tokens or blocks belong: the row of each, (n,), and its number there."""
 
-    q: Tensor  # (B, T, H, D)
+    row: Tensor
+    number: Tensor
+
+
+def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -> _Places:
+    """In each row i the numbers from starts[i] up to, not including, stops[i]; row after row."""
+    counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    table = torch.tensor([list(starts), counts], dtype=torch.int64)
+    start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
+    row = torch.repeat_interleave(count, output_size=sum(counts))
+    return _Places(row, torch.arange(len(row), device=device) + (start - count.cumsum(0) + count)[row])
+
+
+class _Padding(NamedTuple):
+    """Rows with places that hold no token, (B, T, ...), and the tokens alone, packed: (1, total, ...)."""
+
+    place: Tensor  # (total,) of each token, among the B·T
+    shape: tuple[int, int]  # B, T
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.place)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """0 where there is no token."""
+        rows = x.new_zeros(math.prod(self.shape), *x.shape[2:])
+        return rows.index_copy_(0, self.place, x[0]).unflatten(0, self.shape)
+
+
+# What has been read of a key_padding_mask that is still alive.
+_PADDINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor]:
+    """The padding of rows, and the cu_seqlens of their tokens."""
+    with torch.inference_mode(False):  # it may be read again where gradients are wanted
+        lengths = F.pad(mask.sum(1), (1, 0))
+        return _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape)), lengths.cumsum(0, dtype=torch.int32)
+
+
+def _padding_of(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[_Padding, Tensor]:
+    """`_read_padding` of a key_padding_mask that has been checked."""
+    _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
+    _check_tensor("x", x, 3, "(B, T, dim)")
+    _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
+    _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
+    _check(mask.device == x.device, "key_padding_mask.device", str(mask.device), f"must be x's, {x.device}")
+    return _remembered(_PADDINGS, mask, _read_padding)
+
+
+class NSACache:
+    """Keys and values of the tokens that one NativeSparseAttention has seen, so that it can go on from there.
+
+    Each layer has its own. A forward with a cache takes the next tokens of every row, one or many, appends them, and
+    returns what one forward over all tokens of the row would at their positions. Nothing is recorded for gradients.
+
+    >>> layers = [NSABlock(NSAConfig(dim=64, heads=4, seq_len=256)) for _ in range(2)]
+    >>> caches = [NSACache(layer.attn.cfg, batch=3, max_len=200) for layer in layers]
+    >>> x = torch.randn(3, 100, 64)  # the prompts
+    >>> for _ in range(5):
+    ...     for layer, cache in zip(layers, caches):
+    ...         x = layer(x, cache=cache)
+    ...     x = x[:, -1:]  # a model would sample a token from this, and go on with its embedding
+    >>> caches[0]
+    NSACache(batch=3, max_len=200, lengths=104, dtype=torch.float32, device=cpu)
+
+    All memory is allocated here. A token takes 2·K·D numbers in each row, 3·K·D where rope_theta is given, 6·K·D where
+    separate_kv is, and 2·K·D/d more for the compressed blocks, each number as many bytes as the dtype has. At the
+    paper's sizes (K = 4, D = 128, d = 16, separate_kv, bfloat16) that is 6272 bytes.
+
+    Args:
+        cfg: the configuration of the module that it serves.
+        batch: rows.
+        max_len: tokens that each row has room for, at most `cfg.seq_len`.
+        device, dtype: of the keys and values, those of the module's weights (under autocast, the autocast dtype).
+
+    Attributes:
+        lengths: the number of tokens in each row.
+
+    Raises:
+        ValueError, TypeError: an argument breaks one of these rules.
+    """
+
+    def __init__(
+        self,
+        cfg: NSAConfig,
+        batch: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check(isinstance(cfg, NSAConfig), "cfg", cfg, "must be an NSAConfig", TypeError)
+        _check_integer("batch", batch, 1)
+        _check_integer("max_len", max_len, 1)
+        _check(max_len <= cfg.seq_len, "max_len", max_len, f"must be at most seq_len = {cfg.seq_len}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        _check(floating, "dtype", dtype, "must be a floating point type", TypeError)
+        self.cfg, self.batch, self.max_len = cfg, batch, max_len
+        self._lengths = (0,) * batch
+
+        def room(rows: int) -> Tensor:
+            return torch.zeros(batch, rows, cfg.kv_heads, cfg.dim_head, device=device, dtype=dtype)
+
+        with torch.inference_mode(False):  # what is made inside of it cannot be written outside
+            self.k, self.v = room(max_len), room(max_len)  # of the selective branch
+            self.k_local, self.v_local = (room(max_len), room(max_len)) if cfg.separate_kv else (self.k, self.v)
+            # What the compressors read, which is not rotated. All of it is kept, so that a cache can be cut anywhere.
+            self.k_raw = room(max_len) if cfg.separate_kv or cfg.rope_theta is not None else self.k
+            self.v_raw = room(max_len) if cfg.separate_kv else self.v
+            blocks = _compressed_count(max_len, cfg.block_size, cfg.stride)
+            self.k_cmp, self.v_cmp = room(blocks), room(blocks)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self._lengths
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def __repr__(self) -> str:
+        shortest, longest = min(self._lengths), max(self._lengths)
+        lengths = longest if shortest == longest else f"{shortest}..{longest}"
+        sizes = f"batch={self.batch}, max_len={self.max_len}, lengths={lengths}"
+        return f"NSACache({sizes}, dtype={self.dtype}, device={self.device})"
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._lengths = (0,) * self.batch
+
+    def truncate(self, n: int | Sequence[int] | Tensor) -> None:
+        """Keeps the first n tokens of every row, or n[row] of each, and forgets the others, so as to go on from there.
+
+        Raises:
+            ValueError, TypeError: n is below 0, or above the length of a row.
+        """
+        n = n.tolist() if isinstance(n, Tensor) else n
+        lengths = self._of_rows("n", [n] * self.batch if isinstance(n, int) else n)
+        for row, (kept, length) in enumerate(zip(lengths, self._lengths, strict=True)):
+            _check(0 <= kept <= length, f"n[{row}]", kept, f"must be from 0 to the row's length, {length}")
+        self._lengths = lengths
+
+    @torch.no_grad()
+    def reorder(self, indices: Sequence[int] | Tensor) -> None:
+        """Row i becomes what row indices[i] was. A row may be taken many times, as beam search does, or never.
+
+        Raises:
+            ValueError, TypeError: indices are not `batch` numbers of rows.
+        """
+        sources = self._of_rows("indices", indices.tolist() if isinstance(indices, Tensor) else indices)
+        for i, source in enumerate(sources):
+            _check(0 <= source < self.batch, f"indices[{i}]", source, f"must be from 0 to batch - 1 = {self.batch - 1}")
+        moves = [(row, source) for row, source in enumerate(sources) if row != source]
+        if moves:
+            rows, taken = torch.tensor(moves, device=self.device).unbind(1)
+            longest = max(self._lengths[source] for _, source in moves)
+            blocks = _compressed_count(longest, self.cfg.block_size, self.cfg.stride)
+            for name, buffer in self._buffers().items():
+                used = buffer[:, : blocks if name in ("k_cmp", "v_cmp") else longest]
+                used[rows] = used[taken]
+        self._lengths = tuple(self._lengths[source] for source in sources)
+
+    def _of_rows(self, name: str, values: object) -> tuple[int, ...]:
+        integers = isinstance(values, list | tuple) and all(type(value) is int for value in values)
+        _check(integers, name, values, "must be an int for each row", TypeError)
+        _check(len(values) == self.batch, name, values, f"must be as many as there are rows, {self.batch}")
+        return tuple(values)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """All tensors, by the first of the names that each has."""
+        names = ("k", "v", "k_local", "v_local", "k_raw", "v_raw", "k_cmp", "v_cmp")
+        named = {id(getattr(self, name)): name for name in reversed(names)}
+        return {name: getattr(self, name) for name in named.values()}
+
+    @contextlib.contextmanager
+    def _appending(self) -> Iterator[None]:
+        """What runs inside records nothing for gradients, and if it fails, the rows are as long as they were."""
+        lengths = self._lengths
+        try:
+            with torch.no_grad():
+                yield
+        except BaseException:
+            self._lengths = lengths
+            raise
+
+    def _write(self, places: _Places, values: dict[str, Tensor]) -> None:
+        """Puts values, (B, T, K, D) or (1, total, K, D), where they belong. No row is longer for it yet."""
+        for name, buffer in self._buffers().items():
+            if name in values:
+                buffer.index_put_(tuple(places), values[name].flatten(0, 1).to(buffer.dtype))
+
+    def _check_room(self, cfg: NSAConfig, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Whether a module of such a configuration can append so many tokens to each row."""
+        for name, value in vars(self.cfg).items() if self.cfg != cfg else ():
+            same = name == "use_flash" or value == getattr(cfg, name)
+            _check(same, f"cache.cfg.{name}", value, f"must be the module's, {getattr(cfg, name)!r}")
+        _check(self.batch == len(lengths), "cache.batch", self.batch, f"must be that of the tokens, {len(lengths)}")
+        _check(self.dtype == dtype, "cache.dtype", self.dtype, f"must be that of the module's keys, {dtype}")
+        _check(self.device == device, "cache.device", str(self.device), f"must be that of the tokens, {device}")
+        for row, (length, more) in enumerate(zip(self._lengths, lengths, strict=True)):
+            rule = f"must leave room for {more} more within max_len = {self.max_len}"
+            _check(length + more <= self.max_len, f"cache.lengths[{row}]", length, rule)
+
+
+def _appending(cache: NSACache | None) -> contextlib.AbstractContextManager[None]:
+    """Around a forward that may have a cache."""
+    if cache is None:
+        return contextlib.nullcontext()
+    _check(isinstance(cache, NSACache), "cache", type(cache).__name__, "must be an NSACache", TypeError)
+    return cache._appending()
+
+
+class _Projections(NamedTuple):
+    """What the branches and the compressors read of each token of an input x."""
+
+    q: Tensor  # (B, T, H, D); queries and keys are rotated by their positions already
     k: Tensor  # (B, T, K, D)
     v: Tensor
     k_local: Tensor
     v_local: Tensor
-    k_cmp: Tensor  # (B, C, K, D)
-    v_cmp: Tensor
+    k_raw: Tensor  # for the compressors: not rotated
+    v_raw: Tensor
     gates: Tensor  # (B, T, H, 3)
 
 
 def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding: dimension i and i + D/2 turn as a pair by positions·theta^(−2i/D).  x: (B, T, H, D)"""
+    """Rotary position embedding: dimension i and i + D/2 turn as a pair by positions·theta^(−2i/D).
+
+    x: (B, T, H, D), positions: (T,) or (B, T).
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = (positions[:, None].double() * frequencies)[:, None]  # (T, 1, D/2)
+    angles = (positions[..., None].double() * frequencies).unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.split(half, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -2744,9 +3742,6 @@ class NativeSparseAttention(nn.Module):
     >>> attention = NativeSparseAttention(NSAConfig(dim=256, heads=4, seq_len=1024))
     >>> attention(torch.randn(2, 300, 256)).shape
     torch.Size([2, 300, 256])
-
-    Raises:
-        ValueError, TypeError: x is not a floating point tensor (B, T ≤ seq_len, dim) of the weights' dtype and device.
     """
 
     def __init__(self, config: NSAConfig) -> None:
@@ -2772,10 +3767,76 @@ class NativeSparseAttention(nn.Module):
         if self.gate_weight is not None:
             nn.init.zeros_(self.gate_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        cfg, p = self.cfg, self._project(x)
-        o = nsa_attention(**p._asdict(), local_window=cfg.local_window, **cfg.selection, backend=self._backend)
-        return self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: NSACache | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, dim) → (B, T, dim).
+
+        >>> attention = NativeSparseAttention(NSAConfig(dim=64, heads=2, seq_len=128))
+        >>> x, mask = torch.randn(2, 70, 64), torch.arange(70) >= torch.tensor([[0], [30]])  # 30 places of left padding
+        >>> y = attention(x, key_padding_mask=mask)
+        >>> bool((y[1, :30] == 0).all()), torch.allclose(y[1, 30:], attention(x[1:, 30:])[0], atol=1e-5)
+        (True, True)
+
+        Args:
+            x: (B, T, dim), T at most seq_len, of the weights' dtype and device.
+            cache: x holds the next tokens of its rows, which it appends to the cache. The output is that of one forward
+                over all tokens of each row. No gradients are recorded. What fails leaves the cache as it was.
+            cu_seqlens: int32 (n + 1,), x is (1, total, dim): the tokens of n sequences one after another, as in
+                `local_attention`, each at most seq_len. The output is that of each sequence alone; with a cache,
+                sequence i goes on from row i.
+            key_padding_mask: bool (B, T), True for a token, in any pattern. The output is that of each row's tokens by
+                themselves, positions counted among them; elsewhere it is 0, and x has no gradient. With a cache, rows
+                append as many tokens as they have.
+
+        Raises:
+            ValueError, TypeError: an argument breaks one of these rules, or the cache is full or of another
+                configuration, batch, dtype or device.
+        """
+        with _appending(cache):
+            if key_padding_mask is None:
+                return self._attend(x, cache, cu_seqlens)
+            padding, cu_seqlens = _padding_of(x, key_padding_mask, cu_seqlens)
+            return padding.unpack(self._attend(padding.pack(x), cache, cu_seqlens))
+
+    def _attend(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+        """One flow for whole rows, for packed sequences, and for either going on from a cache."""
+        cfg, packed = self.cfg, cu_seqlens is not None
+        first, stop = self._check_input(x, cache, cu_seqlens)
+        past = any(first)  # there are keys that x does not hold
+        positions = torch.arange(x.shape[1], device=x.device)
+        if packed or cache is not None:
+            tokens = _places(first, stop, x.device)
+            positions = tokens.number.view(x.shape[:2])
+            counts = ([_compressed_count(n, cfg.block_size, cfg.stride) for n in edge] for edge in (first, stop))
+            blocks = _places(*counts, x.device)  # those that x completes
+        p = self._project(x, positions)
+        if cache is not None:
+            cache._write(tokens, p._asdict())
+        if past:
+            k_cmp, v_cmp = self._compress(cache, blocks.number, blocks.row * cache.max_len)
+        elif packed:
+            k_cmp, v_cmp = self._compress(p, blocks.number, cu_seqlens[blocks.row])
+        else:
+            k_cmp, v_cmp = self._compress(p)
+        if cache is not None:
+            cache._write(blocks, {"k_cmp": k_cmp, "v_cmp": v_cmp})
+        sizes = {"local_window": cfg.local_window, **cfg.selection, "backend": self._backend}
+        if past:
+            lengths = [end - begin for begin, end in zip(first, stop, strict=True)] if packed else None
+            o = self._attend_past(p, cache, positions, lengths, **sizes)
+        else:
+            tensors, local = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates), {"k_local": p.k_local, "v_local": p.v_local}
+            o = nsa_attention(*tensors, **local, **sizes, cu_seqlens=cu_seqlens)
+        y = self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
+        if cache is not None:
+            cache._lengths = stop
+        return y
 
     @torch.no_grad()
     def attention_patterns(self, x: Tensor) -> AttentionPatterns:
@@ -2785,17 +3846,19 @@ class NativeSparseAttention(nn.Module):
         >>> attention.attention_patterns(torch.randn(1, 70, 64)).compressed.shape
         torch.Size([1, 2, 70, 2])
         """
-        cfg, p, tokens = self.cfg, self._project(x), x.shape[1]
+        self._check_input(x)
+        cfg, key = self.cfg, torch.arange(x.shape[1], device=x.device)
+        p = self._project(x, key)
+        k_cmp, v_cmp = self._compress(p)
         options = {"block_size": cfg.block_size, "stride": cfg.stride, "backend": self._backend}
-        lse = compressed_attention(p.q, p.k_cmp, p.v_cmp, **options)[1]
-        chosen = select_blocks(p.q, p.k_cmp, lse, **cfg.selection, backend=self._backend)
-        query, key = torch.arange(tokens, device=x.device)[:, None], torch.arange(tokens, device=x.device)
-        block = torch.arange(p.k_cmp.shape[1], device=x.device)
+        lse = compressed_attention(p.q, k_cmp, v_cmp, **options)[1]
+        chosen = select_blocks(p.q, k_cmp, lse, **cfg.selection, backend=self._backend)
+        query, block = key[:, None], torch.arange(k_cmp.shape[1], device=x.device)
         of_chosen = (key // cfg.select_block_size == chosen.transpose(1, 2)[..., None]).any(3)  # (B, K, T, T)
         of_chosen = of_chosen.repeat_interleave(cfg.heads // cfg.kv_heads, dim=1)
         return AttentionPatterns(
             local=_dense_probabilities(p.q, p.k_local, _Window(cfg.local_window).sees(query, key)),
-            compressed=_dense_probabilities(p.q, p.k_cmp, _Staircase(cfg.block_size, cfg.stride).sees(query, block)),
+            compressed=_dense_probabilities(p.q, k_cmp, _Staircase(cfg.block_size, cfg.stride).sees(query, block)),
             selective=_dense_probabilities(p.q, p.k, of_chosen & (key <= query)),
             gates=p.gates.to(_accumulation_dtype(p.gates)),
             block_indices=chosen,
@@ -2805,30 +3868,58 @@ class NativeSparseAttention(nn.Module):
     def _backend(self) -> str:
         return "auto" if self.cfg.use_flash else "torch"
 
-    def _project(self, x: Tensor) -> _Projections:
-        self._check_input(x)
-        cfg, tokens = self.cfg, x.shape[1]
+    def _project(self, x: Tensor, positions: Tensor) -> _Projections:
+        cfg = self.cfg
         heads = lambda y, *shape: y.unflatten(-1, (*shape, cfg.dim_head))  # noqa: E731
-        q = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
+        rotated = lambda y: y if cfg.rope_theta is None else _rotate(y, positions, cfg.rope_theta)  # noqa: E731
         keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
         values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
-        k_cmp, v_cmp = (
-            self._compress(compressor, y[len(y) // 2])
-            for compressor, y in ((self.compress_k, keys), (self.compress_v, values))
+        k_local = rotated(keys[0])
+        return _Projections(
+            q=rotated(heads(self.to_q(x), cfg.heads)),  # (B, T, H, D)
+            k=rotated(keys[-1]) if cfg.separate_kv else k_local,
+            v=values[-1],
+            k_local=k_local,
+            v_local=values[0],
+            k_raw=keys[len(keys) // 2],
+            v_raw=values[len(values) // 2],
+            gates=self._gates(x),
         )
-        k_local, k = keys[0], keys[-1]
+
+    def _compress(
+        self, tokens: _Projections | NSACache, number: Tensor | None = None, origin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values of all blocks of whole rows, (B, C, K, D).
+
+        Or of some blocks, (1, n, K, D): the number of each, (n,), and where its sequence begins among the B·T tokens.
+        """
+        cfg, compressed = self.cfg, []
+        for compressor, x in ((self.compress_k, tokens.k_raw), (self.compress_v, tokens.v_raw)):
+            if origin is not None:  # each block is a sequence of its own, (n, l, K, D)
+                begin = origin + number * cfg.stride
+                x = x.flatten(0, 1)[begin[:, None] + torch.arange(cfg.block_size, device=x.device)]
+            y = compressor(rearrange(x, "b t k d -> (b k) t d"))
+            y = rearrange(y, "(b k) c d -> b c k d", k=cfg.kv_heads)
+            compressed.append(y if origin is None else y.transpose(0, 1))
+        k_cmp, v_cmp = compressed
         if cfg.rope_theta is not None:
             # Keys are compressed before rotation; compressed key i then turns as position i·d.
-            at = torch.arange(tokens, device=x.device)
-            q, k_local = _rotate(q, at, cfg.rope_theta), _rotate(k_local, at, cfg.rope_theta)
-            k = _rotate(k, at, cfg.rope_theta) if cfg.separate_kv else k_local
-            k_cmp = _rotate(k_cmp, torch.arange(k_cmp.shape[1], device=x.device) * cfg.stride, cfg.rope_theta)
-        return _Projections(q, k, values[-1], k_local, values[0], k_cmp, v_cmp, self._gates(x))
+            number = torch.arange(k_cmp.shape[1], device=k_cmp.device) if number is None else number
+            k_cmp = _rotate(k_cmp, number * cfg.stride, cfg.rope_theta)
+        return k_cmp, v_cmp
 
-    def _compress(self, compressor: TokenCompressor, x: Tensor) -> Tensor:
-        """(B, T, K, D) → (B, C, K, D)."""
-        compressed = compressor(rearrange(x, "b t k d -> (b k) t d"))
-        return rearrange(compressed, "(b k) c d -> b c k d", k=self.cfg.kv_heads)
+    def _attend_past(
+        self, p: _Projections, cache: NSACache, positions: Tensor, lengths: list[int] | None, **sizes: Any
+    ) -> Tensor:
+        """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of sequences of `lengths`."""
+        keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
+        if lengths is None:
+            return _cached_attention(p.q, *keys, p.gates, positions.int(), **sizes)
+        places, longest = _places([0] * len(lengths), lengths, positions.device), max(lengths)
+        padding = _Padding(places.row * longest + places.number, (len(lengths), longest))
+        positions = padding.unpack(positions + 1) - 1
+        o = _cached_attention(padding.unpack(p.q), *keys, padding.unpack(p.gates), positions.int(), **sizes)
+        return padding.pack(o)
 
     def _gates(self, x: Tensor) -> Tensor:
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
@@ -2836,15 +3927,31 @@ class NativeSparseAttention(nn.Module):
             return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
         return F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid().unflatten(-1, (self.cfg.heads, 3))
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(
+        self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
         cfg, weight = self.cfg, self.to_q.weight
         _check_tensor("x", x, 3, "(B, T, dim)")
         _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
-        _check(x.shape[1] <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
         _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
         autocast = _autocast_enabled(x.device.type)
         _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
         _check(x.device == weight.device, "x.device", str(x.device), f"must be the weights', {weight.device}")
+        batch, tokens = x.shape[:2]
+        if cu_seqlens is None:
+            _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
+            lengths = (tokens,) * batch
+        else:
+            lengths = _sequence_lengths(cu_seqlens, batch, tokens, x.device)
+            for i, n in enumerate(lengths):
+                rule = f"must be at most seq_len = {cfg.seq_len}"
+                _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
+        if cache is None:
+            return (0,) * len(lengths), lengths
+        dtype = _autocast(weight[:0])[0].dtype  # what the projections return
+        cache._check_room(cfg, lengths, dtype, x.device)
+        return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
 
 
 def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
@@ -2881,9 +3988,26 @@ class NSABlock(nn.Module):
             nn.Dropout(config.dropout),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, dim) → (B, T, dim)."""
-        x = x + self.attn(self.norm1(x))
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: NSACache | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, dim) → (B, T, dim); the arguments are those of `NativeSparseAttention.forward`.
+
+        Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
+        """
+        with _appending(cache):
+            if key_padding_mask is None:
+                return self._residuals(x, cache, cu_seqlens)
+            padding, cu_seqlens = _padding_of(x, key_padding_mask, cu_seqlens)
+            return padding.unpack(self._residuals(padding.pack(x), cache, cu_seqlens))
+
+    def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
         return x + self.ffn(self.norm2(x))
 
 
@@ -2896,24 +4020,27 @@ class _Skip(Exception):
     """A self-test that cannot run here, and why."""
 
 
-def _reference(p: _Projections, cfg: NSAConfig, chosen: Tensor) -> Tensor:
+def _reference(attention: NativeSparseAttention, x: Tensor) -> Tensor:
     """NSA by dense masks in float64: each branch a softmax over the whole row. For small sizes."""
-    tokens, group = p.q.shape[1], cfg.heads // cfg.kv_heads
-    t, s, i = (torch.arange(n) for n in (tokens, tokens, p.k_cmp.shape[1]))
+    cfg, s = attention.cfg, torch.arange(x.shape[1])
+    chosen = attention.attention_patterns(x).block_indices
+    p = attention._project(x, s)
+    k_cmp, v_cmp = attention._compress(p)
+    t, i, group = s[:, None], torch.arange(k_cmp.shape[1]), cfg.heads // cfg.kv_heads
     in_chosen = (chosen.transpose(1, 2)[..., None] == s // cfg.select_block_size).any(3)  # (B, K, T, T)
     masks = {
-        "local": (s <= t[:, None]) & (s > t[:, None] - cfg.local_window),
-        "compressed": i * cfg.stride + cfg.block_size - 1 <= t[:, None],
-        "selective": in_chosen.repeat_interleave(group, 1) & (s <= t[:, None]),
+        "local": (s <= t) & (s > t - cfg.local_window),
+        "compressed": i * cfg.stride + cfg.block_size - 1 <= t,
+        "selective": in_chosen.repeat_interleave(group, 1) & (s <= t),
     }
-    pairs = {"local": (p.k_local, p.v_local), "compressed": (p.k_cmp, p.v_cmp), "selective": (p.k, p.v)}
+    pairs = {"local": (p.k_local, p.v_local), "compressed": (k_cmp, v_cmp), "selective": (p.k, p.v)}
     o = torch.zeros_like(p.q, dtype=torch.float64)
     for branch, (name, (k, v)) in enumerate(pairs.items()):
         k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", p.q.double(), k) / math.sqrt(p.q.shape[3])
         weights = scores.masked_fill(~masks[name], -math.inf).softmax(-1).nan_to_num(0.0)
         o = o + p.gates[..., branch, None] * torch.einsum("bhts,bshd->bthd", weights, v)
-    return o
+    return attention.to_out(o.flatten(2))
 
 
 def _selftest_configs() -> dict[str, NSAConfig]:
@@ -2973,19 +4100,33 @@ def _selftest_reference() -> str:
     worst = 0.0
     for name, cfg in _selftest_configs().items():
         attention, x = NativeSparseAttention(cfg).double(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
-        p = attention._project(x)
-        o = nsa_attention(**p._asdict(), local_window=cfg.local_window, **cfg.selection, backend="torch")
-        exact = _reference(p, cfg, attention.attention_patterns(x).block_indices)
+        y, exact = attention.eval()(x), _reference(attention, x)
         names, weights = zip(*attention.named_parameters(), strict=True)
-        upstream = torch.randn_like(o)
+        upstream = torch.randn_like(y)
         options = {"retain_graph": True, "allow_unused": True}
-        ours, theirs = ((y, *torch.autograd.grad(y, weights, upstream, **options)) for y in (o, exact))
+        ours, theirs = ((o, *torch.autograd.grad(o, weights, upstream, **options)) for o in (y, exact))
         for label, a, b in zip(("output", *names), ours, theirs, strict=True):
             assert (a is None) == (b is None), f"{name}: only one side has a gradient for {label}"
             error = 0.0 if a is None else (a - b).abs().max().item()
             assert error < 1e-9, f"{name}: {label} differs from the reference by {error:.1e}"
             worst = max(worst, error)
     return f"PyTorch path is the exact reference, all gradients: error {worst:.0e}"
+
+
+def _selftest_cache() -> str:
+    """Prompts of 70 and 53 tokens, then pieces of all lengths, for both rows or for one of them."""
+    worst = 0.0
+    for name, cfg in _selftest_configs().items():
+        block, x = NSABlock(cfg).double().eval(), torch.randn(2, 160, cfg.dim, dtype=torch.float64)
+        y, cache, rows = block(x), NSACache(cfg, batch=2, max_len=160, dtype=torch.float64), torch.arange(2)[:, None]
+        for lengths in ((70, 53), (1, 1), (1, 1), (17, 34), (0, 1), (40, 7), (1, 0), (30, 63)):
+            more = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            at = (torch.tensor(cache.lengths)[:, None] + torch.arange(max(lengths))).clamp(max=159)
+            new, whole = block(x[rows, at], cache=cache, key_padding_mask=more), y[rows, at]
+            error = (new - whole)[more].abs().max().item()
+            assert error < 1e-10, f"{name}: with a cache of {cache.lengths} tokens the output is off by {error:.1e}"
+            worst = max(worst, error)
+    return f"a cache gives what one forward does, at every split: error {worst:.0e}"
 
 
 def _selftest_learning() -> str:
@@ -3050,6 +4191,7 @@ _SELFTESTS = {
     "causality": _selftest_causality,
     "dense": _selftest_dense,
     "reference": _selftest_reference,
+    "cache": _selftest_cache,
     "learning": _selftest_learning,
     "flash-attn": _selftest_flash,
     "triton": _selftest_triton,

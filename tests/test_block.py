@@ -184,7 +184,7 @@ def test_construction_on_meta(name: str, assign: bool, random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plain_attention(*args: Tensor, backend: str, **arguments: Any) -> Tensor:
+def plain_attention(*args: Tensor, backend: str, cu_seqlens: None, **arguments: Any) -> Tensor:
     """The oracle's dense masks, in the dtype of its inputs."""
     return oracle.Dense.nsa_attention(*args, **arguments)
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -18,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every_branch, whole
 from conftest import assert_within_budget
+from test_decode_kernels import Step, at, decode, inputs, of_every_length
+from test_decode_kernels import assert_as_exact_as_plain as assert_step_as_exact_as_plain
 from test_kernels import CASES, LAYOUTS
 from torch import Tensor, nn
 
@@ -116,6 +122,9 @@ def warm_up(case: Case, dtype: torch.dtype, layout: str | None = None) -> None:
         x = draw(case, dtype)
         for branch in BRANCHES if layout is None and case is not LONG else (whole,):
             run(branch, TRITON, case, x, layout)
+        if layout is None and case is not LONG:
+            step = of_every_length(case, new=1)
+            decode(case, step, inputs(case, step, DeviceRandom(seed=1), dtype))
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +207,27 @@ def test_memory_layout_does_not_matter(layout: str, compiled: None) -> None:
     assert_as_exact_as_plain(whole, LAYOUT_CASE, x, run(whole, TRITON, LAYOUT_CASE, x, layout))
 
 
+MEMCHECK = (*CASES, real(1, 64, T=200), real(3, 80, T=200), real(16, 128, T=200))
+
+
+def test_no_access_out_of_bounds() -> None:
+    """NVIDIA's memcheck over small shapes, every tensor in an allocation of its own."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("needs compute-sanitizer")
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c"]
+    script = "import test_gpu\nfor case in test_gpu.MEMCHECK: test_gpu.warm_up(case, test_gpu.torch.bfloat16)"
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True)
+    if "ERROR SUMMARY" not in done.stdout:
+        pytest.skip(f"compute-sanitizer did not start: {(done.stdout + done.stderr)[-300:]}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Long sequences
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,6 +269,11 @@ def test_64k_tokens(compiled: None) -> None:
     assert_long_sequence(LONG, torch.bfloat16)
 
 
+def test_a_million_tokens() -> None:
+    """Offsets beyond 32 bits."""
+    assert_long_sequence(replace(LONG, name="1M", T=2**20, H=16, K=1), torch.bfloat16)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training, host synchronisation, CUDA graphs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +310,7 @@ def assert_trains_alike(tokens: int) -> None:
     DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"
 )
 def test_ten_steps_of_training() -> None:
-    assert nsa._choose_backend("auto", torch.empty(1, 1, 1, 32), 1.0) is nsa._TRITON
+    assert nsa._choose_backend("auto", torch.empty(1, 1, 1, 32), 1.0) == "triton"
     assert_trains_alike(tokens=384)
 
 
@@ -325,3 +360,73 @@ def test_cuda_graph_of_forward_and_backward(compiled: None) -> None:
     for name, actual, expected in zip(("o", *BRANCHES[whole]), captured, step(), strict=True):
         assert torch.equal(actual, expected), f"{name} differs from what runs without a graph"
         assert torch.isfinite(actual).all(), f"{name} is not finite"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("case, dtype", SWEEP, ids=str)
+def test_step_of_decoding(case: Case, dtype: torch.dtype, new: int, random: Random, compiled: None) -> None:
+    step = of_every_length(case, new)
+    x = inputs(case, step, random, dtype)
+    with poisoned_memory():
+        actual = decode(case, step, x)
+    assert_step_as_exact_as_plain(case, step, x, actual)
+
+
+def test_chunk_of_1000_tokens(random: Random) -> None:
+    """More than the partial results of one chunk may take."""
+    case = real(16, 64, T=1100)
+    step = Step((case.T, 700), (1000, 1))
+    x = inputs(case, step, random, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nsa, "_DECODE_BYTES", 64 << 20)
+        actual = decode(case, step, x)
+    assert_step_as_exact_as_plain(case, step, x, actual)
+
+
+def test_step_after_64k_tokens(compiled: None) -> None:
+    """Against single rows: nothing of size T × T."""
+    x = {name: tensor.detach() for name, tensor in draw(LONG, torch.bfloat16).items()}
+    step = Step((LONG.T,), (3,), spare=LONG.T)  # room for twice as many tokens
+    actual = decode(LONG, step, x | {"k_local": x["k"], "v_local": x["v"]})[0]  # (3, H, D)
+    rows = [(t, h) for t in range(LONG.T - 3, LONG.T) for h in (0, 21, 42, 63)]
+    assert_within_budget(
+        torch.stack([actual[t - LONG.T, h] for t, h in rows]),
+        torch.stack([exact_row(LONG, x, t, h) for t, h in rows]),
+        torch.stack([exact_row(LONG, double(x), t, h) for t, h in rows]).detach(),
+        "o",
+    )
+
+
+def test_cuda_graph_of_a_step(random: Random) -> None:
+    """Captured at some positions and replayed at others, with other queries: the host neither waits nor knows."""
+    case, dtype = real(16, 128), torch.bfloat16
+    steps = Step((900, 500, 3), (2, 1, 2)), Step((case.T, 64, 1), (2, 2, 1))
+    x = inputs(case, steps[0], random, dtype)
+    positions = steps[0].positions()
+    arguments = [*(x[name] for name in ("k", "v", "k_local", "v_local", "k_cmp", "v_cmp")), at(x["gates"], positions)]
+    q, settings = at(x["q"], positions), case.whole | {"scale": case.D**-0.5}
+
+    def run_step() -> Tensor:
+        return nsa._triton_decode(q, *arguments, positions, **settings)
+
+    run_step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_step()
+    for step in steps:
+        positions.copy_(step.positions())
+        q.copy_(random(q.shape, dtype))
+        graph.replay()
+        assert torch.equal(captured, run_step()) and torch.isfinite(captured).all()
+        assert ((captured == 0).all(dim=(2, 3)) == (positions < 0)).all()

@@ -395,7 +395,7 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # G, D and what is launched: the settings whose tile sizes are tuned. Groups of 4 and 16 differ in the selective branch.
-EVERYTHING = ("local", "compressed", "selective", "select", "gates")
+EVERYTHING = ("local", "compressed", "selective", "select", "gates", "decode")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING),
     "4_heads_a_group_of_128": (4, 128, ("selective",)),
@@ -411,6 +411,8 @@ PRODUCTS = {
     "4_heads_a_group_of_128": ("selective_partial", "selective_gradient"),
     "1_head_a_group_of_64": BY_BLOCK,
 }
+# A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
+STEP = ("compressed", "choose", "selected", "merge")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
@@ -429,21 +431,28 @@ def launch(G: int, D: int, launched: tuple[str, ...], T: int = 1024, K: int = 2)
     q, k, compressed_keys = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen = torch.zeros(1, T, K, S, dtype=torch.int32)
-    kernels, scale = nsa._TRITON, 0.1
+    kernels, scale = nsa._BACKENDS["triton"], 0.1
+    terms = kernels.row_terms(q, lse, q, lse, K)
     branches = {
-        "local": ((q, k, k), {"window": 512}),
-        "compressed": ((q, compressed_keys, compressed_keys), {"block_size": 32, "stride": 16}),
-        "selective": ((q, k, k, chosen), {"select_block_size": 64}),
+        "local": ((q, k, k), (512,)),
+        "compressed": ((q, compressed_keys, compressed_keys), (32, 16)),
+        "selective": ((q, k, k, chosen), (64,)),
     }
     for name in set(launched) & set(branches):
-        branch, (inputs, settings) = getattr(kernels, name), branches[name]
-        branch.forward(*inputs, **settings, scale=scale)
-        branch.backward(q, lse, *inputs, q, lse, **settings, scale=scale)
+        branch, (inputs, sizes) = getattr(kernels, name), branches[name]
+        branch.forward(*inputs, *sizes, scale)
+        branch.backward(q, terms, *inputs, *sizes, scale, q)
     if "select" in launched:
         kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
     if "gates" in launched:
-        kernels.gates.forward(gates, q, q, q)
-        kernels.gates.backward(q, gates, q, q, q)
+        kernels.gate(gates, q, q, q)
+        kernels.gated_row_terms(q, gates, [q] * 3, [lse] * 3, K)
+    if "decode" in launched:
+        settings = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": S}
+        keys, positions = (k, k, k, k, compressed_keys, compressed_keys), torch.zeros(1, 1, dtype=torch.int32)
+        nsa._triton_decode(
+            q[:, :1], *keys, gates[:, :1], positions, **settings, init_blocks=1, local_blocks=2, scale=scale
+        )
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -454,7 +463,9 @@ def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
         return None
     path.write_bytes(cubin)
     code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
-    return {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "LDSM", "STL", "LDL")}
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "STL", "LDL")}
+    before_products, _, _ = code.rpartition("HGMMA")  # what follows only writes results
+    return counts | {"operands in registers": len(re.findall(r"\bLDSM\b", before_products))}
 
 
 def build(names: list[str], folder: str) -> None:
@@ -513,7 +524,8 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    rest = {"choose", "gate_forward", "gate_backward"} if "gates" in BUILDS[name][2] else {"sum_over_slots"}
+    everything = {"choose", "gate", "row_terms", *(f"decode_{kernel}" for kernel in STEP)}
+    rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_over_slots"}
     assert set(PRODUCTS[name]) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in PRODUCTS[name]:
         assert kernels[kernel]["wgmma"] > 0, f"{kernel} does without Hopper's matrix unit"
@@ -531,4 +543,4 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
         assert (machine["HGMMA"] > 0) == (kernel in PRODUCTS[name]), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
     for kernel in set(SPANS) & set(kernels):
-        assert kernels[kernel]["LDSM"] == 0, f"{kernel} keeps an operand of its products in registers"
+        assert kernels[kernel]["operands in registers"] == 0, f"{kernel} keeps an operand of its products in registers"

@@ -3,13 +3,17 @@
     python tests/benchmarks/gpu.py                 # the paper's setting: whole, parts, memory
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
+    python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph; --sweep: other launch settings
 
 Medians of device events, bf16, batch 1; `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output.
+A decoding step is timed from one new q a row and the cache to the output, in turn on several caches: what a step reads
+would else lie in the L2 of the GPU when the next one reads it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,12 +104,125 @@ def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
     return " | ".join(f"{forward:.2f} / {backward:.2f}" for forward, backward in times)
 
 
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+STEPS = [(batch, tokens) for batch in (16, 64) for tokens in (8192, 32768, 65536)]
+BANDWIDTH = 4.3e12  # bytes a second, as measured on an H200
+CACHES = 4
+VARIANTS = {"PROGRAMS": (1, 2, 3, 4, 6, 8, 16), "KEYS": (32, 64, 128), "STAGES": (1, 2, 3, 4, 5, 6),
+            "num_warps": (2, 4, 8)}  # fmt: skip
+
+
+def in_a_graph(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+    """ms of one of the calls, which are captured and replayed one after the other."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]  # noqa: F841, kept: their memory is not to be shared
+    return milliseconds(graph.replay, repeats) / len(calls)
+
+
+def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
+    """The arguments of a step of one new token at the end of full caches, 64 query and 4 key heads of 128."""
+    torch.manual_seed(0)
+    make = lambda *shape: torch.randn(batch, *shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    blocks = (tokens - PAPER["block_size"]) // PAPER["stride"] + 1
+    steps = []
+    for _ in range(CACHES):
+        k, v, k_cmp, v_cmp = make(tokens, 4), make(tokens, 4), make(blocks, 4), make(blocks, 4)
+        gates = torch.rand(batch, 1, 64, 3, device="cuda", dtype=torch.bfloat16)
+        positions = torch.full((batch, 1), tokens - 1, device="cuda", dtype=torch.int32)
+        steps.append({"q": make(1, 64), "k": k, "v": v, "k_local": k, "v_local": v, "k_cmp": k_cmp, "v_cmp": v_cmp,
+                      "gates": gates, "positions": positions})  # fmt: skip
+    return steps
+
+
+def sparse_step(step: dict[str, Tensor]) -> Tensor:
+    return nsa._triton_decode(**step, **PAPER, scale=128**-0.5)
+
+
+def dense_step(step: dict[str, Tensor], backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        q, k, v = (step[name].transpose(1, 2) for name in ("q", "k", "v"))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def fastest_dense_step(steps: list[dict[str, Tensor]]) -> tuple[float, str]:
+    """ms, and the backend's name."""
+    times = []
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            times.append((in_a_graph([lambda s=s, b=backend: dense_step(s, b) for s in steps]), backend.name))
+        except RuntimeError as error:
+            print(f"{backend.name}: {error}")
+    return min(times)
+
+
+def decode_row(batch: int, tokens: int) -> str:
+    steps = caches(batch, tokens)
+    theirs, backend = fastest_dense_step(steps)
+    ours = in_a_graph([lambda s=s: sparse_step(s) for s in steps])
+    keys = tokens / PAPER["stride"] + PAPER["topk_blocks"] * PAPER["select_block_size"] + PAPER["local_window"]
+    floor = 1e3 * batch * keys * 4 * 128 * 2 * 2 / BANDWIDTH
+    cells = (f"{batch}", f"{tokens // 1024}k", f"{theirs:.4f} ({backend.split('_')[0].lower()})", f"{ours:.4f}")
+    return "| " + " | ".join((*cells, f"{theirs / ours:.2f}×", f"{floor:.4f}")) + " |"
+
+
+def kernels_of_a_step(batch: int, tokens: int) -> str:
+    """Microseconds of each kernel, without a graph."""
+    steps = caches(batch, tokens)
+    for step in steps:
+        sparse_step(step)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for step in steps * 5:
+            sparse_step(step)
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if "decode" in event.key]
+    return ", ".join(f"{event.key.strip('_')} {event.device_time:.1f}" for event in events)
+
+
+def sweep_decode(shapes: list[tuple[int, int]]) -> None:
+    """Each launch setting varied on its own: ms a step at each shape, the present setting first."""
+    steps = {shape: caches(*shape) for shape in shapes}
+
+    def times() -> str:
+        try:
+            return "  ".join(f"{in_a_graph([lambda s=s: sparse_step(s) for s in x]):.4f}" for x in steps.values())
+        except Exception as error:  # a tile that does not fit
+            return f"{type(error).__name__}: {error}"[:90]
+
+    print("present", "  ".join(f"{batch} × {tokens // 1024}k" for batch, tokens in shapes), "\n", times(), flush=True)
+    for kernel, (name, values) in itertools.product(("compressed", "local", "selected"), VARIANTS.items()):
+        entry = nsa._DECODE_TILES[kernel, 2, 128]
+        present = entry[name]
+        for value in values:
+            entry[name] = value
+            print(f"{kernel:>10} {name:>9} {value:>3}{'*' if value == present else ' '} {times()}", flush=True)
+        entry[name] = present
+
+
+def decode(sweep: bool) -> None:
+    if sweep:
+        return sweep_decode([(16, 8192), (16, 65536), (64, 65536)])
+    columns = ("batch", "cached tokens", "dense, ms", "NSA, ms", "dense / NSA", "its bytes, ms")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for shape in STEPS:
+        print(decode_row(*shape), flush=True)
+    for shape in ((16, 8192), (16, 65536), (64, 65536)):
+        print(f"\nkernels at batch {shape[0]}, {shape[1] // 1024}k, µs: {kernels_of_a_step(*shape)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("paper", "long"), default="paper")
+    parser.add_argument("what", nargs="?", choices=("paper", "long", "decode"), default="paper")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="of the paper's setting")
+    parser.add_argument("--sweep", action="store_true", help="decode: vary the launch settings")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {nsa.triton.__version__}\n")
+    if args.what == "decode":
+        return decode(args.sweep)
     shapes = [SHAPES[i] for i in args.shapes] if args.what == "paper" else [(8, 8, 64, 2**i) for i in range(11, 18)]
     setting = PAPER if args.what == "paper" else LONG
     columns = ("shape", "dense, ms", "NSA, ms", "dense / NSA", "peak GiB, dense / NSA")

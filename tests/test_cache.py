@@ -1,0 +1,480 @@
+"""Inference with a cache: every split against one forward, ragged rows, truncate, reorder, reset, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import random as python_random
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import Random
+from conftest import assert_close64, assert_within_budget
+from test_attention import BASE, CONFIGS, PAPER, build, draw, every_config, reference
+from test_kernels import interpreted, needs_triton
+from torch import Tensor, nn
+
+from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig
+
+
+def room(attention: NativeSparseAttention, batch: int, max_len: int = 64, **options: Any) -> NSACache:
+    return NSACache(attention.cfg, batch, max_len, **{"dtype": torch.float64} | options)
+
+
+def pieces(pick: python_random.Random, total: int) -> list[int]:
+    """Random lengths, many of them 1, that add up to the total."""
+    lengths = []
+    while total > 0:
+        lengths.append(min(total, pick.choice([1, 1, 1, 2, 3, 5, 8, 24])))
+        total -= lengths[-1]
+    return lengths
+
+
+def feed(module: nn.Module, cache: NSACache, x: Tensor, lengths: list[int]) -> Tensor:
+    """Outputs of x (B, T, dim), piece by piece."""
+    return torch.cat([module(part, cache=cache) for part in x.split(lengths, dim=1)], dim=1)
+
+
+def padded(pick: python_random.Random, x: Tensor, starts: tuple[int, ...], counts: list[int]) -> tuple[Tensor, Tensor]:
+    """The next `counts` tokens of each row of x with padding left, right or in between, which is NaN; and the mask."""
+    columns = max(counts) + pick.choice([0, 0, 3])
+    rows, mask = torch.full((len(counts), columns, x.shape[2]), torch.nan, dtype=x.dtype), []
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        left, right = torch.arange(columns) >= columns - count, torch.arange(columns) < count
+        anywhere = torch.zeros(columns, dtype=torch.bool).index_fill(
+            0, torch.tensor(pick.sample(range(columns), count), dtype=torch.int64), True
+        )
+        mask.append(pick.choice([left, right, anywhere]))
+        rows[row, mask[-1]] = x[row, start : start + count]
+    return rows, torch.stack(mask)
+
+
+def append(
+    module: nn.Module, cache: NSACache, x: Tensor, counts: list[int], pick: python_random.Random
+) -> list[Tensor]:
+    """Outputs of the next `counts` tokens of each row of x, which were padded on the way."""
+    rows, mask = padded(pick, x, cache.lengths, counts)
+    lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
+    y = module(rows, cache=cache, key_padding_mask=mask)
+    assert list(cache.lengths) == lengths
+    assert not y[~mask].any(), "padding gives something else than 0"
+    return [y[row, mask[row]] for row in range(len(counts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any split is one forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_config
+@pytest.mark.parametrize("seed", range(3))
+def test_any_split_of_every_config(name: str, seed: int, random: Random) -> None:
+    attention, x = build(random, **CONFIGS[name]), random((2, 64, 12))
+    lengths = pieces(python_random.Random(seed), 64)
+    assert_close64(feed(attention, room(attention, 2), x, lengths), attention(x).detach(), f"split in {lengths}")
+
+
+@every_config
+def test_one_by_one_from_the_first_token(name: str, random: Random) -> None:
+    attention, x = build(random, **CONFIGS[name]), random((2, 40, 12))
+    assert_close64(feed(attention, room(attention, 2), x, [1] * 40), attention(x).detach())
+
+
+@every_config
+def test_against_the_oracle(name: str, random: Random) -> None:
+    attention, x = build(random, **CONFIGS[name]), random((1, 21, 12))
+    assert_close64(feed(attention, room(attention, 1), x, [7, 1, 1, 9, 3]), reference(attention, x)[0].detach())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_configs_and_random_splits(seed: int, random: Random) -> None:
+    """Of rows that begin together, and of ragged ones whose tokens come with padding."""
+    pick = python_random.Random(seed)
+    attention = draw(pick, random)
+    batch, tokens = pick.choice([1, 2, 3]), pick.choice([1, 5, 18, 33, 64])
+    x = random((batch, tokens, attention.cfg.dim))
+    exact, lengths = attention(x).detach(), pieces(pick, tokens)
+    assert_close64(feed(attention, room(attention, batch), x, lengths), exact, f"split in {lengths}")
+
+    cache, outputs = room(attention, batch), [[] for _ in range(batch)]
+    while min(cache.lengths) < tokens:
+        counts = [min(tokens - length, pick.choice([0, 1, 1, 4, 20])) for length in cache.lengths]
+        for row, output in enumerate(append(attention, cache, x, counts, pick)):
+            outputs[row].append(output)
+    assert_close64(torch.stack([torch.cat(row) for row in outputs]), exact, "ragged rows")
+
+
+@pytest.mark.parametrize("before", [0, 5, 37])
+@pytest.mark.parametrize("name", ["overlapping_conv1d", "small_selection_blocks", "paper_rope_bias"])
+def test_every_pair_of_pieces(before: int, name: str, random: Random) -> None:
+    """Pieces that end before, at and after the edge of every kind of block."""
+    attention, x = build(random, **CONFIGS[name]), random((1, 64, 12))
+    exact = attention(x).detach()
+    for length in range(1, 64 - before):
+        cache = room(attention, 1)
+        y = feed(attention, cache, x[:, : before + length + 1], [before] * (before > 0) + [length, 1])
+        assert_close64(y, exact[:, : before + length + 1], f"{before} + {length} + 1 tokens")
+
+
+def test_a_stack_of_blocks(random: Random) -> None:
+    """Ragged prompts, then a token at a time: what a language model does."""
+    cfg, pick = NSAConfig(**BASE | PAPER, rope_theta=100.0), python_random.Random(0)
+    layers = [NSABlock(cfg).double() for _ in range(3)]
+    caches, x = [NSACache(cfg, 3, 64, dtype=torch.float64) for _ in layers], random((3, 50, 12))
+    exact = nn.Sequential(*layers)(x).detach()
+    for counts in ([20, 1, 33], *[[1, 1, 1]] * 12, [5, 0, 5], [0, 30, 0]):
+        starts = caches[0].lengths
+        rows, mask = padded(pick, x, starts, counts)
+        for layer, cache in zip(layers, caches, strict=True):
+            rows = layer(rows, cache=cache, key_padding_mask=mask)
+        assert not rows[~mask].any()
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            assert_close64(rows[row, mask[row]], exact[row, start : start + count], f"row {row} from {start}")
+
+
+def test_packed_sequences_go_on_from_the_rows(random: Random) -> None:
+    attention, x = build(random, **PAPER, rope_theta=50.0), random((3, 40, 12))
+    exact, cache = attention(x).detach(), room(attention, 3)
+    for counts in ([17, 0, 4], [1, 9, 1], [3, 5, 11]):
+        spans = [slice(length, length + count) for length, count in zip(cache.lengths, counts, strict=True)]
+        tokens = torch.cat([x[row, span] for row, span in enumerate(spans)])[None]
+        cu_seqlens = torch.tensor([0, *counts]).cumsum(0).int()
+        y = attention(tokens, cache=cache, cu_seqlens=cu_seqlens)
+        assert_close64(y[0], torch.cat([exact[row, span] for row, span in enumerate(spans)]))
+    assert cache.lengths == (21, 14, 16)
+
+
+def test_no_tokens_at_all(random: Random) -> None:
+    attention, x = build(random, rope_theta=10.0), random((2, 14, 12))
+    cache, exact, nobody = room(attention, 2), attention(x).detach(), torch.zeros(2, 3, dtype=torch.bool)
+    for start in (0, 7):
+        assert attention(x[:, :0], cache=cache).shape == (2, 0, 12)
+        assert not attention(x[:, :3], cache=cache, key_padding_mask=nobody).any()
+        assert cache.lengths == (start, start)
+        assert_close64(attention(x[:, start : start + 7], cache=cache), exact[:, start : start + 7])
+
+
+def test_a_full_cache_holds_all_of_max_len(random: Random) -> None:
+    attention, x = build(random, block_size=6, stride=2), random((1, 23, 12))
+    cache = room(attention, 1, max_len=23)
+    assert_close64(feed(attention, cache, x, [20, 1, 1, 1]), attention(x).detach())
+    with pytest.raises(ValueError, match=r"cache.lengths\[0\] = 23: must leave room for 1 more within max_len = 23"):
+        attention(x[:, :1], cache=cache)
+
+
+def test_use_flash_may_change_between_steps(random: Random) -> None:
+    attention, x = build(random), random((1, 20, 12))
+    cache = room(attention, 1)
+    attention.cfg = copy.copy(attention.cfg)
+    attention.cfg.use_flash = False
+    assert_close64(feed(attention, cache, x, [15, 5]), attention(x).detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# truncate, reorder, reset, copies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_truncate_and_go_on_differently(name: str, random: Random) -> None:
+    attention, x, other = build(random, **CONFIGS[name]), random((2, 40, 12)), random((2, 40, 12))
+    cache = room(attention, 2)
+    attention(x, cache=cache)
+    for kept in (38, 21, 8, 3, 0):
+        cache.truncate(kept)
+        assert cache.lengths == (kept, kept)
+        whole = torch.cat([x[:, :kept], other[:, kept:]], dim=1)
+        y = feed(attention, cache, whole[:, kept:], [1, 39 - kept])
+        assert_close64(y, attention(whole)[:, kept:].detach(), f"cut at {kept}")
+        cache.truncate(kept)
+        attention(x[:, kept:], cache=cache)
+
+
+def test_a_copy_is_a_branch(random: Random) -> None:
+    attention, x = build(random, rope_theta=10.0), random((2, 40, 12))
+    cache, exact = room(attention, 2), attention(x).detach()
+    attention(x[:, :25], cache=cache)
+    attention(random((2, 30, 12)), cache=copy.deepcopy(cache))
+    assert_close64(attention(x[:, 25:], cache=cache), exact[:, 25:])
+
+
+def test_truncate_each_row_by_itself(random: Random) -> None:
+    """Speculative decoding: of 5 guesses, some are kept."""
+    attention, x, pick = build(random, **PAPER, rope_theta=50.0), random((3, 50, 12)), python_random.Random(5)
+    cache, exact = room(attention, 3), attention(x).detach()
+    attention(x[:, :20], cache=cache)
+    while min(cache.lengths) < 45:
+        lengths = cache.lengths
+        counts = [min(5, 50 - length) for length in lengths]
+        kept = [length + pick.randint(0, count) for length, count in zip(lengths, counts, strict=True)]
+        guesses = x.clone()
+        for row, length in enumerate(kept):
+            guesses[row, length:] = random((50 - length, 12))
+        outputs = append(attention, cache, guesses, counts, pick)
+        for row, (start, stop) in enumerate(zip(lengths, kept, strict=True)):
+            assert_close64(outputs[row][: stop - start], exact[row, start:stop], f"row {row} from {start} to {stop}")
+        cache.truncate(pick.choice([list, tuple, torch.tensor])(kept))
+        assert cache.lengths == tuple(kept)
+
+
+@every_config
+@pytest.mark.parametrize("indices", [[2, 0, 1], [1, 1, 1], [0, 1, 2], [0, 2, 2]], ids=str)
+def test_reorder(name: str, indices: list[int], random: Random) -> None:
+    attention, x, pick = build(random, **CONFIGS[name]), random((3, 40, 12)), python_random.Random(1)
+    cache = room(attention, 3)
+    append(attention, cache, x, [13, 22, 9], pick)
+    cache.reorder(torch.tensor(indices) if indices[0] == 2 else indices)
+    assert cache.lengths == tuple([13, 22, 9][source] for source in indices)
+    x, starts = x[indices], cache.lengths
+    exact = attention(x).detach()
+    outputs = append(attention, cache, x, [11, 11, 11], pick)
+    for row, start in enumerate(starts):
+        assert_close64(outputs[row], exact[row, start : start + 11], f"row {row}")
+
+
+def test_reset(random: Random) -> None:
+    attention, x = build(random, **PAPER), random((2, 30, 12))
+    cache = room(attention, 2)
+    first = feed(attention, cache, x, [20, 10])
+    cache.reset()
+    assert cache.lengths == (0, 0)
+    assert torch.equal(feed(attention, cache, x, [20, 10]), first)
+
+
+def test_rows_of_different_ages(random: Random) -> None:
+    """One row starts anew while the other goes on."""
+    attention, x, pick = build(random, rope_theta=10.0), random((2, 40, 12)), python_random.Random(2)
+    cache, exact = room(attention, 2), attention(x).detach()
+    attention(x[:, :20], cache=cache)
+    cache.truncate([20, 0])
+    outputs = append(attention, cache, x, [3, 16], pick)
+    assert_close64(outputs[0], exact[0, 20:23])
+    assert_close64(outputs[1], exact[1, :16])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, work, gradients, precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "per_token"), [({}, 2), ({"rope_theta": 10.0}, 3), ({"separate_kv": True, "rope_theta": 10.0}, 6)]
+)
+def test_memory_is_allocated_once_and_as_promised(fields: dict[str, Any], per_token: int, random: Random) -> None:
+    attention, x = build(random, **fields, block_size=4, stride=2), random((2, 64, 12))
+    cache = room(attention, 2)
+
+    def held() -> dict[int, int]:
+        storages = (x.untyped_storage() for x in vars(cache).values() if isinstance(x, Tensor))
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    before = held()
+    assert sum(before.values()) == 8 * 2 * 2 * 6 * (64 * per_token + 2 * 31)
+    feed(attention, cache, x, [30, 1, 1, 32])
+    cache.reorder([1, 0])
+    cache.truncate(3)
+    assert held() == before
+
+
+def test_every_block_is_compressed_once(random: Random) -> None:
+    class Counting(nn.Module):
+        blocks = 0
+
+        def __init__(self, dim: int, block: int, stride: int) -> None:
+            super().__init__()
+            self.block, self.stride = block, stride
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.unfold(1, self.block, self.stride).sum(-1)
+            Counting.blocks += y.shape[0] * y.shape[1]
+            return y
+
+    attention, x = build(random, compression=Counting, block_size=6, stride=2), random((2, 64, 12))
+    feed(attention, room(attention, 2), x, [3, 1, 1, 1, 20, 1, 1, 30, 6])
+    assert Counting.blocks == 2 * 2 * 2 * 30, "of keys and of values, 2 rows, 2 heads, (64 - 6)/2 + 1 blocks"
+
+
+@pytest.mark.parametrize("at", [33, 40, 47])
+def test_a_step_reads_nothing_but_its_window_its_blocks_and_the_compressed_keys(at: int, random: Random) -> None:
+    """Everything else is NaN, which would show even where it is masked."""
+    attention, x = build(random, **PAPER, rope_theta=50.0), random((2, 64, 12))
+    cfg, cache = attention.cfg, room(attention, 2)
+    exact, chosen = attention(x)[:, at].detach(), attention.attention_patterns(x).block_indices[:, at]
+    attention(x[:, :at], cache=cache)
+    token = torch.arange(64)
+    in_chosen = (token[:, None, None] // cfg.select_block_size == chosen[:, None]).any(-1)  # (B, T, K)
+    assert not in_chosen[:, : at + 1].all()
+    for buffer in (cache.k, cache.v):
+        buffer[~in_chosen] = torch.nan
+    for buffer in (cache.k_local, cache.v_local):
+        buffer[:, : at - cfg.local_window + 1] = torch.nan
+    for buffer in (cache.k_raw, cache.v_raw):
+        buffer[:, : at - cfg.block_size + 1] = torch.nan
+    assert_close64(attention(x[:, at : at + 1], cache=cache)[:, 0], exact)
+
+
+def test_nothing_is_recorded_for_gradients(random: Random) -> None:
+    block = NSABlock(NSAConfig(**BASE)).double()
+    x, cache = random((1, 20, 12)).requires_grad_(), NSACache(block.attn.cfg, 1, 64, dtype=torch.float64)
+    for part in x.split([12, 1, 7], dim=1):
+        assert not block(part, cache=cache).requires_grad
+        assert not block.attn(part, cache=cache, key_padding_mask=torch.ones(part.shape[:2]).bool()).requires_grad
+    assert not any(value.requires_grad for value in vars(cache).values() if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode(made_inside: bool, random: Random) -> None:
+    attention, x = build(random, **PAPER), random((2, 40, 12))
+    exact = attention(x).detach()
+    with torch.inference_mode(made_inside):
+        cache = room(attention, 2)
+    with torch.inference_mode():
+        parts = [attention(part, cache=cache) for part in x[:, :30].split([20, 1, 9], dim=1)]
+        cache.reorder([0, 0])
+        cache.reorder([0, 1])
+    attention(x[:, 30:], cache=cache)
+    assert_close64(torch.cat(parts, dim=1), exact[:, :30])
+
+
+@pytest.mark.parametrize("name", ["overlapping_conv1d", "paper_rope_bias", "overlapping_avgpool"])
+@pytest.mark.parametrize("how", [torch.float32, torch.bfloat16, torch.float16, "autocast"], ids=str)
+def test_lower_precision_keeps_to_the_error_of_one_forward(name: str, how: Any, random: Random) -> None:
+    """Slots for every block: rounding must not turn the choice, or outputs could not be compared."""
+    exact = build(random, **CONFIGS[name] | {"topk_blocks": 40})
+    x = random((2, 40, 12), torch.float32)
+    dtype, enabled = (torch.bfloat16, True) if how == "autocast" else (how, False)
+    attention = copy.deepcopy(exact).to(torch.float32 if enabled else dtype)
+    x = x if enabled else x.to(dtype)
+    cache = room(attention, 2, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        actual, plain = feed(attention, cache, x, [17, 1, 1, 1, 13, 7]), attention(x)
+    assert actual.dtype == plain.dtype
+    assert_within_budget(actual, plain, exact(x.double()))
+
+
+@needs_triton
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # −inf − −inf, as on a GPU
+@pytest.mark.parametrize("name", ["overlapping_avgpool", "paper_rope_bias"])
+def test_the_kernels_of_a_step(name: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the module, rows of different lengths among them; `test_decode_kernels.py` has the awkward sizes."""
+    exact, x = build(random, **CONFIGS[name] | {"topk_blocks": 12}), random((2, 24, 12), torch.float32)
+    attention, exact_y, pick = copy.deepcopy(exact).float(), exact(x.double()), python_random.Random(0)
+    plain, steps = attention(x), []
+    monkeypatch.setattr(NativeSparseAttention, "_backend", property(lambda self: "triton"))
+    cache = room(attention, 2, max_len=24, dtype=torch.float32)
+    y = feed(attention, cache, x[:, :19], [16, 1, 2])
+    assert_within_budget(y, plain[:, :19], exact_y[:, :19], "rows of one length")
+    cache.truncate([19, 17])
+    for row, output in enumerate(append(attention, cache, x, [1, 3], pick)):
+        start = (19, 17)[row]
+        steps.append((output, *(of[row, start : start + len(output)] for of in (plain, exact_y))))
+    assert_within_budget(*map(torch.cat, zip(*steps, strict=True)), "rows of two lengths")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input leaves the cache as it was
+# ---------------------------------------------------------------------------------------------------------------------
+
+FULL = torch.ones(2, 3, dtype=torch.bool)
+BAD: dict[str, tuple[str, Callable[[NativeSparseAttention, NSACache, Tensor], Any]]] = {
+    "full": (r"cache.lengths\[0\] = 30: .* 35 more .* max_len = 64", lambda a, c, x: a(x[:, :35], cache=c)),
+    "one row full": (
+        r"cache.lengths\[1\] = 30: .* 35 more",
+        lambda a, c, x: a(x, cache=c, key_padding_mask=torch.arange(64) < torch.tensor([[34], [35]])),
+    ),
+    "longer than seq_len": ("seq_len = 64", lambda a, c, x: a(torch.cat([x, x], 1), cache=c)),
+    "no cache": ("cache = 'dict'", lambda a, c, x: a(x[:, :3], cache={})),
+    "batch": ("cache.batch = 2", lambda a, c, x: a(x[:1, :3], cache=c)),
+    "sequences": (
+        "cache.batch = 2",
+        lambda a, c, x: a(x[:1, :3], cache=c, cu_seqlens=torch.tensor([0, 1, 2, 3]).int()),
+    ),
+    "width": ("x.shape", lambda a, c, x: a(x[:, :3, :5], cache=c)),
+    "dtype of x": ("x.dtype", lambda a, c, x: a(x[:, :3].float(), cache=c)),
+    "dtype": ("cache.dtype = torch.float64", lambda a, c, x: copy.deepcopy(a).float()(x[:, :3].float(), cache=c)),
+    "device": ("cache.device = 'cpu'", lambda a, c, x: copy.deepcopy(a).to("meta")(x[:, :3].to("meta"), cache=c)),
+    "config": ("cache.cfg.stride = 2", lambda a, c, x: a_config(stride=4)(x[:, :3], cache=c)),
+    "config's rope": ("cache.cfg.rope_theta = None", lambda a, c, x: a_config(rope_theta=10.0)(x[:, :3], cache=c)),
+    "mask and cu_seqlens": (
+        "key_padding_mask, cu_seqlens = 'both'",
+        lambda a, c, x: a(x[:, :3], cache=c, key_padding_mask=FULL, cu_seqlens=torch.tensor([0, 1, 3]).int()),
+    ),
+    "mask's shape": ("key_padding_mask.shape", lambda a, c, x: a(x[:, :4], cache=c, key_padding_mask=FULL)),
+    "mask's dtype": ("key_padding_mask.dtype", lambda a, c, x: a(x[:, :3], cache=c, key_padding_mask=FULL.int())),
+    "truncate to more": (r"n\[0\] = 31", lambda a, c, x: c.truncate(31)),
+    "truncate below 0": (r"n\[1\] = -1", lambda a, c, x: c.truncate([3, -1])),
+    "truncate too few": (r"n = \[3\]", lambda a, c, x: c.truncate([3])),
+    "truncate to a float": ("n = 3.0", lambda a, c, x: c.truncate(3.0)),
+    "truncate to a bool": ("n = .*True", lambda a, c, x: c.truncate(True)),
+    "reorder behind the end": (r"indices\[1\] = 2", lambda a, c, x: c.reorder([0, 2])),
+    "reorder below 0": (r"indices\[0\] = -1", lambda a, c, x: c.reorder([-1, 0])),
+    "reorder too many": ("indices = ", lambda a, c, x: c.reorder([0, 1, 1])),
+    "reorder by floats": ("indices = ", lambda a, c, x: c.reorder(torch.tensor([0.0, 1.0]))),
+}
+
+
+def a_config(**fields: Any) -> NativeSparseAttention:
+    return NativeSparseAttention(NSAConfig(**BASE | PAPER | fields)).double()
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("of_block", [False, True])
+def test_bad_input_leaves_the_cache_as_it_was(what: str, of_block: bool, random: Random) -> None:
+    message, call = BAD[what]
+    module = NSABlock(NSAConfig(**BASE | PAPER)).double() if of_block else build(random, **PAPER)
+    attention, x = module.attn if of_block else module, random((2, 64, 12))
+    cache, exact = room(attention, 2), module(x).detach()
+    module(x[:, :30], cache=cache)
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(module if what not in ("width", "dtype of x") else attention, cache, x)
+    assert cache.lengths == (30, 30)
+    assert_close64(feed(module, cache, x[:, 30:], [1, 20, 13]), exact[:, 30:])
+
+
+@pytest.mark.parametrize("where", ["attn", "attn.compress_v", "attn.to_out", "norm2", "ffn"])
+def test_what_fails_half_way_leaves_the_cache_as_it_was(where: str, random: Random) -> None:
+    block, x = NSABlock(NSAConfig(**BASE)).double(), random((2, 64, 12))
+    cache, exact = NSACache(block.attn.cfg, 2, 64, dtype=torch.float64), block(x).detach()
+    block(x[:, :30], cache=cache)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = block.get_submodule(where).register_forward_hook(fail)
+    for options in ({}, {"key_padding_mask": torch.arange(9) < torch.tensor([[9], [4]])}):
+        with pytest.raises(KeyboardInterrupt):
+            block(random((2, 9, 12)), cache=cache, **options)
+        assert cache.lengths == (30, 30)
+    handle.remove()
+    assert_close64(feed(block, cache, x[:, 30:], [1, 33]), exact[:, 30:])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cfg": BASE}, TypeError, "cfg = "),
+        ({"batch": 0}, ValueError, "batch = 0"),
+        ({"batch": 2.0}, TypeError, "batch = 2.0"),
+        ({"max_len": 0}, ValueError, "max_len = 0"),
+        ({"max_len": 65}, ValueError, "max_len = 65: must be at most seq_len = 64"),
+        ({"dtype": torch.int32}, TypeError, "dtype = torch.int32"),
+        ({"dtype": "float32"}, TypeError, "dtype = 'float32'"),
+    ],
+)
+def test_bad_settings(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    settings = {"cfg": NSAConfig(**BASE), "batch": 2, "max_len": 64} | change
+    with pytest.raises(error, match=message):
+        NSACache(**settings)
+
+
+def test_defaults_and_repr() -> None:
+    cache = NSACache(NSAConfig(**BASE), batch=3, max_len=2)
+    assert (cache.dtype, cache.device, cache.lengths) == (torch.float32, torch.device("cpu"), (0, 0, 0))
+    assert cache.k_cmp.shape == (3, oracle.compressed_count(2, 4, 4), 2, 6), "shorter than a block"
+    assert repr(cache) == "NSACache(batch=3, max_len=2, lengths=0, dtype=torch.float32, device=cpu)"
+    NativeSparseAttention(cache.cfg)(torch.randn(3, 1, 12), cache=cache)
+    cache.truncate([1, 0, 1])
+    assert "lengths=0..1," in repr(cache)

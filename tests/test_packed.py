@@ -1,0 +1,295 @@
+"""Packed sequences: `cu_seqlens` makes every function what it is for each sequence alone, and blind to the others."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import BRANCHES, PLAIN, Branch, Case, Library, Random, choice, compressed, every_branch, gradients, whole
+from conftest import assert_close64, assert_valid_choice
+from torch import Tensor
+
+import native_sparse_attention as nsa
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences of these lengths, of which each has the sizes of `case`."""
+
+    case: Case
+    lengths: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.case.name}_{'_'.join(map(str, self.lengths))}"
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    @property
+    def alone(self) -> list[Case]:
+        return [replace(self.case, T=length) for length in self.lengths or (0,)]
+
+    def draw(self, branch: Branch, random: Random, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Inputs, with random blocks to attend to; for `whole`, those that each sequence chooses alone."""
+        inputs = [case.tensors(random, dtype) for case in self.alone]
+        for case, x in zip(self.alone, inputs, strict=True):
+            x["block_indices"] = choice(PLAIN, case, x) if branch is whole else random.block_indices(case)
+        packed = {name: torch.cat([x[name].detach() for x in inputs], dim=1) for name in inputs[0]}
+        return {name: x.requires_grad_(x.is_floating_point()) for name, x in packed.items()}
+
+    def unpack(self, x: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The rows of each sequence."""
+        tokens, blocks = ([getattr(case, letter) for case in self.alone] for letter in "TC")
+        parts = {name: t.split(blocks if name in ("k_cmp", "v_cmp") else tokens, dim=1) for name, t in x.items()}
+        return [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)]
+
+
+class Packed(Library):
+    """The library's functions with these `cu_seqlens`."""
+
+    def __init__(self, cu_seqlens: Tensor, backend: str = "torch") -> None:
+        super().__init__(backend)
+        for function in filter(callable, vars(self).values()):
+            function.keywords["cu_seqlens"] = cu_seqlens
+        self.cu_seqlens = cu_seqlens
+
+    def nsa_attention(self, *args: Tensor, **settings: Any) -> Tensor:
+        return super().nsa_attention(*args, **settings, cu_seqlens=self.cu_seqlens)
+
+
+def each_alone(of: Any, branch: Branch, packing: Packing, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The outputs for each sequence alone, one after another."""
+    outputs = [branch(of, *sequence) for sequence in zip(packing.alone, packing.unpack(x), strict=True)]
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+
+
+def with_gradients(branch: Branch, outputs: tuple[Tensor, ...], x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by name, for the same random upstream gradients in every call, 0 where lse is −inf."""
+    random = Random(seed=1)
+    upstream = [random(o.shape).masked_fill(torch.isinf(o), 0.0) for o in outputs]
+    of_leaves = gradients(outputs, [x[name] for name in BRANCHES[branch]], upstream)
+    values = dict(zip(("o", "lse"), outputs, strict=False))
+    return values | {f"gradient of {name}": g for name, g in zip(BRANCHES[branch], of_leaves, strict=True)}
+
+
+def run_packed(branch: Branch, packing: Packing, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return with_gradients(branch, branch(Packed(packing.cu_seqlens), packing.case, x), x)
+
+
+OVERLAPPING = Case("overlapping", T=0, H=4, K=2, D=5, block_size=8, stride=4, select_block_size=8, topk_blocks=3,
+                   init_blocks=1, window=6)  # fmt: skip
+SMALL_BLOCKS = Case("small_blocks", T=0, H=3, K=1, D=3, block_size=2, stride=1, select_block_size=3, topk_blocks=4,
+                    local_blocks=2, window=3)  # fmt: skip
+ALL_ONE = Case("all_one", T=0, H=2, K=2, D=4, block_size=1, stride=1, select_block_size=1, topk_blocks=2, window=1)
+PACKINGS = (
+    Packing(OVERLAPPING, (13, 29, 8)),
+    Packing(OVERLAPPING, (0, 7, 1, 0, 0, 21, 5, 0)),
+    Packing(OVERLAPPING, (3, 7, 1)),  # not one compressed block
+    Packing(OVERLAPPING, (37,)),
+    Packing(SMALL_BLOCKS, (1, 1, 1, 1, 1)),
+    Packing(SMALL_BLOCKS, (9, 0, 2, 14)),
+    Packing(ALL_ONE, (4, 1, 0, 6)),  # as many compressed blocks as tokens
+)
+RAGGED = PACKINGS[1]
+NOTHING = (Packing(OVERLAPPING, (0, 0)), Packing(OVERLAPPING, ()))
+every_packing = pytest.mark.parametrize("packing", PACKINGS, ids=str)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values and gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_branch
+@every_packing
+def test_against_the_loops_on_each_sequence(branch: Branch, packing: Packing, random: Random) -> None:
+    x = packing.draw(branch, random)
+    actual = run_packed(branch, packing, x)
+    for name, value in with_gradients(branch, each_alone(oracle, branch, packing, x), x).items():
+        assert_close64(actual[name], value, name)
+
+
+@every_branch
+@pytest.mark.parametrize("packing", PACKINGS + NOTHING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equal_to_each_sequence_alone(branch: Branch, packing: Packing, dtype: torch.dtype, random: Random) -> None:
+    x = packing.draw(branch, random, dtype)
+    actual = run_packed(branch, packing, x)
+    for name, value in with_gradients(branch, each_alone(PLAIN, branch, packing, x), x).items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("packing", PACKINGS + NOTHING, ids=str)
+def test_choice_of_each_sequence(packing: Packing, random: Random) -> None:
+    x = packing.draw(compressed, random)
+    chosen = choice(Packed(packing.cu_seqlens), packing.case, x)
+    sizes = packing.case.compression | {"select_block_size": packing.case.select_block_size}
+    tokens = [case.T for case in packing.alone]
+    for case, rows, of_sequence in zip(packing.alone, packing.unpack(x), chosen.split(tokens, dim=1), strict=True):
+        importance = oracle.importance(rows["q"], rows["k_cmp"], **sizes)
+        assert_valid_choice(of_sequence, importance, case, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["shared_kv", "separate_kv"])
+def test_the_whole_takes_scale_and_local_keys(separate: bool, random: Random) -> None:
+    x = RAGGED.draw(whole, random)
+    names, case = ("k_local", "v_local"), RAGGED.case
+    own = {name: random(x["k"].shape).requires_grad_() for name in names} if separate else {}
+    leaves = {name: x[name] for name in BRANCHES[whole]} | own
+    settings = case.whole | {"scale": 0.4}
+    packed = nsa.nsa_attention(**leaves, **settings, cu_seqlens=RAGGED.cu_seqlens)
+    alone = torch.cat([nsa.nsa_attention(**rows, **settings) for rows in RAGGED.unpack(leaves)], dim=1)
+    assert torch.equal(packed, alone)
+    upstream = [random(packed.shape)]
+    of_packed, of_alone = (gradients(o, list(leaves.values()), upstream) for o in (packed, alone))
+    for name, actual, expected in zip(leaves, of_packed, of_alone, strict=True):
+        assert torch.equal(actual, expected), f"gradient of {name}"
+
+
+@every_branch
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_blind_to_the_neighbours(branch: Branch, changed: int, random: Random) -> None:
+    """Other numbers in one sequence, even NaN, change nothing in the others: neither values nor gradients."""
+    packing = PACKINGS[0]
+    x = packing.draw(branch, random)
+    before = run_packed(branch, packing, x)
+    other = {name: t.detach().clone() for name, t in x.items()}
+    for name, rows in packing.unpack(other)[changed].items():
+        rows.copy_(-1 if name == "block_indices" else rows.new_tensor(torch.nan))
+    after = run_packed(branch, packing, {n: t.requires_grad_(t.is_floating_point()) for n, t in other.items()})
+    rename = {f"gradient of {name}": name for name in BRANCHES[branch]} | {"o": "q", "lse": "q"}
+    for name in before:
+        rows = (packing.unpack({rename[name]: values[name]}) for values in (before, after))
+        for i, (one, two) in enumerate(zip(*rows, strict=True)):
+            same = torch.equal(one[rename[name]], two[rename[name]])
+            assert same or i == changed, f"{name} of sequence {i}"
+    assert not torch.equal(before["o"], after["o"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad cu_seqlens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+CALLS: dict[str, Callable[[Any, Case, dict[str, Tensor]], Any]] = {
+    **{branch.__name__: branch for branch in BRANCHES},
+    "choice": lambda of, case, x: of.select_blocks(x["q"], x["k_cmp"], x["q"][..., 0].detach(), **case.choice),
+}
+every_call = pytest.mark.parametrize("call", CALLS)
+BAD = {
+    "not_from_0": (torch.tensor([1, 13, 50]), ValueError, ["cu_seqlens[0] = 1", "0"]),
+    "descending": (torch.tensor([0, 13, 9, 50]), ValueError, ["cu_seqlens[2] = 9", "at least cu_seqlens[1] = 13"]),
+    "negative": (torch.tensor([0, -1, 50]), ValueError, ["cu_seqlens[1] = -1", "at least cu_seqlens[0] = 0"]),
+    "too_short": (torch.tensor([0, 13, 49]), ValueError, ["cu_seqlens[-1] = 49", "50"]),
+    "too_long": (torch.tensor([0, 13, 51]), ValueError, ["cu_seqlens[-1] = 51", "50"]),
+    "lengths_instead": (torch.tensor([13, 29, 8]), ValueError, ["cu_seqlens[0] = 13", "0"]),
+    "int64": (torch.tensor([0, 50]).long(), ValueError, ["cu_seqlens.dtype", "int64", "int32"]),
+    "float": (torch.tensor([0.0, 50.0]), ValueError, ["cu_seqlens.dtype", "float32", "int32"]),
+    "device": (torch.tensor([0, 50], device="meta"), ValueError, ["cu_seqlens.device", "meta", "cpu"]),
+    "rank": (torch.tensor([[0, 50]]), ValueError, ["cu_seqlens.shape", "(1, 2)"]),
+    "number": (torch.tensor(50), ValueError, ["cu_seqlens.shape", "()"]),
+    "nothing": (torch.tensor([]), ValueError, ["cu_seqlens.shape", "(0,)"]),
+    "list": ([0, 50], TypeError, ["cu_seqlens", "list", "tensor"]),
+}
+
+
+@every_call
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_cu_seqlens(call: str, bad: str, random: Random) -> None:
+    cu_seqlens, error, parts = BAD[bad]
+    if isinstance(cu_seqlens, Tensor) and bad not in ("int64", "float"):
+        cu_seqlens = cu_seqlens.int()
+    x = PACKINGS[0].draw(whole, random)
+    for _ in range(2):  # what was refused is not remembered as right
+        with pytest.raises(error) as caught:
+            CALLS[call](Packed(cu_seqlens), PACKINGS[0].case, x)
+        missing = [part for part in parts if part not in str(caught.value)]
+        assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+
+@every_call
+def test_more_than_one_row(call: str, random: Random) -> None:
+    case = replace(OVERLAPPING, B=2, T=25)
+    x = case.tensors(random) | {"block_indices": random.block_indices(case)}
+    cu_seqlens = torch.tensor([0, 25], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"batch = 2: must be 1 .*cu_seqlens"):
+        CALLS[call](Packed(cu_seqlens), case, x)
+
+
+@pytest.mark.parametrize("call", ["compressed", "choice", "whole"])
+def test_compressed_blocks_of_the_sum_of_tokens(call: str, random: Random) -> None:
+    """50 tokens in one row have 11 blocks; in rows of 13, 29 and 8 they have 2 + 6 + 1."""
+    packing = PACKINGS[0]
+    x = packing.draw(whole, random)
+    x |= {name: random((1, 11, packing.case.K, packing.case.D)) for name in ("k_cmp", "v_cmp")}
+    with pytest.raises(ValueError, match=r"k_cmp.shape = \(1, 11, 2, 5\): must be .*\(1, 9, 2, 5\)"):
+        CALLS[call](Packed(packing.cu_seqlens), packing.case, x)
+
+
+@every_call
+def test_triton_says_that_it_has_no_kernel(call: str, random: Random) -> None:
+    x = PACKINGS[0].draw(whole, random, torch.float32)
+    with pytest.raises(ValueError, match=r"backend = 'triton'.*cu_seqlens"):
+        CALLS[call](Packed(PACKINGS[0].cu_seqlens, "triton"), PACKINGS[0].case, x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading cu_seqlens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every tensor that was brought to the host, which on a GPU means to wait for it."""
+    read, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self) or tolist(self))
+    return read
+
+
+def test_read_once_for_all_layers(random: Random, readings: list[Tensor]) -> None:
+    packing = PACKINGS[0]
+    x = packing.draw(whole, random)
+    of, count = Packed(packing.cu_seqlens), len(readings)
+    for _ in range(3):
+        whole(of, packing.case, x)
+    assert len(readings) == count + 1
+
+
+def test_read_again_after_a_change(random: Random) -> None:
+    case = OVERLAPPING
+    x = Packing(case, (13, 12)).draw(compressed, random)
+    cu_seqlens = torch.tensor([0, 13, 25], dtype=torch.int32)
+    q, k, v = x["q"], x["k"], x["v"]
+    nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens)
+    cu_seqlens[1] = 5
+    fresh = nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens.clone())
+    assert torch.equal(nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens), fresh)
+    cu_seqlens[1] = 26
+    with pytest.raises(ValueError, match=r"cu_seqlens\[2\] = 25"):
+        nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens)
+    with torch.inference_mode():  # where tensors do not count their changes
+        cu_seqlens = torch.tensor([0, 13, 25], dtype=torch.int32)
+        nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens)
+        cu_seqlens[1] = 5
+        assert torch.equal(nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens), fresh)
+
+
+def test_nothing_is_kept_of_a_tensor_that_is_gone(random: Random) -> None:
+    x = Packing(OVERLAPPING, (4, 3)).draw(compressed, random)
+    gc.collect()
+    before = len(nsa._LENGTHS)
+    cu_seqlens = torch.tensor([0, 4, 7], dtype=torch.int32)
+    nsa.local_attention(x["q"], x["k"], x["v"], 6, cu_seqlens=cu_seqlens)
+    assert len(nsa._LENGTHS) == before + 1
+    del cu_seqlens
+    gc.collect()
+    assert len(nsa._LENGTHS) == before
