@@ -51,7 +51,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from native_sparse_attention import NSABlock, NSAConfig
+from native_sparse_attention import NSABlock, NSACache, NSAConfig
 
 QUICK_TEST = True  # False: the full run is the default; --quick and --full override it
 
@@ -135,6 +135,7 @@ class Settings:
     layers: int = setting(6, "blocks of attention and feed-forward", least=1)
     dim: int = setting(384, "width of the model")
     heads: int = setting(6, "query heads")
+    bias: bool = setting(NSAConfig.bias, "biases in linear layers and norms")
     kv_heads: int | None = setting(None, "key/value heads, each shared by a group of query heads; not given: heads")
     context: int = setting(256, "tokens that the model sees at once; a token of text is a character", least=1)
     rope_theta: float | None = setting(None, "base of rotary positions; not given: a learned position embedding")
@@ -799,7 +800,8 @@ class DenseAttention(nn.Module):
         self.to_out = nn.Linear(inner, cfg.dim, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, cache: None = None, cu_seqlens: None = None) -> Tensor:
+        """(B, T, dim) → (B, T, dim). NSABlock passes more arguments than dense attention has a use for here."""
         q, k, v = (self.split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         if self.cfg.rope_theta is not None:
             q, k = rotate(q, self.cfg.rope_theta), rotate(k, self.cfg.rope_theta)
@@ -888,17 +890,34 @@ class NSALanguageModel(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    def hidden(self, tokens: Tensor, layers: int | None = None) -> Tensor:
-        """The residual stream (B, T, dim) behind the first `layers` blocks; None: behind all."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        layers: int | None = None,
+        caches: Sequence[NSACache] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream (B, T, dim) behind the first `layers` blocks; None: behind all.
+
+        With a cache for each block, tokens go on where their row left off; `mask` (B, T) is False at padding.
+        """
         length = tokens.shape[1]
         if length > self.cfg.seq_len:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the longest sequence is {self.cfg.seq_len}")
         x = self.token_embedding(tokens)  # (B, T, dim)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(torch.arange(length, device=tokens.device))
+            positions = torch.arange(length, device=tokens.device)
+            if caches is not None:
+                positions = positions + torch.tensor(caches[0].lengths, device=tokens.device)[:, None]
+            x = x + self.position_embedding(positions.clamp(max=self.cfg.seq_len - 1))  # padding may lie behind the end
         x = self.dropout(x)
-        for block in self.blocks[:layers]:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+        for number, block in enumerate(self.blocks[:layers]):
+            if caches is not None:
+                x = block(x, cache=caches[number], key_padding_mask=mask)
+            elif self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
     def patterns(self, tokens: Tensor, layer: int):
@@ -916,11 +935,13 @@ class NSALanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        use_cache: bool = True,
     ) -> Iterator[Tensor]:
         """Continue prompts, each (T ≥ 1,) of whatever length: yields the next token of each, (B,), as it comes.
 
         A token is drawn among the `top_k` likeliest, and among the likeliest that make up `top_p` of the probability.
-        A sequence that outgrows `seq_len` forgets its beginning: see `visible`.
+        A sequence that outgrows `seq_len` forgets its beginning: see `visible`. NSA computes each token once and keeps
+        keys and values in an NSACache, or without `use_cache` all of them anew for each token, as dense attention does.
         """
         for number, prompt in enumerate(prompts):
             if prompt.ndim != 1 or len(prompt) == 0:
@@ -931,23 +952,41 @@ class NSALanguageModel(nn.Module):
             raise ValueError(f"top_k = {top_k}: must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p = {top_p}: must be above 0 and at most 1")
-        return self.draw_tokens(list(prompts), max_new_tokens, temperature, top_k, top_p, generator)
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return self.continued(list(prompts), max_new_tokens, use_cache and self.attention == "nsa", choice)
 
-    def draw_tokens(self, rows: list[Tensor], count: int, temperature, top_k, top_p, generator) -> Iterator[Tensor]:
+    def continued(self, rows: list[Tensor], count: int, use_cache: bool, choice: dict) -> Iterator[Tensor]:
+        caches = self.make_caches(len(rows)) if use_cache else None
         for _ in range(count):
             with evaluation_mode(self):
-                logits = self.next_logits(rows)
-                drawn = draw_token(logits.float() / temperature, top_k, top_p, generator)
+                drawn = draw_token(self.next_logits(rows, caches), **choice)
             rows = [torch.cat([row, token]) for row, token in zip(rows, drawn[:, None], strict=True)]
             yield drawn
 
-    def next_logits(self, rows: list[Tensor]) -> Tensor:
-        """What follows each row (T,): (B, vocabulary). Rows are padded on the right, where a causal model is blind."""
+    def make_caches(self, batch: int) -> list[NSACache]:
+        """A cache for each block, in the precision in which keys and values come here."""
+        weight = self.token_embedding.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        length = self.cfg.seq_len
+        return [NSACache(block.attn.cfg, batch, length, device=weight.device, dtype=dtype) for block in self.blocks]
+
+    def next_logits(self, rows: list[Tensor], caches: list[NSACache] | None) -> Tensor:
+        """What follows each row (T,): (B, vocabulary). Caches come from earlier calls with the same rows, shorter."""
         rows = [row[visible(len(row), self.cfg.seq_len) :] for row in rows]
-        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        last = torch.tensor([len(row) - 1 for row in rows], device=tokens.device)
-        x = self.hidden(tokens)[torch.arange(len(rows), device=tokens.device), last]  # (B, dim)
-        return self.head(self.norm(x))
+        mask = None
+        if caches is not None:
+            if any(len(row) <= length for row, length in zip(rows, caches[0].lengths, strict=True)):
+                for cache in caches:  # a row has forgotten its beginning, and all of its positions change
+                    cache.reset()
+            rows = [row[length:] for row, length in zip(rows, caches[0].lengths, strict=True)]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where a causal model is blind
+        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+        if caches is not None and len(set(map(len, rows))) > 1:
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        x = self.hidden(tokens, caches=caches, mask=mask)
+        last = x[torch.arange(len(rows), device=x.device), lengths - 1]  # (B, dim)
+        return self.head(self.norm(last))
 
 
 def visible(length: int, seq_len: int) -> int:
@@ -956,8 +995,16 @@ def visible(length: int, seq_len: int) -> int:
     return max(0, -(-(length - seq_len) // half) * half)
 
 
-def draw_token(logits: Tensor, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def draw_token(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """A token (B,) for each row of logits (B, vocabulary)."""
+    logits = logits.float() / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

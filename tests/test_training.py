@@ -637,6 +637,27 @@ def test_generation_repeats_with_its_seed_and_takes_the_likeliest(attention: str
         assert all(torch.equal(row, again) for row, again in zip(rows, generate(1, **options), strict=True)), options
 
 
+@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_generation_is_the_same_with_and_without_a_cache(
+    changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lengths, real = make_model(**changes).double(), [], script.NSALanguageModel.hidden
+    prompts = [random_tokens(1, length)[0] for length in (3, 17, 40, 32, 1)]
+
+    def hidden(model: script.NSALanguageModel, tokens: Tensor, *arguments: object, **options: object) -> Tensor:
+        lengths.append(tokens.shape[1])
+        return real(model, tokens, *arguments, **options)
+
+    monkeypatch.setattr(script.NSALanguageModel, "hidden", hidden)
+    cached, anew = (
+        continuations(model, prompts, 50, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert lengths[:50].count(1) > 30 > lengths[50:].count(1), "a cached step reads a token alone"
+    for row, expected in zip(cached, anew, strict=True):
+        assert torch.equal(row, expected)
+
+
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
 def test_prompts_of_any_lengths_are_continued_as_if_alone(attention: str) -> None:
     model = make_model(attention)
@@ -649,9 +670,9 @@ def test_prompts_of_any_lengths_are_continued_as_if_alone(attention: str) -> Non
 def test_the_likeliest_tokens_that_make_up_a_share() -> None:
     logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(4000, 4)
     for top_k, top_p, left in ((None, 0.49, [0]), (None, 0.51, [0, 2]), (None, 0.81, [0, 2, 3]), (2, 0.99, [0, 2])):
-        drawn = script.draw_token(logits, top_k, top_p, torch.Generator().manual_seed(0))
+        drawn = script.draw_token(logits, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(0))
         assert drawn.unique().tolist() == left, (top_k, top_p)
-    drawn = script.draw_token(logits, None, None, torch.Generator().manual_seed(0))
+    drawn = script.draw_token(logits, generator=torch.Generator().manual_seed(0))
     assert (drawn.bincount() / 4000).tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.03)
 
 
