@@ -230,7 +230,7 @@ class Settings:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-RECALL_KEYS = RECALL_VALUES = RECALL_FILLERS = 64  # distinct tokens of each kind
+RECALL_KEYS = RECALL_VALUES = RECALL_FILLERS = 32  # distinct tokens of each kind
 
 FULL = Settings()
 QUICK = dataclasses.replace(
@@ -369,8 +369,12 @@ class Runtime:
         """This process's rows of a batch, in so many equal parts, on the device."""
         rows = len(batch[0]) // (self.world * parts)
         for part in range(self.rank * parts, (self.rank + 1) * parts):
-            tokens, targets = (each[part * rows : (part + 1) * rows].to(self.device) for each in batch)
+            tokens, targets = (self.send(each[part * rows : (part + 1) * rows]) for each in batch)
             yield tokens, targets
+
+    def send(self, x: Tensor) -> Tensor:
+        """To the device; a GPU is not waited for."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Over all processes, in place."""
@@ -1417,7 +1421,7 @@ class Trainer:
         batch = self.data.draw("train", settings.batch_size, settings.context, self.generator)
         rate = learning_rate(self.iteration, settings)
         loss, norm = train_step(self.net, self.optimizer, batch, rate, settings, runtime)
-        asked = torch.tensor(float(request.asked), device=runtime.device)
+        asked = torch.full((), float(request.asked), device=runtime.device)
         found = InFlight(torch.stack([*runtime.sum(torch.stack([loss, asked])), norm]))
         self.settle()
         self.pending, self.iteration = found, self.iteration + 1

@@ -166,7 +166,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--fsdp"], "torchrun"),
         (["--resume"], "nothing to resume"),
         (["--quick", "--task", "recall"], "--quick"),
-        (["--task", "recall", "--pairs", "65"], "pairs = 65"),
+        (["--task", "recall", "--pairs", "33"], "pairs = 33"),
         (["--task", "recall", "--context", "255"], "context = 255"),
         (["--generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--plot-patterns", "patterns.txt"], ".png"),
@@ -320,7 +320,7 @@ def test_the_real_text_is_what_a_download_is_verified_against() -> None:
     assert 3.2 < script.entropy(corpus.train) < 3.4
 
 
-@pytest.mark.parametrize(("pairs", "context"), [(1, 8), (5, 47), (32, 256), (64, 1024)])
+@pytest.mark.parametrize(("pairs", "context"), [(1, 8), (5, 47), (32, 256), (32, 1024)])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_recall_asks_at_the_end_for_what_was_said_in_the_first_half(pairs: int, context: int, split: str) -> None:
     data = script.Recall(pairs)
@@ -350,7 +350,7 @@ def test_recall_cannot_be_learnt_by_heart() -> None:
     answers, questions = targets[rows, places] - script.RECALL_KEYS, tokens[rows, places]
     together = torch.zeros(script.RECALL_KEYS, script.RECALL_VALUES)
     together.index_put_((questions, answers), torch.ones(len(rows)), accumulate=True)
-    assert together.max() < 20, f"expected are {len(rows) / together.numel():.1f} of each key with each value"
+    assert together.max() < 2.5 * together.mean(), "a key has its favourite value"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -774,12 +774,15 @@ def test_bfloat16_trains_too(settings: script.Settings) -> None:
     assert script.load_checkpoint(trainer.best_path)[0].head.weight.dtype == torch.float32
 
 
-def test_a_compiled_model_learns_the_same(settings: script.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("attention", script.ATTENTIONS)
+def test_a_compiled_model_learns_the_same(
+    attention: str, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced and differentiated as for any backend of torch.compile, but run without waiting for a C++ compiler."""
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: real(model, backend="aot_eager"))
     plain, compiled = (
-        train(make_trainer(dataclasses.replace(settings, compile=compile, iterations=3), "dense"))
+        train(make_trainer(dataclasses.replace(settings, compile=compile, iterations=3), attention))
         for compile in (False, True)
     )
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
