@@ -1,10 +1,13 @@
-"""Train a character-level GPT of Native Sparse Attention (NSA) blocks, and the same GPT with dense attention.
+"""Train a GPT of Native Sparse Attention (NSA) blocks, and the same GPT with dense attention, on text or on recall.
 
     python nsa_gpt_training.py                             quick test: both attentions, their losses side by side
     python nsa_gpt_training.py --full                      the full run: 10 M parameters, 5000 iterations, for a GPU
     python nsa_gpt_training.py --data book.txt             any UTF-8 text; Tiny Shakespeare unless told otherwise
-    python nsa_gpt_training.py --plot-patterns nsa.png     draw what each branch of each head looked at
-    python nsa_gpt_training.py --help                      every setting, with its value in both presets
+    python nsa_gpt_training.py --task recall               what was said early in a long sequence, asked for at its end
+    python nsa_gpt_training.py --full --resume             go on where a run was stopped
+    python nsa_gpt_training.py --generate --prompt "To be" text of a trained model, as it comes
+    torchrun --nproc-per-node 8 nsa_gpt_training.py --full one process for each GPU, the same batches and losses
+    python nsa_gpt_training.py --help                      every setting, with its value in each preset
 
 The data, its 90/10 split and the full run's schedule are those of nanoGPT's Shakespeare example: losses compare.
 
@@ -15,9 +18,10 @@ Sections; each one calls only those above it.
      3 data           6 evaluate                     9 train
 """
 
+import os
 import sys
 
-if __name__ == "__main__" and sys.stderr.isatty():
+if __name__ == "__main__" and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
     print("loading PyTorch ...", end="\r", file=sys.stderr, flush=True)  # seconds on a slow disk: say that we are alive
 
 import argparse
@@ -26,28 +30,35 @@ import hashlib
 import http.client
 import json
 import math
-import os
 import platform
 import shutil
+import signal
 import time
 import types
 import typing
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from native_sparse_attention import NSABlock, NSAConfig
+from native_sparse_attention import NSABlock, NSACache, NSAConfig
 
 QUICK_TEST = True  # False: the full run is the default; --quick and --full override it
 
 HERE = Path(__file__).resolve().parent
+IS_MAIN = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes; the first one prints and writes
 ATTENTIONS = ("nsa", "dense")
+BRANCHES = ("local", "compressed", "selective")
 
 
 class Stop(Exception):
@@ -58,45 +69,79 @@ class Stop(Exception):
         self.exit_code = exit_code
 
 
+def gist(problem: Exception) -> str:
+    """The first line of what it says."""
+    return (str(problem) or type(problem).__name__).splitlines()[0]
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 1  Settings: one dataclass is the only home of names, defaults and help texts; the command line is generated from it
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def setting(default: object, help: str, *, choices: tuple[str, ...] | None = None, least: float | None = None):
-    """A field of Settings: its default in the full run, what it means, and which values it takes."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def setting(
+    default: object,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    free: bool = False,
+):
+    """A field of Settings: its default in the full run, what it means, which values it takes, and whether it is free to
+    differ where a run is resumed."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "free": free})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run. The defaults are the full run's; `QUICK` is the other preset.
+    """Everything that shapes a run. The defaults are the full run's; `QUICK` and `RECALL` are the other presets.
 
     Fields that NSAConfig has too go to it under the same name, and it checks them.
     """
 
-    attention: str = setting("nsa", "attention to train; both: one after the other", choices=(*ATTENTIONS, "both"))
-    data: Path | None = setting(
-        None, "UTF-8 text; not given: input.txt beside this script, else Tiny Shakespeare, fetched"
+    task: str = setting(
+        "text",
+        "text: predict the next character; recall: what was said early in a sequence is asked for at its end",
+        choices=("text", "recall"),
     )
-    out: Path = setting(HERE / "out", "folder for checkpoints, loss curves and the run's record")
-    plot_patterns: Path | None = setting(None, "draw what each branch of each head looked at, in this PNG file")
-    plot_layer: int | None = setting(None, "layer to draw, counted from 1; not given: the last", least=1)
+    attention: str = setting(
+        "nsa", "attention to train; both: one after the other", choices=(*ATTENTIONS, "both"), free=True
+    )
+    data: Path | None = setting(
+        None, "UTF-8 text; not given: input.txt beside this script, else Tiny Shakespeare, fetched", free=True
+    )
+    out: Path = setting(HERE / "out", "folder for checkpoints, pictures and the run's record", free=True)
+    resume: bool = setting(False, "go on where the run in the folder --out was stopped", free=True)
+    log: Path | None = setting(None, "write every step and evaluation to this file, a JSON object a line", free=True)
+    tensorboard: bool = setting(False, "write them for TensorBoard too, into the folder --out", free=True)
+    plot_patterns: Path | None = setting(
+        None, "draw what each branch of each head looked at, in this PNG file", free=True
+    )
+    plot_layer: int | None = setting(None, "layer to draw, counted from 1; not given: the last", least=1, free=True)
 
-    device: str = setting("auto", "where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one, else the CPU")
+    device: str = setting(
+        "auto", "where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one, else the CPU", free=True
+    )
     dtype: str = setting(
         "auto",
         "precision of the arithmetic (weights stay float32); auto: bfloat16 on CUDA, float32 elsewhere",
         choices=("auto", "float32", "bfloat16"),
     )
+    fsdp: bool = setting(False, "several processes: shard weights and optimizer (FSDP2), for large models", free=True)
+    compile: bool = setting(False, "compile the model (torch.compile)", free=True)
+    recompute: bool = setting(False, "compute each block again in the backward: slower, but less memory", free=True)
     seed: int = setting(1337, "seed of weights, batches, dropout and generated text", least=0)
 
     layers: int = setting(6, "blocks of attention and feed-forward", least=1)
     dim: int = setting(384, "width of the model")
     heads: int = setting(6, "query heads")
+    bias: bool = setting(NSAConfig.bias, "biases in linear layers and norms")
     kv_heads: int | None = setting(None, "key/value heads, each shared by a group of query heads; not given: heads")
-    context: int = setting(256, "characters that the model sees at once", least=1)
+    context: int = setting(256, "tokens that the model sees at once; a token of text is a character", least=1)
+    rope_theta: float | None = setting(None, "base of rotary positions; not given: a learned position embedding")
     dropout: float = setting(0.2, "on embeddings, attention output and feed-forward")
+    init_std: float = setting(0.02, "standard deviation of the first weights", least=0)
+    value_dropout: float = setting(0.0, "on the value vectors of whole tokens, each head its own", least=0)
 
     local_window: int = setting(64, "NSA: tokens that the local branch sees")
     block_size: int = setting(32, "NSA: tokens in a compressed block")
@@ -108,32 +153,67 @@ class Settings:
     compression: str = setting("grouped_mlp", "NSA: block of keys to one key: grouped_mlp, conv1d or avgpool")
     gate_mode: str = setting("static", "NSA: a gate is a learned number (static), or linear in the input (q_cond)")
     gate_init: tuple[float, float, float] = setting((2.0, -2.0, -2.0), "NSA: logits of the three gates")
+    branches: tuple[str, ...] = setting(
+        BRANCHES, "NSA: branches to use; the gates of the others stay 0", choices=BRANCHES
+    )
     separate_kv: bool = setting(NSAConfig.separate_kv, "NSA: each branch has its own key and value projections")
-    use_flash: bool = setting(NSAConfig.use_flash, "NSA: accelerated kernels where they exist; else plain PyTorch")
+    use_flash: bool = setting(
+        NSAConfig.use_flash, "NSA: accelerated kernels where they exist; else plain PyTorch", free=True
+    )
 
     iterations: int = setting(5000, "optimizer steps", least=1)
-    batch_size: int = setting(64, "sequences in a batch", least=1)
+    batch_size: int = setting(64, "sequences in a batch, those of all processes together", least=1)
+    accumulate: int = setting(
+        1, "parts that a process computes its share of a batch in, to save memory", least=1, free=True
+    )
     learning_rate: float = setting(1e-3, "peak learning rate; it decays to a tenth along a cosine", least=0)
     warmup: int = setting(100, "iterations of linear warm-up", least=0)
-    weight_decay: float = setting(0.1, "on the matrices of linear layers, and on nothing else", least=0)
+    weight_decay: float = setting(0.1, "on matrices; not on norms, biases, embeddings and gates", least=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient", least=1e-6)
     eval_interval: int = setting(250, "iterations between evaluations", least=1)
-    eval_batches: int = setting(20, "fixed batches of an evaluation, of each split", least=1)
+    eval_batches: int = setting(200, "fixed batches of an evaluation, of each split", least=1)
 
-    prompt: str | None = setting(None, "what the generated text begins with; not given: a new line")
-    sample_length: int = setting(500, "characters to generate at the end", least=0)
-    temperature: float = setting(0.8, "of generated text: below 1 is safer, above 1 bolder", least=0.01)
-    top_k: int | None = setting(None, "generate among the k likeliest characters only", least=1)
+    pairs: int = setting(32, "recall: keys with a value in a sequence", least=1)
+    test_contexts: tuple[int, ...] = setting((), "recall: other lengths to test the trained model at")
+
+    generate: bool = setting(False, "train nothing; continue --prompt with the model of --checkpoint", free=True)
+    checkpoint: Path | None = setting(None, "model to generate with; not given: the best one in --out", free=True)
+    prompt: tuple[str, ...] | None = setting(
+        None, "what generated text begins with, one or more; not given: a new line", free=True
+    )
+    sample_length: int = setting(500, "characters to generate at the end", least=0, free=True)
+    temperature: float = setting(0.8, "of generated text: below 1 is safer, above 1 bolder", least=0.01, free=True)
+    top_k: int | None = setting(None, "generate among the k likeliest characters only", least=1, free=True)
+    top_p: float | None = setting(None, "generate among the likeliest characters that make up this share", free=True)
+    stop: str | None = setting(None, "generated text ends before this text", free=True)
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             value, least, choices = getattr(self, each.name), each.metadata["least"], each.metadata["choices"]
             if least is not None and value is not None and not value >= least:
                 raise ValueError(f"{each.name} = {value!r}: must be at least {least}")
-            if choices is not None and value not in choices:
+            chosen = value if isinstance(value, tuple) else (value,)
+            if choices is not None and not set(chosen) <= set(choices):
                 raise ValueError(f"{each.name} = {value!r}: must be one of {', '.join(choices)}")
         if self.plot_layer is not None and self.plot_layer > self.layers:
             raise ValueError(f"plot_layer = {self.plot_layer}: there are {self.layers} layers")
+        if not self.value_dropout < 1:
+            raise ValueError(f"value_dropout = {self.value_dropout}: must be below 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: must be above 0 and at most 1")
+        if self.stop == "":
+            raise ValueError("stop = '': must have a character at least")
+        if self.task == "recall":
+            self.check_recall()
+
+    def check_recall(self) -> None:
+        shortest = min((self.context, *self.test_contexts))
+        if self.pairs > RECALL_KEYS:
+            raise ValueError(f"pairs = {self.pairs}: must be at most {RECALL_KEYS}, the number of keys")
+        if shortest < 8 * self.pairs:
+            raise ValueError(f"context = {shortest}: must be at least 8 * pairs = {8 * self.pairs}")
+        if self.rope_theta is None and any(length > self.context for length in self.test_contexts):
+            raise ValueError(f"test_contexts = {self.test_contexts}: lengths above context need rope_theta")
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -142,13 +222,15 @@ class Settings:
     def nsa_config(self) -> NSAConfig:
         shared = {each.name for each in dataclasses.fields(NSAConfig)}
         mine = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in shared}
-        return NSAConfig(seq_len=self.context, **mine)
+        return NSAConfig(seq_len=max(self.context, *self.test_contexts, 1), **mine)
 
     def plain(self) -> dict[str, typing.Any]:
         """As a dict that JSON and `torch.load(weights_only=True)` take."""
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
+
+RECALL_KEYS = RECALL_VALUES = RECALL_FILLERS = 32  # distinct tokens of each kind
 
 FULL = Settings()
 QUICK = dataclasses.replace(
@@ -171,6 +253,22 @@ QUICK = dataclasses.replace(
     eval_batches=4,
     sample_length=200,
 )
+RECALL = dataclasses.replace(
+    FULL,
+    task="recall",
+    attention="both",
+    out=FULL.out / "recall",
+    layers=2,
+    dim=128,
+    heads=2,
+    context=1024,
+    rope_theta=1e4,
+    dropout=0.0,
+    gate_init=(0.0, 0.0, 0.0),
+    iterations=2000,
+    learning_rate=3e-3,
+    eval_batches=4,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -183,7 +281,13 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     parsed = vars(make_parser().parse_args(arguments))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
     given = {name: value for name, value in given.items() if value is not None}
-    preset = QUICK if given.pop("quick", QUICK_TEST) else FULL
+    quick = given.pop("quick", None)
+    if given.get("task") == "recall":
+        if quick is not None:
+            raise Stop("--quick and --full are presets for text; --task recall is a preset of its own")
+        preset = RECALL
+    else:
+        preset = QUICK if (QUICK_TEST if quick is None else quick) else FULL
     try:
         return dataclasses.replace(preset, **given)
     except ValueError as problem:
@@ -206,67 +310,150 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def help_text(each: dataclasses.Field) -> str:
-    full, quick = (getattr(preset, each.name) for preset in (FULL, QUICK))
-    if full is None:
+    presets = {"full": FULL, "quick": QUICK, "recall": RECALL}
+    values = {name: getattr(preset, each.name) for name, preset in presets.items()}
+    if not any(values.values()):
         return each.metadata["help"]
-    shown = f"{full}" if full == quick else f"full: {full}, quick: {quick}"
+    same = len(set(values.values())) == 1
+    shown = f"{values['full']}" if same else ", ".join(f"{name}: {value}" for name, value in values.items())
     return f"{each.metadata['help']} ({shown})"
 
 
 def parsing_of(each: dataclasses.Field) -> dict[str, typing.Any]:
-    """What argparse needs to know of a field: from its type `X`, `X | None`, `tuple[X, ...]` or bool."""
+    """What argparse needs to know of a field: from its type `X`, `tuple[X, ...]`, either of them or None, or bool."""
     if each.type is bool:
         return {"action": argparse.BooleanOptionalAction}
-    parts = typing.get_args(each.type)
-    if isinstance(each.type, types.UnionType):
-        return {"type": parts[0], "metavar": parts[0].__name__.upper()}
-    if parts:
-        return {"type": parts[0], "nargs": len(parts), "metavar": parts[0].__name__.upper()}
-    metavar = None if each.metadata["choices"] else each.type.__name__.upper()
-    return {"type": each.type, "choices": each.metadata["choices"], "metavar": metavar}
+    kind = typing.get_args(each.type)[0] if isinstance(each.type, types.UnionType) else each.type
+    items = typing.get_args(kind)
+    of = items[0] if items else kind
+    parsing = {"type": of, "choices": each.metadata["choices"]}
+    if parsing["choices"] is None:
+        parsing["metavar"] = of.__name__.upper()
+    if items:
+        parsing["nargs"] = "+" if items[-1] is Ellipsis else len(items)
+    return parsing
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 2  Runtime: where and in which precision the arithmetic happens, and how lines reach the user
+# 2  Runtime: where the arithmetic happens, in which precision, in how many processes; how lines reach the user
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @dataclass(frozen=True)
 class Runtime:
+    """A device, a precision, and this process's place among those that train together."""
+
     device: torch.device
     dtype: torch.dtype
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Runtime":
-        name = settings.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            number = torch.zeros(1, device=name)
-            number.item()  # fails here and now where the device cannot be used
-        except (RuntimeError, AssertionError) as problem:
-            raise Stop(f"device = {name!r}: {str(problem).splitlines()[0]}") from problem
-        device = number.device
-        automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cls(device, automatic if settings.dtype == "auto" else getattr(torch, settings.dtype))
+    rank: int = 0
+    world: int = 1
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
 
+    def peak_memory(self) -> float:
+        """GiB that this process has held at most: of the GPU's memory, or of the host's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    def share(self, batch: tuple[Tensor, Tensor], parts: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's rows of a batch, in so many equal parts, on the device."""
+        rows = len(batch[0]) // (self.world * parts)
+        for part in range(self.rank * parts, (self.rank + 1) * parts):
+            tokens, targets = (self.send(each[part * rows : (part + 1) * rows]) for each in batch)
+            yield tokens, targets
+
+    def send(self, x: Tensor) -> Tensor:
+        """To the device; a GPU is not waited for."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def gather(self, value: object) -> list:
+        """The value of every process."""
+        values = [value]
+        if self.world > 1:
+            values *= self.world
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[..., typing.Any], *arguments: object) -> typing.Any:
+        """What the function returns on the first process, for all of them. It runs there alone; a Stop stops all."""
+        if self.world == 1:
+            return function(*arguments)
+        answer: list[typing.Any] = [None]
+        if self.rank == 0:
+            try:
+                answer = [function(*arguments)]
+            except Stop as reason:
+                answer = [reason]
+        dist.broadcast_object_list(answer, device=self.device)
+        if isinstance(answer[0], Stop):
+            raise answer[0]
+        return answer[0]
+
+    def alone(self) -> "Runtime":
+        """The same, for work that one process does by itself."""
+        return dataclasses.replace(self, rank=0, world=1)
+
     def __str__(self) -> str:
         name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
-        return f"{self.device}{name}, {str(self.dtype).removeprefix('torch.')}"
+        processes = f", {self.world} processes" if self.world > 1 else ""
+        return f"{self.device}{name}, {str(self.dtype).removeprefix('torch.')}{processes}"
 
 
-def say(line: str = "") -> None:
-    print(line, flush=True)  # at once, into a pipe too
+@contextmanager
+def joined_processes(settings: Settings) -> Iterator[Runtime]:
+    """Joins the processes that torchrun started, if it did, and leaves them whichever way the body ends."""
+    together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if settings.fsdp and not together:
+        raise Stop("fsdp: shards a model over processes; start them with torchrun --nproc-per-node N")
+    device = find_device(settings.device)
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = automatic if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if not together:
+        yield Runtime(device, dtype)
+        return
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    try:
+        yield Runtime(device, dtype, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. Among several processes of one host, each has the GPU of its number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        number = torch.zeros(1, device=name)
+        number.item()  # fails here and now where the device cannot be used
+    except (RuntimeError, AssertionError) as problem:
+        raise Stop(f"device = {name!r}: {gist(problem)}") from problem
+    return number.device
+
+
+def say(line: str = "", end: str = "\n") -> None:
+    if IS_MAIN:
+        print(line, end=end, flush=True)  # at once, into a pipe too
 
 
 @contextmanager
@@ -280,22 +467,86 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class Stopwatch:
-    """Counts the seconds spent inside `with stopwatch`, a GPU's unfinished work included."""
+class StopRequest:
+    """Inside `with`, a first Ctrl-C or SIGTERM only asks, so that the step is finished and saved; a second one ends."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.total, self.started = runtime, 0.0, None
+    def __init__(self) -> None:
+        self.asked = False
 
-    @property
-    def seconds(self) -> float:
-        return self.total + (0.0 if self.started is None else time.perf_counter() - self.started)
+    def ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
+    def __enter__(self) -> "StopRequest":
+        self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.runtime.synchronize()
-        self.total, self.started = self.seconds, None
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class InFlight:
+    """Numbers on their way from the device. Read once the next step was launched, they keep no GPU waiting."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
+class Log:
+    """A JSON object a line: the run's settings and environment, then every step and evaluation. TensorBoard's too.
+
+    A resumed run goes on in the same file. Where a step comes twice, the later line counts.
+    """
+
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self.file = self.board = None
+        if settings.log is not None and IS_MAIN:
+            self.file = settings.log.open("a" if settings.resume else "w", encoding="utf-8", buffering=1)
+            self.line({"settings": settings.plain(), "environment": environment(runtime)})
+        if settings.tensorboard and IS_MAIN:
+            self.board = self.make_board(settings.out / "tensorboard")
+
+    def make_board(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            say("TensorBoard: skipped, it is not installed")
+            return None
+        return SummaryWriter(folder)
+
+    def write(self, attention: str, iteration: int, **values: object) -> None:
+        self.line({"attention": attention, "iteration": iteration, **values})
+        for name, value in values.items() if self.board is not None else ():
+            if isinstance(value, float):
+                self.board.add_scalar(f"{attention}/{name}", value, iteration)
+
+    def line(self, values: dict[str, object]) -> None:
+        if self.file is not None:
+            print(json.dumps(values), file=self.file)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self.file, self.board):
+            if each is not None:
+                each.close()
+
+
+def environment(runtime: Runtime) -> dict[str, str]:
+    """What a run ran on."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {**versions, "platform": platform.platform(), "device": str(runtime), "command": " ".join(sys.argv)}
 
 
 class Progress:
@@ -303,28 +554,28 @@ class Progress:
 
     INTERVAL = 15.0
 
-    def __init__(self, total: int, title: str) -> None:
-        self.total, self.title, self.done = total, title, 0
+    def __init__(self, total: int, title: str, done: int = 0) -> None:
+        self.total, self.title, self.done = total, title, done
         self.bar = self.make_bar()
         self.next_line = time.monotonic() + self.INTERVAL
 
     def make_bar(self):
-        if not sys.stderr.isatty():
+        if not (IS_MAIN and sys.stderr.isatty()):
             return None
         try:
             from tqdm import tqdm
         except ImportError:
             return None
         columns, rows = shutil.get_terminal_size()  # 80 × 24 where it is not known: tqdm would draw nothing there
-        return tqdm(total=self.total, desc=self.title, ncols=columns, nrows=rows, leave=False)
+        return tqdm(total=self.total, initial=self.done, desc=self.title, ncols=columns, nrows=rows, leave=False)
 
-    def advance(self, loss: Tensor, tokens_per_second: float) -> None:
+    def advance(self, loss: float, tokens_per_second: float) -> None:
         self.done += 1
         if self.bar is not None:
-            if self.bar.update():  # drawn only a few times a second; reading the loss makes a GPU wait
-                self.bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens_per_second:,.0f} tokens/s")
+            if self.bar.update():  # drawn only a few times a second
+                self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
         elif time.monotonic() > self.next_line:
-            self.say(f"{self.position()}: loss {loss.item():.3f}, {tokens_per_second:,.0f} tokens/s")
+            self.say(f"{self.position()}: loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
             self.next_line = time.monotonic() + self.INTERVAL
 
     def position(self) -> str:
@@ -344,8 +595,9 @@ class Progress:
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 3  Data: which text, its vocabulary, its two splits, and batches of it
+# 3  Data: a text and its two splits, or sequences to recall from; and batches of either
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
 
 INPUT = HERE / "input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -355,21 +607,100 @@ DOWNLOAD_TIMEOUT = 10.0  # seconds without a byte
 TRAIN_FRACTION = 0.9
 
 
+Batch = tuple[Tensor, Tensor]  # tokens (B, T) and targets (B, T): what follows each token, or −100 where nobody asks
+
+
 @dataclass(frozen=True)
 class Corpus:
+    """A text. Its distinct characters, in order, are the vocabulary; a token is a position in there."""
+
     source: str  # which text this is
-    vocabulary: str  # its distinct characters, in order; a token is a position in here
+    vocabulary: str
     train: Tensor  # (characters,)
     val: Tensor
+
+    def draw(self, split: str, batch_size: int, context: int, generator: torch.Generator) -> Batch:
+        """Random windows of a split, and the same windows one character later."""
+        tokens = {"train": self.train, "val": self.val}[split]
+        starts = torch.randint(len(tokens) - context, (batch_size, 1), generator=generator)
+        windows = tokens[starts + torch.arange(context + 1)]  # (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
+
+    def passage(self, length: int) -> Tensor:
+        """The first tokens of the validation split (T,)."""
+        return self.val[:length]
+
+    @property
+    def identity(self) -> str:
+        """Equal for equal texts."""
+        return hashlib.sha256(decode(torch.cat([self.train, self.val]), self.vocabulary).encode()).hexdigest()
+
+    @property
+    def chance(self) -> str:
+        return f"knowing only how frequent each character is: {entropy(self.train):.2f}"
 
     def __str__(self) -> str:
         size = f"{len(self.train):,} characters to train on, {len(self.val):,} to validate"
         return f"data: {self.source}; {size}, {len(self.vocabulary)} distinct"
 
 
-def load_corpus(data: Path | None, context: int) -> Corpus:
-    """The text, encoded and split in order. Stops if it is not there, not text, or too short for `context`."""
-    source, text = find_text(data)
+@dataclass(frozen=True)
+class Recall:
+    """Associative recall: keys, each followed by its value, among filler; then the keys again, in another order.
+
+        . . k₁ v₁ . . . k₂ v₂ . k₃ v₃ . . . . . . . . . . . . . . k₂ v₂ k₃ v₃ k₁ v₁
+        pairs in the first half, one in each of so many parts     asked for: each value, where its key is repeated
+
+    Keys are distinct and values drawn anew for each sequence, so that nothing can be learnt by heart.
+    """
+
+    pairs: int
+    # Any distinct characters do: a vocabulary is what generated text would be spelled with.
+    vocabulary: str = "".join(map(chr, range(0x4E00, 0x4E00 + RECALL_KEYS + RECALL_VALUES + RECALL_FILLERS)))
+
+    def draw(self, split: str, batch_size: int, context: int, generator: torch.Generator) -> Batch:
+        """Sequences, of which both splits have as many as they like."""
+        first_value, first_filler = RECALL_KEYS, RECALL_KEYS + RECALL_VALUES
+        shape, part, end = (batch_size, self.pairs), context // 2 // self.pairs, context - 2 * self.pairs
+        keys = torch.rand(batch_size, RECALL_KEYS, generator=generator).argsort(1)[:, : self.pairs]
+        values = first_value + torch.randint(RECALL_VALUES, shape, generator=generator)
+        places = torch.arange(self.pairs) * part + torch.randint(part - 1, shape, generator=generator)
+        order = torch.rand(shape, generator=generator).argsort(1)
+        tokens = first_filler + torch.randint(RECALL_FILLERS, (batch_size, context), generator=generator)
+        tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+        tokens[:, end::2], tokens[:, end + 1 :: 2] = keys.gather(1, order), values.gather(1, order)
+        targets = torch.full_like(tokens, -100)
+        targets[:, end::2] = values.gather(1, order)
+        return tokens, targets
+
+    def passage(self, length: int) -> Tensor:
+        return self.draw("val", 1, length, torch.Generator().manual_seed(0))[0][0]
+
+    @property
+    def identity(self) -> str:
+        return str(self)
+
+    @property
+    def chance(self) -> str:
+        loss, accuracy = math.log(RECALL_VALUES), 1 / RECALL_VALUES
+        return f"guessing among {RECALL_VALUES} values: loss {loss:.2f}, accuracy {accuracy:.3f}"
+
+    def __str__(self) -> str:
+        return f"data: associative recall; {self.pairs} of {RECALL_KEYS} keys, each with one of {RECALL_VALUES} values"
+
+
+Data = Corpus | Recall
+
+
+def load_data(settings: Settings, runtime: Runtime) -> Data:
+    """The first process reads or fetches the text; the others have it from there."""
+    if settings.task == "recall":
+        return Recall(settings.pairs)
+    return make_corpus(*runtime.on_main(find_text, settings.data), settings.context)
+
+
+def make_corpus(source: str, text: str, context: int) -> Corpus:
+    """The text, encoded and split in order. Stops if it is too short for `context`."""
     vocabulary = "".join(sorted(set(text)))
     tokens = encode(text, vocabulary)
     boundary = int(TRAIN_FRACTION * len(tokens))
@@ -445,22 +776,14 @@ def entropy(tokens: Tensor) -> float:
     return -torch.special.xlogy(p, p).sum().item()
 
 
-def draw_batch(tokens: Tensor, batch_size: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random windows of the text, and the same windows one character later: (B, T) and (B, T)."""
-    starts = torch.randint(len(tokens) - context, (batch_size, 1), generator=generator)
-    windows = tokens[starts + torch.arange(context + 1)]  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
+Batches = dict[str, list[Batch]]
 
 
-Batches = dict[str, list[tuple[Tensor, Tensor]]]
-
-
-def fixed_batches(corpus: Corpus, settings: Settings) -> Batches:
+def fixed_batches(data: Data, settings: Settings) -> Batches:
     """The batches of every evaluation, whatever the attention: differences of losses are then the model's."""
     generator = torch.Generator().manual_seed(settings.seed + 1)  # not the batches that training begins with
     shape = settings.batch_size, settings.context, generator
-    splits = {"train": corpus.train, "val": corpus.val}
-    return {name: [draw_batch(split, *shape) for _ in range(settings.eval_batches)] for name, split in splits.items()}
+    return {split: [data.draw(split, *shape) for _ in range(settings.eval_batches)] for split in ("train", "val")}
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -473,7 +796,6 @@ class DenseAttention(nn.Module):
 
     def __init__(self, cfg: NSAConfig) -> None:
         super().__init__()
-        assert cfg.rope_theta is None, "dense attention here has no rotary position embedding"
         self.cfg = cfg
         inner, inner_kv = cfg.heads * cfg.dim_head, cfg.kv_heads * cfg.dim_head
         self.to_q = nn.Linear(cfg.dim, inner, bias=cfg.bias)
@@ -482,13 +804,26 @@ class DenseAttention(nn.Module):
         self.to_out = nn.Linear(inner, cfg.dim, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, cache: None = None, cu_seqlens: None = None) -> Tensor:
+        """(B, T, dim) → (B, T, dim). NSABlock passes more arguments than dense attention has a use for here."""
         q, k, v = (self.split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
+        if self.cfg.rope_theta is not None:
+            q, k = rotate(q, self.cfg.rope_theta), rotate(k, self.cfg.rope_theta)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.cfg.kv_heads != self.cfg.heads)
         return self.dropout(self.to_out(o.transpose(1, 2).flatten(2)))  # (B, H, T, D) → (B, T, H·D) → (B, T, dim)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.cfg.dim_head)).transpose(1, 2)  # (B, T, H·D) → (B, H, T, D)
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary positions, as NSA's: dimensions i and i + D/2 of (B, H, T, D) turn as a pair by t·theta^(−2i/D)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequencies  # (T, D/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 @contextmanager
@@ -506,7 +841,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class NSALanguageModel(nn.Module):
     """A GPT of NSA blocks: token and position embeddings, blocks, LayerNorm, a head tied to the token embedding.
 
-    `attention="dense"` replaces the attention of every block with DenseAttention and leaves all else as it is.
+    `attention="dense"` replaces the attention of every block with DenseAttention and leaves all else as it is. With
+    `cfg.rope_theta` positions are rotary, and there is no position embedding.
 
     >>> model = NSALanguageModel(vocab_size=65, cfg=NSAConfig(dim=64, heads=4, seq_len=128), layers=2)
     >>> logits, loss = model(torch.randint(65, (8, 128)))
@@ -514,14 +850,18 @@ class NSALanguageModel(nn.Module):
     torch.Size([8, 128, 65])
     """
 
-    def __init__(self, vocab_size: int, cfg: NSAConfig, layers: int, attention: str = "nsa") -> None:
+    recompute = False  # True: blocks keep nothing for the backward, and run again there
+
+    def __init__(
+        self, vocab_size: int, cfg: NSAConfig, layers: int, attention: str = "nsa", init_std: float = 0.02
+    ) -> None:
         super().__init__()
         if attention not in ATTENTIONS:
             raise ValueError(f"attention = {attention!r}: must be one of {', '.join(ATTENTIONS)}")
         self.cfg = cfg
         self.attention = attention
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
-        self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim)
+        self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim) if cfg.rope_theta is None else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(NSABlock(cfg) for _ in range(layers))
         if attention == "dense":
@@ -530,36 +870,58 @@ class NSALanguageModel(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, bias=cfg.bias)
         self.head = nn.Linear(cfg.dim, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
-        self.initialize()
+        self.initialize(init_std)
 
-    def initialize(self) -> None:
-        """As nanoGPT does: normal(0.02), and less where 2·layers branches add up in the residual stream."""
+    def initialize(self, std: float) -> None:
+        """As nanoGPT does: normal(std), and less where 2·layers branches add up in the residual stream."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
             last_of_ffn = [layer for layer in block.ffn if isinstance(layer, nn.Linear)][-1]
             for projection in (block.attn.to_out, last_of_ffn):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+                nn.init.normal_(projection.weight, std=std / math.sqrt(2 * len(self.blocks)))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, T), targets (B, T) → logits (B, T, vocabulary), mean cross-entropy in nats or None."""
+        """tokens (B, T), targets (B, T) → logits (B, T, vocabulary), mean cross-entropy in nats or None.
+
+        Targets of −100 are not asked for.
+        """
         logits = self.head(self.norm(self.hidden(tokens)))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    def hidden(self, tokens: Tensor, layers: int | None = None) -> Tensor:
-        """The residual stream (B, T, dim) behind the first `layers` blocks; None: behind all."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        layers: int | None = None,
+        caches: Sequence[NSACache] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream (B, T, dim) behind the first `layers` blocks; None: behind all.
+
+        With a cache for each block, tokens go on where their row left off; `mask` (B, T) is False at padding.
+        """
         length = tokens.shape[1]
         if length > self.cfg.seq_len:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the longest sequence is {self.cfg.seq_len}")
-        positions = torch.arange(length, device=tokens.device)
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, dim)
-        for block in self.blocks[:layers]:
-            x = block(x)
+        x = self.token_embedding(tokens)  # (B, T, dim)
+        if self.position_embedding is not None:
+            positions = torch.arange(length, device=tokens.device)
+            if caches is not None:
+                positions = positions + torch.tensor(caches[0].lengths, device=tokens.device)[:, None]
+            x = x + self.position_embedding(positions.clamp(max=self.cfg.seq_len - 1))  # padding may lie behind the end
+        x = self.dropout(x)
+        for number, block in enumerate(self.blocks[:layers]):
+            if caches is not None:
+                x = block(x, cache=caches[number], key_padding_mask=mask)
+            elif self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
     def patterns(self, tokens: Tensor, layer: int):
@@ -570,42 +932,150 @@ class NSALanguageModel(nn.Module):
 
     def generate(
         self,
-        tokens: Tensor,
+        prompts: Sequence[Tensor],
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue tokens (B, T), T ≥ 1, one at a time, each drawn from what the last `seq_len` tokens predict."""
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: must be (B, T) with T at least 1")
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
+        """Continue prompts, each (T ≥ 1,) of whatever length: yields the next token of each, (B,), as it comes.
+
+        A token is drawn among the `top_k` likeliest, and among the likeliest that make up `top_p` of the probability.
+        A sequence that outgrows `seq_len` forgets its beginning: see `visible`. NSA computes each token once and keeps
+        keys and values in an NSACache, or without `use_cache` all of them anew for each token, as dense attention does.
+        """
+        for number, prompt in enumerate(prompts):
+            if prompt.ndim != 1 or len(prompt) == 0:
+                raise ValueError(f"prompts[{number}] of shape {tuple(prompt.shape)}: must be (T,) with T at least 1")
         if not temperature > 0:
             raise ValueError(f"temperature = {temperature}: must be above 0; top_k=1 always takes the likeliest token")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k = {top_k}: must be at least 1")
-        with evaluation_mode(self):
-            for _ in range(max_new_tokens):
-                logits = self(tokens[:, -self.cfg.seq_len :])[0][:, -1].float() / temperature  # (B, vocabulary)
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                tokens = torch.cat([tokens, drawn], dim=1)
-        return tokens
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p = {top_p}: must be above 0 and at most 1")
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        return self.continued(list(prompts), max_new_tokens, use_cache and self.attention == "nsa", choice)
+
+    def continued(self, rows: list[Tensor], count: int, use_cache: bool, choice: dict) -> Iterator[Tensor]:
+        caches = self.make_caches(len(rows)) if use_cache else None
+        for _ in range(count):
+            with evaluation_mode(self):
+                drawn = draw_token(self.next_logits(rows, caches), **choice)
+            rows = [torch.cat([row, token]) for row, token in zip(rows, drawn[:, None], strict=True)]
+            yield drawn
+
+    def make_caches(self, batch: int) -> list[NSACache]:
+        """A cache for each block, in the precision in which keys and values come here."""
+        weight = self.token_embedding.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        length = self.cfg.seq_len
+        return [NSACache(block.attn.cfg, batch, length, device=weight.device, dtype=dtype) for block in self.blocks]
+
+    def next_logits(self, rows: list[Tensor], caches: list[NSACache] | None) -> Tensor:
+        """What follows each row (T,): (B, vocabulary). Caches come from earlier calls with the same rows, shorter."""
+        rows = [row[visible(len(row), self.cfg.seq_len) :] for row in rows]
+        mask = None
+        if caches is not None:
+            if any(len(row) <= length for row, length in zip(rows, caches[0].lengths, strict=True)):
+                for cache in caches:  # a row has forgotten its beginning, and all of its positions change
+                    cache.reset()
+            rows = [row[length:] for row, length in zip(rows, caches[0].lengths, strict=True)]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where a causal model is blind
+        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+        if caches is not None and len(set(map(len, rows))) > 1:
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        x = self.hidden(tokens, caches=caches, mask=mask)
+        last = x[torch.arange(len(rows), device=x.device), lengths - 1]  # (B, dim)
+        return self.head(self.norm(last))
 
 
-def build_model(corpus: Corpus, attention: str, settings: Settings, runtime: Runtime) -> NSALanguageModel:
+def visible(length: int, seq_len: int) -> int:
+    """Where the part of a sequence that the model still sees begins: when it is full, its older half is forgotten."""
+    half = max(1, seq_len // 2)
+    return max(0, -(-(length - seq_len) // half) * half)
+
+
+def draw_token(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A token (B,) for each row of logits (B, vocabulary)."""
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    p = logits.softmax(-1)
+    if top_p is not None:
+        sorted_p, order = p.sort(dim=-1, descending=True)
+        dispensable = sorted_p.cumsum(-1) - sorted_p >= top_p  # the likelier ones make it up without this one
+        p = p.masked_fill(dispensable.scatter(1, order, dispensable), 0.0)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def build_model(data: Data, attention: str, settings: Settings) -> NSALanguageModel:
+    """The model that these settings ask for, on the CPU, the same on every machine."""
     torch.manual_seed(settings.seed)
     try:
-        model = NSALanguageModel(len(corpus.vocabulary), settings.nsa_config(), settings.layers, attention)
+        config = settings.nsa_config()
+        model = NSALanguageModel(len(data.vocabulary), config, settings.layers, attention, settings.init_std)
     except (ValueError, TypeError) as problem:
         raise Stop(str(problem)) from problem
-    return model.to(runtime.device)
+    model.recompute = settings.recompute
+    if settings.value_dropout > 0:
+        drop_values(model, settings.value_dropout)
+    if attention == "nsa":
+        close_gates(model, [branch not in settings.branches for branch in BRANCHES])
+    return model
+
+
+def drop_values(model: NSALanguageModel, p: float) -> None:
+    """In training, a token now and then has no value for a head. A query then misses what it looks at, as with dropout
+    on attention probabilities, for which no attention kernel needs to know."""
+
+    def drop(_: nn.Module, __: object, values: Tensor) -> Tensor:
+        values = values.unflatten(-1, (-1, model.cfg.dim_head))  # (B, T, heads, D)
+        kept = F.dropout(torch.ones_like(values[..., :1]), p, training=model.training)
+        return (values * kept).flatten(-2)
+
+    for block in model.blocks:
+        block.attn.to_v.register_forward_hook(drop)
+
+
+@torch.no_grad()
+def close_gates(model: NSALanguageModel, closed: list[bool]) -> None:
+    """A gate of sigmoid(−∞) is 0, and so is its gradient: a closed branch adds nothing, and stays closed."""
+    for block in model.blocks:
+        block.attn.gate_bias[:, closed] = -math.inf
 
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def place(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> None:
+    """Puts the model where it trains: on this process's device, whole or its shard of it."""
+    if settings.compile:
+        model.compile()
+    if not settings.fsdp:
+        model.to(runtime.device)
+        return
+    for module in (*model.blocks, model):  # weights move to the device a block at a time
+        fully_shard(module)
+
+
+def replicated(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> nn.Module:
+    """What a training step calls in the model's place, so that gradients are averaged over the processes."""
+    if settings.fsdp or runtime.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -614,17 +1084,21 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def make_optimizer(model: NSALanguageModel, settings: Settings) -> torch.optim.AdamW:
-    """AdamW. The matrices of linear layers decay; norms, biases, embeddings, gates and compressors do not."""
-    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    decayed = [weight for weight in linear if weight is not model.token_embedding.weight]  # the head's weight is tied
-    ids = {id(weight) for weight in decayed}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    fused = others[0].device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=fused)
+    """AdamW. Matrices decay, those of compressors too; norms, biases, embeddings and the gates' logits do not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim >= 2 and not name.endswith(("embedding.weight", "position", "gate_bias"))].append(
+            parameter
+        )
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": settings.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
+        fused=next(model.parameters()).device.type == "cuda",
+    )
 
 
 def learning_rate(iteration: int, settings: Settings) -> float:
@@ -641,71 +1115,153 @@ def learning_rate(iteration: int, settings: Settings) -> float:
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
+EVALUATED_GATES = 256  # tokens at the end of a sequence whose gates are averaged
+
+
 @dataclass(frozen=True)
 class Evaluation:
     iteration: int
-    train: float
+    train: float  # loss on fixed batches of each split
     val: float
+    accuracy: float  # share of the validation targets that the model thinks likeliest
+    gates: list[list[float]]  # of each layer: the mean gate of each branch; dense: []
 
 
-def evaluate(model: NSALanguageModel, batches: Batches, iteration: int, runtime: Runtime) -> Evaluation:
-    """Losses on the fixed batches of both splits."""
+def evaluate(
+    model: NSALanguageModel, batches: Batches, iteration: int, settings: Settings, runtime: Runtime
+) -> Evaluation:
     with evaluation_mode(model), runtime.autocast():
-        means = {name: mean_loss(model, split, runtime.device) for name, split in batches.items()}
-    return Evaluation(iteration, **means)
+        train, _ = score(model, batches["train"], settings.accumulate, runtime)
+        val, accuracy = score(model, batches["val"], settings.accumulate, runtime)
+        gates = mean_gates(model, batches["val"][0][0][:1].to(runtime.device))
+    return Evaluation(iteration, train, val, accuracy, gates)
 
 
-def mean_loss(model: NSALanguageModel, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    losses = [model(tokens.to(device), targets.to(device))[1] for tokens, targets in batches]
-    return torch.stack(losses).mean().item()
+def score(model: NSALanguageModel, batches: list[Batch], parts: int, runtime: Runtime) -> tuple[float, float]:
+    """Mean loss, and share of right answers, over all targets of all batches."""
+    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    for batch in batches:
+        for tokens, targets in runtime.share(batch, parts):
+            logits, loss = model(tokens, targets)
+            asked = (targets >= 0).sum()
+            totals += torch.stack([loss * asked, (logits.argmax(-1) == targets).sum(), asked])
+    loss, right, asked = runtime.sum(totals).tolist()
+    return loss / asked, right / asked
+
+
+def mean_gates(model: NSALanguageModel, tokens: Tensor) -> list[list[float]]:
+    """Of each layer (local, compressed, selective): its gates, averaged over the heads and the last tokens (B, T)."""
+    gates: list[Tensor] = []
+
+    def look(attention: nn.Module, inputs: tuple[Tensor]) -> None:
+        # A gate depends on its own token alone, so that the others may be left out.
+        patterns = attention.attention_patterns(inputs[0][:, -EVALUATED_GATES:])
+        gates.append(patterns.gates.mean((0, 1, 2)))
+
+    if model.attention == "dense":
+        return []
+    hooks = [block.attn.register_forward_pre_hook(look) for block in model.blocks]
+    with torch.compiler.set_stance("force_eager"):  # compiled code has no hooks
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(gates).tolist()
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 7  Checkpoint: the best model so far, in one file that `torch.load(weights_only=True)` reads
+# 7  Checkpoint: all that a run is, in one file that `torch.load(weights_only=True)` reads
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-class Keeper:
-    """Keeps the model with the lowest validation loss, on disk; `best` says which one lies there."""
-
-    def __init__(self, path: Path, vocabulary: str, settings: Settings) -> None:
-        self.path, self.vocabulary, self.settings = path, vocabulary, settings
-        self.best: Evaluation | None = None
-
-    def offer(self, model: NSALanguageModel, evaluation: Evaluation) -> None:
-        if self.best is None or evaluation.val < self.best.val:
-            save_checkpoint(self.path, model, evaluation, self.vocabulary, self.settings)
-            self.best = evaluation
-
-    def __str__(self) -> str:
-        if self.best is None:
-            return "no checkpoint had been written yet"
-        return f"{self.path} keeps iteration {self.best.iteration} (validation loss {self.best.val:.4f})"
+def save_checkpoint(state: dict[str, typing.Any], *paths: Path) -> None:
+    """Each file is whole, the old one or the new one, whenever this is killed."""
+    for path in paths:
+        try:
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as problem:
+            raise Stop(f"cannot write {path}: {gist(problem)}", exit_code=1) from problem
 
 
-def save_checkpoint(
-    path: Path, model: NSALanguageModel, evaluation: Evaluation, vocabulary: str, settings: Settings
-) -> None:
-    checkpoint = {
-        "model": model.state_dict(),
-        "config": dataclasses.asdict(model.cfg),
-        "layers": len(model.blocks),
-        "attention": model.attention,
-        "vocabulary": vocabulary,
-        "settings": settings.plain(),
-        **dataclasses.asdict(evaluation),
-    }
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, typing.Any]:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as problem:
+        raise Stop(f"there is no checkpoint {path}") from problem
+    except Exception as problem:  # what a damaged file raises depends on where it is damaged
+        raise Stop(f"{path} is no whole checkpoint: {gist(problem)}") from problem
+    expected = {"model", "optimizer", "position", "random", "run", "config", "vocabulary", "data", "settings"}
+    if not isinstance(state, dict) or not expected <= state.keys():
+        raise Stop(f"{path} is no checkpoint of {Path(__file__).name}")
+    return state
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[NSALanguageModel, dict[str, typing.Any]]:
     """The model of a checkpoint, in evaluation mode, and everything else that the file holds."""
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    config = NSAConfig(**checkpoint["config"])
-    model = NSALanguageModel(len(checkpoint["vocabulary"]), config, checkpoint["layers"], checkpoint["attention"])
-    model.load_state_dict(checkpoint.pop("model"))
-    return model.to(device).eval(), checkpoint
+    state = read_checkpoint(path, device)
+    try:
+        config = NSAConfig(**state["config"])
+        layers, attention = state["settings"]["layers"], state["run"]["attention"]
+        model = NSALanguageModel(len(state["vocabulary"]), config, layers, attention)
+        model.load_state_dict(state.pop("model"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as problem:
+        raise Stop(f"{path} does not fit this version: {gist(problem)}") from problem
+    return model.to(device).eval(), state
+
+
+def check_resumable(state: dict[str, typing.Any], path: Path, attention: str, data: Data, settings: Settings) -> None:
+    """Stops unless these settings and data would have led to this checkpoint."""
+    if state["run"]["attention"] != attention:
+        raise Stop(f"{path} is of {state['run']['attention']} attention, not {attention}")
+    if (state["data"], state["vocabulary"]) != (data.identity, data.vocabulary):
+        raise Stop(f"{path} was trained on other data")
+    for each in dataclasses.fields(settings):
+        if not each.metadata["free"]:
+            then, now = state["settings"].get(each.name), settings.plain()[each.name]
+            if then != now:
+                raise Stop(f"{path} was trained with {each.name} = {then!r}, not {now!r}")
+
+
+def gathered(state: typing.Any, keep: bool) -> typing.Any:
+    """A state dict with whole tensors, on the host, in place of shards. All processes take part; some keep them."""
+    if isinstance(state, dict):
+        return {name: gathered(value, keep) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        state = state.full_tensor()
+    if isinstance(state, Tensor):
+        return state.cpu() if keep else None
+    return state
+
+
+def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
+    """The shard of a whole tensor that this process holds, if that is what `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, typing.Any]) -> None:
+    """Weights and optimizer as they were, in shards if that is what they are now."""
+    own = model.state_dict()
+    model.load_state_dict({name: sharded_like(whole, own[name]) for name, whole in state["model"].items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {name: sharded_like(x, parameters[number]) if x.ndim > 0 else x for name, x in of.items()}
+        for number, of in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": moments})
+
+
+def random_state(runtime: Runtime) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    on_cuda = runtime.device.type == "cuda"
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(runtime.device)} if on_cuda else {})}
+
+
+def set_random_state(state: dict[str, Tensor], runtime: Runtime) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and runtime.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), runtime.device)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -713,30 +1269,65 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[NSA
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def encode_prompt(vocabulary: str, settings: Settings) -> Tensor:
-    prompt = settings.prompt
-    if prompt is None:
-        prompt = "\n" if "\n" in vocabulary else vocabulary[0]
-    try:
-        tokens = encode(prompt, vocabulary)
-    except ValueError as problem:
-        raise Stop(f"prompt = {prompt!r}: {problem}") from problem
-    if len(tokens) == 0:
-        raise Stop("prompt = '': must have a character at least")
-    return tokens[None]  # (1, T)
+def encode_prompts(vocabulary: str, settings: Settings) -> list[Tensor]:
+    prompts = settings.prompt
+    if prompts is None:
+        prompts = ("\n" if "\n" in vocabulary else vocabulary[0],)
+    for prompt in prompts:
+        try:
+            if len(encode(prompt, vocabulary)) == 0:
+                raise ValueError("must have a character at least")
+        except ValueError as problem:
+            raise Stop(f"prompt = {prompt!r}: {problem}") from problem
+    return [encode(prompt, vocabulary) for prompt in prompts]
 
 
-def generate_text(model: NSALanguageModel, vocabulary: str, settings: Settings, runtime: Runtime) -> str:
-    prompt = encode_prompt(vocabulary, settings).to(runtime.device)
+def generate_text(
+    model: NSALanguageModel, vocabulary: str, settings: Settings, runtime: Runtime
+) -> Iterator[tuple[int, str]]:
+    """Text as it comes: (which prompt, the next characters after it). It ends before the stop text, if there is one."""
+    prompts = [prompt.to(runtime.device) for prompt in encode_prompts(vocabulary, settings)]
+    options = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    tokens = model.generate(prompts, settings.sample_length, generator=runtime.generator(settings.seed), **options)
+    held = [""] * len(prompts)  # characters that may yet turn out to be the beginning of the stop text
+    going = set(range(len(prompts)))
     with runtime.autocast():
-        tokens = model.generate(
-            prompt,
-            settings.sample_length,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            generator=runtime.generator(settings.seed),
-        )
-    return decode(tokens[0], vocabulary)
+        for drawn in tokens:
+            for row in sorted(going):
+                held[row] += vocabulary[drawn[row]]
+                text, held[row], stopped = before_stop(held[row], settings.stop)
+                yield row, text
+                if stopped:
+                    going.remove(row)
+            if not going:
+                return
+    for row in sorted(going):
+        yield row, held[row]
+
+
+def before_stop(text: str, stop: str | None) -> tuple[str, str, bool]:
+    """(what comes before the stop text for sure, what may be its beginning, whether it is there)."""
+    if stop is None:
+        return text, "", False
+    if stop in text:
+        return text[: text.index(stop)], "", True
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return text[:-length], text[-length:], False
+    return text, "", False
+
+
+def say_text(model: NSALanguageModel, vocabulary: str, settings: Settings, runtime: Runtime) -> None:
+    """Prompts and what the model makes of them: one as it comes, several one after the other."""
+    prompts = [decode(prompt, vocabulary) for prompt in encode_prompts(vocabulary, settings)]
+    texts = list(prompts)
+    if len(prompts) == 1:
+        say(prompts[0], end="")
+    for row, text in generate_text(model, vocabulary, settings, runtime):
+        texts[row] += text
+        if len(prompts) == 1:
+            say(text, end="")
+    say("" if len(prompts) == 1 else "\n\n".join(texts))
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -746,87 +1337,219 @@ def generate_text(model: NSALanguageModel, vocabulary: str, settings: Settings, 
 
 @dataclass
 class Run:
-    """What came of training one model."""
+    """What has come of training one model so far."""
 
     attention: str
     parameters: int
-    checkpoint: Path
-    best: Evaluation
-    evaluations: list[Evaluation]
-    losses: list[float]  # of every training batch
-    seconds: float  # in training steps; evaluations not counted
-    tokens_per_second: float
+    evaluations: list[Evaluation] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of every training batch
+    seconds: float = 0.0  # in training steps; evaluations not counted
+    tokens: int = 0  # seen in them
+    tests: dict[int, float] = field(default_factory=dict)  # recall: accuracy at each length
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The lowest validation loss of a model that has learnt anything at all."""
+        return min((each for each in self.evaluations if each.iteration > 0), key=lambda each: each.val, default=None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @classmethod
+    def of(cls, state: dict[str, typing.Any]) -> "Run":
+        return cls(**{**state, "evaluations": [Evaluation(**each) for each in state["evaluations"]]})
 
 
-def train(model: NSALanguageModel, corpus: Corpus, batches: Batches, settings: Settings, runtime: Runtime) -> Run:
-    """Train, evaluate now and then, keep the best model. Ctrl-C and a diverging loss end it with a clear line."""
-    torch.manual_seed(settings.seed)
-    optimizer = make_optimizer(model, settings)
-    generator = torch.Generator().manual_seed(settings.seed)  # both attentions see the same batches
-    keeper = Keeper(settings.out / f"{model.attention}.pt", corpus.vocabulary, settings)
-    stopwatch = Stopwatch(runtime)
-    losses: list[Tensor] = []
-    evaluations: list[Evaluation] = []
-    try:
-        with Progress(settings.iterations, model.attention) as progress:
-            for due in (*range(0, settings.iterations, settings.eval_interval), settings.iterations):
-                with stopwatch:
-                    while len(losses) < due:
-                        batch = draw_batch(corpus.train, settings.batch_size, settings.context, generator)
-                        losses.append(train_step(model, optimizer, batch, len(losses), settings, runtime))
-                        progress.advance(losses[-1], tokens_per_second(len(losses), stopwatch.seconds, settings))
-                now = evaluate(model, batches, due, runtime)
-                if not math.isfinite(now.train + now.val):
-                    raise Stop(f"the loss is not finite any more: try a lower --learning-rate; {keeper}", exit_code=1)
-                if due > 0:  # a model that has learnt nothing is not worth a file
-                    keeper.offer(model, now)
-                evaluations.append(now)
-                progress.say(f"{progress.position()}  loss {now.train:.4f}  validation {now.val:.4f}")
-    except KeyboardInterrupt:
-        raise Stop(f"interrupted in iteration {len(losses)} of {model.attention}; {keeper}", exit_code=130) from None
-    return Run(
-        attention=model.attention,
-        parameters=count_parameters(model),
-        checkpoint=keeper.path,
-        best=keeper.best,
-        evaluations=evaluations,
-        losses=torch.stack(losses).tolist(),
-        seconds=stopwatch.seconds,
-        tokens_per_second=tokens_per_second(len(losses), stopwatch.seconds, settings),
-    )
+class Trainer:
+    """A model on its way: everything that changes from step to step, and so all that a checkpoint has to hold."""
+
+    def __init__(
+        self, model: NSALanguageModel, data: Data, batches: Batches, settings: Settings, runtime: Runtime
+    ) -> None:
+        self.model, self.data, self.batches, self.settings, self.runtime = model, data, batches, settings, runtime
+        self.run = Run(model.attention, count_parameters(model))
+        self.best_path, self.last_path = (settings.out / f"{model.attention}{kind}.pt" for kind in ("", ".last"))
+        place(model, settings, runtime)
+        self.optimizer = make_optimizer(model, settings)
+        self.generator = torch.Generator().manual_seed(settings.seed)  # both attentions see the same batches
+        self.random: list[dict[str, Tensor]] = []  # of every process, where a run is resumed
+        self.iteration = 0
+        self.stopping = False  # a process was asked to
+        self.pending: InFlight | None = None  # what the last step found
+        self.since = 0.0  # when the clock was read last
+
+    def train(self, log: Log) -> Run:
+        """Train, evaluate now and then, keep the best model and the last. Stops with a clear line on Ctrl-C."""
+        run, settings, self.log = self.run, self.settings, log
+        self.seed_dropout()
+        self.net = replicated(self.model, settings, self.runtime)
+        try:
+            with Progress(settings.iterations, run.attention, self.iteration) as self.progress:
+                with StopRequest() as request:
+                    self.steps(request)
+        finally:
+            self.net = None  # lets go of the process group, which waits for that when it is left
+        if self.stopping:
+            line = f"interrupted after iteration {self.iteration} of {run.attention}; --resume goes on from there"
+            raise Stop(line, exit_code=130)
+        return run
+
+    def steps(self, request: StopRequest) -> None:
+        settings = self.settings
+        if not self.run.evaluations:
+            self.review()
+        self.since = time.perf_counter()
+        while self.iteration < settings.iterations and not self.stopping:
+            self.step(request)
+            if self.iteration % settings.eval_interval == 0 or self.iteration == settings.iterations:
+                self.settle()
+                self.review()
+        self.settle()
+        if self.stopping:
+            self.save(self.last_path)
+
+    def seed_dropout(self) -> None:
+        if len(self.random) == self.runtime.world:
+            set_random_state(self.random[self.runtime.rank], self.runtime)
+        else:  # a new run, or one that other processes began
+            torch.manual_seed(self.settings.seed + self.runtime.rank + self.runtime.world * self.iteration)
+
+    def step(self, request: StopRequest) -> None:
+        """One update is launched; what the one before it found is read meanwhile."""
+        settings, runtime = self.settings, self.runtime
+        batch = self.data.draw("train", settings.batch_size, settings.context, self.generator)
+        rate = learning_rate(self.iteration, settings)
+        loss, norm = train_step(self.net, self.optimizer, batch, rate, settings, runtime)
+        asked = torch.full((), float(request.asked), device=runtime.device)
+        found = InFlight(torch.stack([*runtime.sum(torch.stack([loss, asked])), norm]))
+        self.settle()
+        self.pending, self.iteration = found, self.iteration + 1
+        if runtime.device.type != "cuda":
+            self.settle()
+
+    def settle(self) -> None:
+        """Reads what the last step found, notes it, and shows it."""
+        if self.pending is None:
+            return
+        run, settings = self.run, self.settings
+        loss, asked, norm = self.pending.read()
+        self.pending = None
+        self.stopping = self.stopping or asked > 0  # on all processes after the same step
+        now, tokens = time.perf_counter(), settings.batch_size * settings.context
+        seconds, self.since = now - self.since, now
+        run.losses.append(loss)
+        run.seconds, run.tokens = run.seconds + seconds, run.tokens + tokens
+        self.log.write(
+            run.attention,
+            len(run.losses),
+            loss=loss,
+            learning_rate=learning_rate(len(run.losses) - 1, settings),
+            gradient_norm=norm,
+            tokens_per_second=tokens / seconds,
+            peak_memory_gib=self.runtime.peak_memory(),
+        )
+        self.progress.advance(loss, run.tokens_per_second)
+
+    def review(self) -> None:
+        """Evaluate the model as it is now, and save it."""
+        now = evaluate(self.model, self.batches, self.iteration, self.settings, self.runtime)
+        if not math.isfinite(now.train + now.val):
+            raise Stop(f"the loss is not finite any more: try a lower --learning-rate; {self.kept()}", exit_code=1)
+        self.run.evaluations.append(now)
+        values = dataclasses.asdict(now)
+        self.log.write(self.run.attention, values.pop("iteration"), **values)
+        losses = f"loss {now.train:.4f}  validation {now.val:.4f}  accuracy {now.accuracy:.3f}"
+        self.progress.say(f"{self.progress.position()}  {losses}")
+        if now is self.run.best:  # first, so that the last checkpoint never tells of a best one that is not there
+            self.save(self.best_path, self.last_path)
+        elif self.iteration > 0:  # a model that has learnt nothing is not worth a file
+            self.save(self.last_path)
+        self.since = time.perf_counter()  # the clock stops around evaluations
+
+    def kept(self) -> str:
+        best = self.run.best
+        if best is None:
+            return "no checkpoint had been written yet"
+        return f"{self.best_path} keeps iteration {best.iteration} (validation loss {best.val:.4f})"
+
+    def save(self, *paths: Path) -> None:
+        """Every process adds its part; the first one writes."""
+        is_main = self.runtime.rank == 0
+        state = {
+            "model": gathered(self.model.state_dict(), is_main),
+            "optimizer": gathered(self.optimizer.state_dict(), is_main),  # the schedule follows from run and settings
+            "position": self.generator.get_state(),  # in the data
+            "random": self.runtime.gather(random_state(self.runtime)),
+            "run": dataclasses.asdict(self.run),
+            "config": dataclasses.asdict(self.model.cfg),
+            "vocabulary": self.data.vocabulary,
+            "data": self.data.identity,
+            "settings": self.settings.plain(),
+        }
+        self.runtime.on_main(save_checkpoint, state, *paths)
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, as if the run had never been stopped."""
+        state = read_checkpoint(self.last_path)
+        check_resumable(state, self.last_path, self.model.attention, self.data, self.settings)
+        load_state(self.model, self.optimizer, state)
+        self.generator.set_state(state["position"])
+        self.random, self.run = state["random"], Run.of(state["run"])
+        self.iteration = len(self.run.losses)
 
 
 def train_step(
-    model: NSALanguageModel,
+    net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],
-    iteration: int,
+    batch: Batch,
+    rate: float,
     settings: Settings,
     runtime: Runtime,
-) -> Tensor:
-    """One update; returns the batch's loss before it, left on the device so that nothing waits for it."""
+) -> tuple[Tensor, Tensor]:
+    """One update; returns this process's share of the batch's loss before it, and the norm of the whole gradient."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(iteration, settings)
-    tokens, targets = (each.to(runtime.device) for each in batch)
-    with runtime.autocast():
-        loss = model(tokens, targets)[1]
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        group["lr"] = rate
+    total = torch.zeros((), device=runtime.device)
+    for part, (tokens, targets) in enumerate(runtime.share(batch, settings.accumulate), start=1):
+        exchange_gradients(net, part == settings.accumulate)
+        with runtime.autocast():
+            loss = net(tokens, targets)[1] / settings.accumulate
+        loss.backward()
+        total += loss.detach() / runtime.world
+    norm = nn.utils.clip_grad_norm_(net.parameters(), settings.grad_clip)
     optimizer.step()
-    return loss.detach()
+    optimizer.zero_grad()
+    return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def tokens_per_second(iterations: int, seconds: float, settings: Settings) -> float:
-    return iterations * settings.batch_size * settings.context / seconds
+def exchange_gradients(net: nn.Module, now: bool) -> None:
+    """Whether the next backward averages gradients over processes: only that of a batch's last part needs to."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = now
+    elif isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(now)
+
+
+def make_trainers(models: dict[str, NSALanguageModel], data: Data, *shared: typing.Any) -> list[Trainer]:
+    """A trainer for each model. Resumed, those go on that have a checkpoint; one of them must."""
+    trainers = [Trainer(model, data, *shared) for model in models.values()]
+    settings = trainers[0].settings
+    if settings.resume:
+        begun = [trainer for trainer in trainers if trainer.last_path.exists()]
+        if not begun:
+            raise Stop(f"nothing to resume: there is no checkpoint {trainers[0].last_path}")
+        for trainer in begun:
+            trainer.resume()
+    return trainers
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 10  Pictures: loss curves, and attention patterns
+# 10  Pictures: loss curves, gates, and attention patterns
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
 
 COLORS = {"nsa": "#c2410c", "dense": "#1d4ed8"}
-BRANCHES = ("local", "compressed", "selective")
 
 
 def new_figure(width: float, height: float):
@@ -843,7 +1566,7 @@ def plot_losses(runs: Iterable[Run], path: Path) -> str:
     figure = new_figure(8, 4.5)
     if figure is None:
         return "loss curves: skipped, matplotlib is not installed"
-    axes = figure.add_subplot(xlabel="iteration", ylabel="cross-entropy per character, nats")
+    axes = figure.add_subplot(xlabel="iteration", ylabel="cross-entropy of a token, nats")
     for run in runs:
         color, iterations = COLORS[run.attention], [each.iteration for each in run.evaluations]
         axes.plot(run.losses, color=color, alpha=0.25, linewidth=0.8)
@@ -856,13 +1579,32 @@ def plot_losses(runs: Iterable[Run], path: Path) -> str:
     return f"loss curves: {path}"
 
 
-def plot_patterns(model: NSALanguageModel, corpus: Corpus, settings: Settings, runtime: Runtime) -> str:
+def plot_gates(run: Run, path: Path) -> str:
+    """The mean gate of each branch over training, a panel for each layer."""
+    layers = len(run.evaluations[0].gates)
+    figure = new_figure(2.2 + 2.0 * layers, 3.2)
+    if figure is None:
+        return "gates: skipped, matplotlib is not installed"
+    iterations = [each.iteration for each in run.evaluations]
+    panels = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
+    for layer, axes in enumerate(panels):
+        for number, branch in enumerate(BRANCHES):
+            axes.plot(iterations, [each.gates[layer][number] for each in run.evaluations], label=branch)
+        axes.set(title=f"layer {layer + 1}", xlabel="iteration", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("gate")
+    panels[-1].legend(frameon=False)
+    figure.savefig(path)
+    return f"gates: {path}"
+
+
+def plot_patterns(model: NSALanguageModel, data: Data, settings: Settings, runtime: Runtime) -> str:
     """Draw, for each head and branch of one layer, which keys each query of a validation passage looked at."""
     cfg, layer = model.cfg, settings.plot_layer or settings.layers
     figure = new_figure(10.5, 1.2 + 2.9 * cfg.heads)
     if figure is None:
         return "attention patterns: skipped, matplotlib is not installed"
-    tokens = corpus.val[: cfg.seq_len]
+    tokens = data.passage(settings.context)
     patterns = model.patterns(tokens.to(runtime.device)[None], layer - 1)
     grid = figure.subplots(cfg.heads, len(BRANCHES), sharex=True, sharey=True, squeeze=False)
     for head, row in enumerate(grid):
@@ -872,7 +1614,7 @@ def plot_patterns(model: NSALanguageModel, corpus: Corpus, settings: Settings, r
     for axes in grid[-1]:
         axes.set_xlabel("key position")
     figure.colorbar(image, ax=grid, shrink=1 / min(cfg.heads, 2), aspect=40, label="attention weight")
-    passage = decode(tokens[:60], corpus.vocabulary).replace("\n", "⏎")
+    passage = decode(tokens[:60], data.vocabulary).replace("\n", "⏎") if settings.task == "text" else settings.task
     figure.suptitle(f"What each branch looked at: layer {layer} of {settings.layers}, on “{passage} …”", fontsize=11)
     figure.savefig(settings.plot_patterns)
     return f"attention patterns: {settings.plot_patterns}"
@@ -904,17 +1646,27 @@ def draw_branch(axes, patterns, head: int, branch: int, cfg: NSAConfig):
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def check_before_work(settings: Settings, corpus: Corpus) -> None:
+RECALL_TESTS = 8  # batches at each length
+
+
+def check_before_work(settings: Settings, data: Data, processes: int) -> None:
     """Find out before hours of training, not after them, what would go wrong behind them."""
-    encode_prompt(corpus.vocabulary, settings)
-    picture = settings.plot_patterns
+    encode_prompts(data.vocabulary, settings)
+    picture, parts = settings.plot_patterns, processes * settings.accumulate
+    if settings.batch_size % parts != 0:
+        rule = f"must be divisible by processes * accumulate = {processes} * {settings.accumulate}"
+        raise Stop(f"batch_size = {settings.batch_size}: {rule}")
     if picture is not None and picture.suffix != ".png":
         raise Stop(f"plot_patterns = {str(picture)!r}: must end in .png")
     if picture is not None and "nsa" not in settings.attentions:
         raise Stop("plot_patterns: dense attention has no branches to draw; give --attention nsa or both")
+
+
+def make_folders(settings: Settings) -> None:
     try:
-        for folder in (settings.out, picture.parent if picture else settings.out):
-            folder.mkdir(parents=True, exist_ok=True)
+        for path in (settings.out / "file", settings.plot_patterns, settings.log):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise Stop(f"cannot make folder {problem.filename}: {problem.strerror}") from problem
 
@@ -924,6 +1676,7 @@ def loss_table(runs: list[Run]) -> str:
     rows += [("validation loss, best", *(f"{run.best.val:.4f}" for run in runs))]
     rows += [("training loss, then", *(f"{run.best.train:.4f}" for run in runs))]
     rows += [("at iteration", *(f"{run.best.iteration}" for run in runs))]
+    rows += [(f"accuracy at {length:,}", *(f"{run.tests[length]:.4f}" for run in runs)) for length in runs[0].tests]
     rows += [("parameters", *(f"{run.parameters:,}" for run in runs))]
     rows += [("tokens/s", *(f"{run.tokens_per_second:,.0f}" for run in runs))]
     rows += [("seconds of training", *(f"{run.seconds:.1f}" for run in runs))]
@@ -932,46 +1685,83 @@ def loss_table(runs: list[Run]) -> str:
 
 def write_record(runs: list[Run], settings: Settings, runtime: Runtime) -> None:
     """A run that can be read and repeated later: what it was told, on what it ran, and what came of it."""
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "device": str(runtime)}
     results = [dataclasses.asdict(run) for run in runs]
-    record = {"settings": settings.plain(), "environment": environment, "runs": results}
-    (settings.out / "run.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+    record = {"settings": settings.plain(), "environment": environment(runtime), "runs": results}
+    (settings.out / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def run(settings: Settings) -> None:
-    runtime = Runtime.of(settings)
-    corpus = load_corpus(settings.data, settings.context)
-    say(str(corpus))
-    models = {attention: build_model(corpus, attention, settings, runtime) for attention in settings.attentions}
-    sizes = ", ".join(f"{attention} {count_parameters(model):,}" for attention, model in models.items())
-    say(f"device: {runtime}; parameters: {sizes}")
-    check_before_work(settings, corpus)
+def test_lengths(model: NSALanguageModel, data: Data, settings: Settings, runtime: Runtime) -> dict[int, float]:
+    """Accuracy on fresh sequences of the training length and of others, as many tokens in a batch at each."""
+    accuracy = {}
+    for length in (settings.context, *settings.test_contexts):
+        generator = torch.Generator().manual_seed(settings.seed + 2)
+        rows = max(1, settings.batch_size * settings.context // length)
+        batches = [data.draw("val", rows, length, generator) for _ in range(RECALL_TESTS)]
+        with evaluation_mode(model), runtime.autocast():
+            accuracy[length] = score(model, batches, 1, runtime)[1]
+    return accuracy
 
-    batches = fixed_batches(corpus, settings)
-    runs = [train(model, corpus, batches, settings, runtime) for model in models.values()]
+
+def report(trainers: list[Trainer], data: Data, settings: Settings, runtime: Runtime) -> None:
+    """What came of it: a sample, pictures, paths, and the table of losses."""
+    runs = [trainer.run for trainer in trainers]
+    for trainer in trainers if settings.task == "recall" else ():
+        trainer.run.tests = test_lengths(load_checkpoint(trainer.best_path, runtime.device)[0], data, settings, runtime)
     write_record(runs, settings, runtime)
-
-    best, _ = load_checkpoint(runs[0].checkpoint, runtime.device)
-    say(f"\n{generate_text(best, corpus.vocabulary, settings, runtime).strip()}\n")
+    best, _ = load_checkpoint(trainers[0].best_path, runtime.device)
+    if settings.task == "text":
+        say()
+        say_text(best, data.vocabulary, settings, runtime)
+        say()
     say(plot_losses(runs, settings.out / "loss.png"))
+    if runs[0].attention == "nsa":
+        say(plot_gates(runs[0], settings.out / "gates.png"))
     if settings.plot_patterns is not None:
-        say(plot_patterns(best, corpus, settings, runtime))
-    for each in runs:
-        say(f"checkpoint: {each.checkpoint}")
+        say(plot_patterns(best, data, settings, runtime))
+    for trainer in trainers:
+        say(f"checkpoint: {trainer.best_path}")
     say(f"\n{loss_table(runs)}")
-    say(f"knowing only how frequent each character is: {entropy(corpus.train):.2f}")
+    say(data.chance)
+
+
+def run_training(settings: Settings) -> None:
+    with joined_processes(settings) as runtime:
+        data = load_data(settings, runtime)
+        say(str(data))
+        models = {attention: build_model(data, attention, settings) for attention in settings.attentions}
+        sizes = ", ".join(f"{attention} {count_parameters(model):,}" for attention, model in models.items())
+        say(f"device: {runtime}; parameters: {sizes}")
+        runtime.on_main(check_before_work, settings, data, runtime.world)
+        batches = fixed_batches(data, settings)
+        trainers = make_trainers(models, data, batches, settings, runtime)
+        runtime.on_main(make_folders, settings)
+        with Log(settings, runtime) as log:
+            for trainer in trainers:
+                trainer.train(log)
+        if IS_MAIN:
+            report(trainers, data, settings, runtime.alone())
+
+
+def run_generation(settings: Settings) -> None:
+    with joined_processes(settings) as runtime:
+        path = settings.checkpoint or settings.out / f"{settings.attentions[0]}.pt"
+        model, state = load_checkpoint(path, runtime.device)
+        say_text(model, state["vocabulary"], settings, runtime)
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        run(parse_settings(arguments))
+        settings = parse_settings(arguments)
+        (run_generation if settings.generate else run_training)(settings)
     except Stop as reason:
-        print(f"{Path(__file__).name}: {reason}", file=sys.stderr, flush=True)
-        return reason.exit_code
+        line, exit_code = str(reason), reason.exit_code
     except KeyboardInterrupt:
-        print(f"{Path(__file__).name}: interrupted", file=sys.stderr, flush=True)
-        return 130
-    return 0
+        line, exit_code = "interrupted", 130
+    else:
+        return 0
+    if IS_MAIN:
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr, flush=True)
+    return exit_code
 
 
 if __name__ == "__main__":

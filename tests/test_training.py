@@ -10,7 +10,6 @@ import math
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -18,38 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from training_runs import TINY, complaint, flags, make_trainer, prepare, train, write_words
 
 import nsa_gpt_training as script
 from native_sparse_attention import NSAConfig
 
 ROOT = Path(script.__file__).resolve().parent
 REAL_TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-WORDS = ["attention", "block", "gate", "key", "local", "query", "sparse", "token", "value", "window", "\n"]
-TINY = dataclasses.replace(
-    script.QUICK,
-    layers=2,
-    dim=32,
-    heads=2,
-    context=32,
-    local_window=8,
-    block_size=8,
-    iterations=6,
-    batch_size=4,
-    warmup=2,
-    eval_interval=3,
-    eval_batches=2,
-    sample_length=20,
-)
 
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """Words in random order: enough structure to learn, small enough to be quick."""
-    choices = torch.randint(len(WORDS), (3000,), generator=torch.Generator().manual_seed(7))
-    path = tmp_path / "words.txt"
-    path.write_text(" ".join(WORDS[choice] for choice in choices), encoding="utf-8")
-    return path
+    return write_words(tmp_path / "words.txt")
 
 
 @pytest.fixture
@@ -77,33 +58,6 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> None:
         return io.BytesIO(answer)
 
     monkeypatch.setattr(script.urllib.request, "urlopen", urlopen)
-
-
-def flags(settings: script.Settings) -> list[str]:
-    """The command line that says the same as `settings`."""
-    line = []
-    for each in dataclasses.fields(settings):
-        value, flag = getattr(settings, each.name), "--" + each.name.replace("_", "-")
-        if isinstance(value, bool):
-            line += [flag if value else flag.replace("--", "--no-", 1)]
-        elif isinstance(value, tuple):
-            line += [flag, *map(str, value)]
-        elif value is not None:
-            line += [f"{flag}={value}"]
-    return line
-
-
-def prepare(settings: script.Settings) -> tuple[script.Runtime, script.Corpus, script.Batches]:
-    corpus = script.load_corpus(settings.data, settings.context)
-    return script.Runtime.of(settings), corpus, script.fixed_batches(corpus, settings)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str], exit_code: int = 2) -> str:
-    """The one line on stderr with which the script turns these arguments down."""
-    assert script.main(arguments) == exit_code, f"exit code of {arguments}"
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, f"{len(lines)} lines on stderr: {lines}"
-    return lines[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,6 +88,7 @@ def test_quick_test_decides_where_no_flag_does(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(script, "QUICK_TEST", False)
     assert script.parse_settings([]) == script.FULL
     assert script.parse_settings(["--quick"]) == script.QUICK
+    assert script.parse_settings(["--task=recall", "--pairs=8"]) == dataclasses.replace(script.RECALL, pairs=8)
 
 
 def test_every_setting_has_a_flag_that_reaches_it(settings: script.Settings) -> None:
@@ -143,12 +98,22 @@ def test_every_setting_has_a_flag_that_reaches_it(settings: script.Settings) -> 
         stride=4,
         select_block_size=16,
         top_k=5,
+        top_p=0.9,
+        stop="\n",
+        rope_theta=100.0,
+        value_dropout=0.1,
+        branches=("local", "selective"),
+        test_contexts=(64, 16),
+        accumulate=2,
+        compile=True,
+        recompute=True,
+        log=Path("a.jsonl"),
         plot_layer=1,
         plot_patterns=Path("a.png"),
         gate_init=(-1.5, 0.0, 1e-3),
         separate_kv=True,
         use_flash=False,
-        prompt="key",
+        prompt=("key", "a value"),
         device="cpu",
         dtype="bfloat16",
         compression="conv1d",
@@ -192,7 +157,18 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "meta"),
         (["--prompt", "§"], "§"),
-        (["--prompt", ""], "prompt"),
+        (["--prompt", "key", ""], "prompt"),
+        (["--stop", ""], "stop"),
+        (["--top-p", "0"], "top_p = 0"),
+        (["--value-dropout", "1"], "value_dropout = 1"),
+        (["--branches", "local", "global"], "global"),
+        (["--batch-size", "6", "--accumulate", "4"], "batch_size = 6"),
+        (["--fsdp"], "torchrun"),
+        (["--resume"], "nothing to resume"),
+        (["--quick", "--task", "recall"], "--quick"),
+        (["--task", "recall", "--pairs", "33"], "pairs = 33"),
+        (["--task", "recall", "--context", "255"], "context = 255"),
+        (["--generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--plot-patterns", "patterns.txt"], ".png"),
         (["--attention", "dense", "--plot-patterns", "patterns.png"], "dense"),
     ],
@@ -227,14 +203,14 @@ def test_characters_survive_the_vocabulary() -> None:
 
 def test_the_split_is_90_to_10_in_order(text_file: Path) -> None:
     text = text_file.read_text()
-    corpus = script.load_corpus(text_file, context=32)
+    corpus = script.make_corpus("words", text, context=32)
     assert len(corpus.train) == int(0.9 * len(text))
     assert script.decode(torch.cat([corpus.train, corpus.val]), corpus.vocabulary) == text
 
 
 def test_targets_are_the_next_characters(settings: script.Settings) -> None:
-    text = torch.arange(100)
-    tokens, targets = script.draw_batch(text, 500, 10, torch.Generator().manual_seed(0))
+    corpus = script.Corpus("numbers", "", train=torch.arange(100), val=torch.arange(50))
+    tokens, targets = corpus.draw("train", 500, 10, torch.Generator().manual_seed(0))
     assert tokens.shape == targets.shape == (500, 10)
     assert torch.equal(targets, tokens + 1)
     assert torch.equal(tokens, tokens[:, :1] + torch.arange(10))
@@ -250,7 +226,7 @@ def test_evaluations_share_their_batches_but_not_with_training(settings: script.
             torch.equal(a, b) for old, new in zip(split, again, strict=True) for a, b in zip(old, new, strict=True)
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    first = script.draw_batch(corpus.train, settings.batch_size, settings.context, generator)[0]
+    first = corpus.draw("train", settings.batch_size, settings.context, generator)[0]
     assert not torch.equal(first, batches["train"][0][0]), "the first training batch is an evaluation batch"
 
 
@@ -290,12 +266,11 @@ def test_a_missing_file_is_not_replaced_by_another_text(tmp_path: Path, capsys: 
     assert "nowhere.txt" in complaint(capsys, [f"--data={tmp_path / 'nowhere.txt'}"])
 
 
-def test_the_shortest_text_that_is_long_enough(tmp_path: Path) -> None:
-    path = tmp_path / "short.txt"
-    path.write_text("ab" * 170)  # 306 to train on, 34 = context + 2 to validate
-    assert len(script.load_corpus(path, context=32).val) == 34
+def test_the_shortest_text_that_is_long_enough() -> None:
+    text = "ab" * 170  # 306 to train on, 34 = context + 2 to validate
+    assert len(script.make_corpus("short", text, context=32).val) == 34
     with pytest.raises(script.Stop, match="needs at least 35"):
-        script.load_corpus(path, context=33)
+        script.make_corpus("short", text, context=33)
 
 
 def test_a_good_download_is_verified_and_kept(
@@ -328,7 +303,7 @@ def test_without_a_good_download_python_has_english_text(
     answer: bytes | Exception, monkeypatch: pytest.MonkeyPatch, input_elsewhere: Path
 ) -> None:
     serve(monkeypatch, answer)
-    corpus = script.load_corpus(None, context=256)
+    corpus = script.make_corpus(*script.find_text(None), context=256)
     assert "Python's own help pages" in corpus.source and "Tiny Shakespeare" in corpus.source
     assert "the" in script.decode(corpus.val, corpus.vocabulary).split()
     assert len(str(corpus).splitlines()) == 1
@@ -340,9 +315,42 @@ def test_the_real_text_is_what_a_download_is_verified_against() -> None:
     content = REAL_TEXT.read_bytes()
     assert len(content) == script.SHAKESPEARE_BYTES
     assert hashlib.sha256(content).hexdigest() == script.SHAKESPEARE_SHA256
-    corpus = script.load_corpus(REAL_TEXT, context=256)
+    corpus = script.make_corpus(*script.find_text(REAL_TEXT), context=256)
     assert len(corpus.vocabulary) == 65 and len(corpus.train) == 1_003_854
     assert 3.2 < script.entropy(corpus.train) < 3.4
+
+
+@pytest.mark.parametrize(("pairs", "context"), [(1, 8), (5, 47), (32, 256), (32, 1024)])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_recall_asks_at_the_end_for_what_was_said_in_the_first_half(pairs: int, context: int, split: str) -> None:
+    data = script.Recall(pairs)
+    tokens, targets = data.draw(split, 40, context, torch.Generator().manual_seed(0))
+    assert tokens.shape == targets.shape == (40, context)
+    assert 0 <= tokens.min() and tokens.max() < len(set(data.vocabulary)) == len(data.vocabulary)
+    is_key = tokens < script.RECALL_KEYS
+    is_value = ~is_key & (tokens < script.RECALL_KEYS + script.RECALL_VALUES)
+    for row, keys, values, target in zip(tokens, is_key, is_value, targets, strict=True):
+        end = context - int((target >= 0).sum()) * 2
+        said, asked = keys[:end].nonzero().flatten(), end + keys[end:].nonzero().flatten()
+        assert len(said) == len(asked) == int((target >= 0).sum()) <= pairs
+        assert said.max() + 1 < context // 2 <= end, "pairs are in the first half, questions behind it"
+        assert values.nonzero().flatten().tolist() == (torch.cat([said, asked]) + 1).tolist(), "a value follows its key"
+        value_of = dict(zip(row[said].tolist(), row[said + 1].tolist(), strict=True))
+        assert len(value_of) == len(said) and set(row[asked].tolist()) == set(value_of), "each key is asked for once"
+        assert target[asked].tolist() == row[asked + 1].tolist() == [value_of[key] for key in row[asked].tolist()]
+    if pairs > 4:
+        orders = {tuple(row[-2 * pairs :: 2].tolist()) for row in tokens}
+        assert len(orders) == 40, "the same questions come again"
+
+
+def test_recall_cannot_be_learnt_by_heart() -> None:
+    data = script.Recall(8)
+    tokens, targets = data.draw("val", 2000, 64, torch.Generator().manual_seed(0))
+    rows, places = (targets >= 0).nonzero(as_tuple=True)
+    answers, questions = targets[rows, places] - script.RECALL_KEYS, tokens[rows, places]
+    together = torch.zeros(script.RECALL_KEYS, script.RECALL_VALUES)
+    together.index_put_((questions, answers), torch.ones(len(rows)), accumulate=True)
+    assert together.max() < 2.5 * together.mean(), "a key has its favourite value"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +363,7 @@ CONFIGURATIONS = {
     "avgpool": {"compression": "avgpool", "select_block_size": 16},
     "gates from the input": {"gate_mode": "q_cond", "gate_init": (0.0, 0.0, 0.0)},
     "grouped queries": {"kv_heads": 1, "separate_kv": True, "init_blocks": 1},
+    "rotary positions": {"rope_theta": 100.0},
 }
 
 
@@ -406,12 +415,19 @@ def test_dense_differs_from_nsa_in_nothing_but_what_nsa_adds() -> None:
     assert extras and dense == {name: shape for name, shape in nsa.items() if name not in extras}
 
 
+@pytest.mark.parametrize("theta", [None, 10.0])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_dense_attention_is_causal_softmax_attention(kv_heads: int) -> None:
+def test_dense_attention_is_causal_softmax_attention(kv_heads: int, theta: float | None) -> None:
     torch.manual_seed(0)
-    attention = script.DenseAttention(NSAConfig(dim=24, heads=4, kv_heads=kv_heads, bias=True)).double()
+    config = NSAConfig(dim=24, heads=4, kv_heads=kv_heads, bias=True, rope_theta=theta)
+    attention = script.DenseAttention(config).double()
     x = torch.randn(2, 9, 24, dtype=torch.float64)
     q, k, v = (project(x).unflatten(-1, (-1, 6)) for project in (attention.to_q, attention.to_k, attention.to_v))
+    if theta is not None:  # the pair (i, i + D/2) as a complex number, turned by position · theta^(−2i/D)
+        frequencies = torch.tensor([1.0, theta ** (-2 / 6), theta ** (-4 / 6)], dtype=torch.float64)
+        turns = torch.exp(1j * torch.arange(9)[:, None] * frequencies)
+        q, k = (torch.complex(*y.chunk(2, -1)) * turns[:, None] for y in (q, k))
+        q, k = (torch.cat([y.real, y.imag], -1) for y in (q, k))
     k, v = (y.repeat_interleave(4 // kv_heads, dim=2) for y in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(6)
     scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -math.inf)
@@ -431,6 +447,55 @@ def test_initial_weights_follow_nanogpt() -> None:
     assert model.head.weight is model.token_embedding.weight
 
 
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    tokens, gradients = random_tokens(2, 33), []
+    for recompute in (False, True):
+        model = make_model(dropout=0.2).train()
+        model.recompute = recompute
+        torch.manual_seed(3)
+        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept)
+
+
+@pytest.mark.parametrize("attention", script.ATTENTIONS)
+def test_value_dropout_falls_on_whole_tokens_of_a_head_in_training_alone(attention: str) -> None:
+    model = make_model(attention, dim=64, heads=4, kv_heads=2)
+    plain = model.blocks[0].attn.to_v
+    script.drop_values(model, 0.25)
+    x = torch.randn(50, 32, 64)
+    expected = F.linear(x, plain.weight).unflatten(-1, (2, 16))
+    model.eval()
+    assert torch.equal(plain(x).unflatten(-1, (2, 16)), expected)
+    model.train()
+    ratio = plain(x).unflatten(-1, (2, 16)) / expected
+    kept = ratio[..., 0] != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    torch.testing.assert_close(ratio, kept[..., None].expand_as(ratio) / 0.75)
+    assert not torch.equal(kept[..., 0], kept[..., 1]), "heads share their dropout"
+
+
+def test_a_closed_branch_adds_nothing_and_stays_closed() -> None:
+    model = make_model(gate_mode="q_cond", gate_init=(0.0, 0.0, 0.0))
+    script.close_gates(model, [False, True, True])
+    optimizer = script.make_optimizer(model, script.FULL)
+    tokens = random_tokens(2, 33)
+    for _ in range(2):
+        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for block in model.blocks:
+        assert block.attn.gate_bias[:, 1:].eq(-math.inf).all() and block.attn.gate_bias[:, 0].isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    reach = 2 * (model.cfg.local_window - 1)  # of two layers of the one branch that is left
+    other = tokens.clone()
+    other[:, 0] = (other[:, 0] + 1) % 11
+    before, after = (model.eval()(x[:, :-1])[0] for x in (tokens, other))
+    assert not torch.allclose(before[:, : reach + 1], after[:, : reach + 1])
+    assert torch.equal(before[:, reach + 1 :], after[:, reach + 1 :])
+
+
 def test_what_the_model_does_not_take() -> None:
     with pytest.raises(ValueError, match="linear"):
         make_model("linear")
@@ -444,14 +509,16 @@ def test_what_the_model_does_not_take() -> None:
 
 
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
-def test_only_matrices_of_linear_layers_decay(attention: str) -> None:
+def test_only_matrices_decay(attention: str) -> None:
     model = make_model(attention, bias=True, gate_mode="q_cond")
     decayed, others = script.make_optimizer(model, script.FULL).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
-    in_attention_or_ffn = re.compile(r"blocks\.\d\.(attn\.to_(q|k|v|out)|ffn\.[02])\.weight")
+    matrix = re.compile(
+        r"blocks\.\d\.(attn\.(to_(q|k|v|out)\.weight|gate_weight|compress_[kv]\.method\.w_(in|out))|ffn\.[02]\.weight)"
+    )
     got = {names[id(parameter)] for parameter in decayed["params"]}
-    assert got == {name for name in names.values() if in_attention_or_ffn.fullmatch(name)}
+    assert got == {name for name in names.values() if matrix.fullmatch(name)}
     assert len(decayed["params"]) + len(others["params"]) == len(names), "every parameter is trained once"
     assert decayed["betas"] == (0.9, 0.99)
 
@@ -471,43 +538,62 @@ def test_schedule_warms_up_and_decays_to_a_tenth() -> None:
 
 
 def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(settings: script.Settings) -> None:
-    settings = dataclasses.replace(settings, dropout=0.5)
+    settings = dataclasses.replace(settings, dropout=0.5, value_dropout=0.5)
     runtime, corpus, batches = prepare(settings)
-    model = script.build_model(corpus, "nsa", settings, runtime).train()
-    first = script.evaluate(model, batches, 0, runtime)
-    assert first == script.evaluate(model, batches, 0, runtime)
+    model = script.build_model(corpus, "nsa", settings).train()
+    first = script.evaluate(model, batches, 0, settings, runtime)
+    assert first == script.evaluate(model, batches, 0, settings, runtime)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
-    expected = sum(model.eval()(*batch)[1].item() for batch in batches["val"]) / len(batches["val"])
+    model.eval()
+    expected = sum(model(*batch)[1].item() for batch in batches["val"]) / len(batches["val"])
     assert first.val == pytest.approx(expected, rel=1e-5)
+    right = sum((model(x)[0].argmax(-1) == y).float().mean().item() for x, y in batches["val"]) / len(batches["val"])
+    assert first.accuracy == pytest.approx(right, rel=1e-5)
+    in_parts = script.evaluate(model, batches, 0, dataclasses.replace(settings, accumulate=4), runtime)
+    assert dataclasses.astuple(in_parts)[:4] == pytest.approx(dataclasses.astuple(first)[:4], rel=1e-5)
+
+
+def test_targets_that_nobody_asks_for_do_not_count() -> None:
+    model, tokens = make_model().eval(), random_tokens(4, 32)
+    targets = tokens.roll(-1, 1).masked_fill(torch.arange(32) % 3 > 0, -100)
+    loss, accuracy = script.score(model, [(tokens, targets)], 2, script.Runtime(torch.device("cpu"), torch.float32))
+    logits = model(tokens)[0][:, ::3].flatten(0, 1)
+    assert loss == pytest.approx(F.cross_entropy(logits, targets[:, ::3].flatten()).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(-1) == targets[:, ::3].flatten()).float().mean().item())
+
+
+@pytest.mark.parametrize("gate_mode", ["static", "q_cond"])
+def test_mean_gates_are_those_that_the_layers_use(gate_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, seen = make_model(layers=3, gate_mode=gate_mode).eval(), random_tokens(2, 32), []
+    with torch.no_grad():
+        for block in model.blocks:
+            nn.init.normal_(block.attn.gate_bias)
+            if gate_mode == "q_cond":
+                nn.init.normal_(block.attn.gate_weight)
+            block.attn.register_forward_pre_hook(lambda attention, x: seen.append(attention.attention_patterns(x[0])))
+        model(tokens)
+    expected = [patterns.gates.mean((0, 1, 2)).tolist() for patterns in seen]
+    for got, wanted in zip(script.mean_gates(model, tokens), expected, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    monkeypatch.setattr(script, "EVALUATED_GATES", 5)
+    for got, patterns in zip(script.mean_gates(model, tokens), seen, strict=False):
+        assert got == pytest.approx(patterns.gates[:, -5:].mean((0, 1, 2)).tolist(), rel=1e-5)
+    assert script.mean_gates(make_model("dense"), tokens) == []
 
 
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
-def test_a_checkpoint_gives_the_same_logits(attention: str, settings: script.Settings, tmp_path: Path) -> None:
-    settings = dataclasses.replace(settings, kv_heads=1, plot_patterns=Path("a.png"), stride=4)
-    _, corpus, _ = prepare(settings)
-    model = script.build_model(corpus, attention, settings, script.Runtime.of(settings)).eval()
-    evaluation = script.Evaluation(iteration=7, train=1.25, val=1.5)
-    path = tmp_path / "model.pt"
-    script.save_checkpoint(path, model, evaluation, corpus.vocabulary, settings)
-    loaded, rest = script.load_checkpoint(path)
-    tokens = corpus.val[:32][None]
-    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
-    assert loaded.attention == attention and loaded.cfg == model.cfg
-    assert (rest["iteration"], rest["train"], rest["val"]) == (7, 1.25, 1.5)
-    assert rest["vocabulary"] == corpus.vocabulary and rest["settings"] == settings.plain()
-    assert list(tmp_path.glob("*.tmp")) == []
-
-
-def test_only_a_better_model_is_kept(settings: script.Settings) -> None:
-    settings.out.mkdir()
-    keeper = script.Keeper(settings.out / "nsa.pt", "abcdefghijk", settings)
-    model = make_model()
-    for iteration, val in enumerate([2.0, 1.5, 1.7, 1.5, 1.6]):
-        nn.init.constant_(model.norm.weight, iteration)
-        keeper.offer(model, script.Evaluation(iteration, 1.0, val))
-    loaded, rest = script.load_checkpoint(keeper.path)
-    assert rest["iteration"] == keeper.best.iteration == 1
-    assert loaded.norm.weight.eq(1).all()
+def test_a_checkpoint_gives_the_same_logits(attention: str, settings: script.Settings) -> None:
+    settings = dataclasses.replace(settings, kv_heads=1, plot_patterns=Path("a.png"), stride=4, rope_theta=100.0)
+    trainer = make_trainer(settings, attention)
+    trainer.run.evaluations = [script.Evaluation(iteration=7, train=1.25, val=1.5, accuracy=0.5, gates=[])]
+    trainer.save(trainer.best_path)
+    loaded, rest = script.load_checkpoint(trainer.best_path)
+    tokens = trainer.data.val[:32][None]
+    assert torch.equal(loaded(tokens)[0], trainer.model.eval()(tokens)[0])
+    assert loaded.attention == attention and loaded.cfg == trainer.model.cfg and not loaded.training
+    assert script.Run.of(rest["run"]) == trainer.run
+    assert rest["vocabulary"] == trainer.data.vocabulary and rest["settings"] == settings.plain()
+    assert list(settings.out.iterdir()) == [trainer.best_path]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -520,32 +606,117 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
-def test_generation_repeats_with_its_seed_and_respects_top_k() -> None:
-    model = make_model().train()
-    prompt = random_tokens(2, 5)
+def continuations(model: script.NSALanguageModel, prompts: list[Tensor], count: int, **options: object) -> list[Tensor]:
+    drawn = torch.stack(list(model.generate(prompts, count, **options)), dim=1)
+    return [torch.cat([prompt, new]) for prompt, new in zip(prompts, drawn, strict=True)]
 
-    def generate(seed: int, **options: object) -> Tensor:
-        return model.generate(prompt, 40, generator=torch.Generator().manual_seed(seed), **options)
 
-    tokens = generate(1)
-    assert tokens.shape == (2, 45) and torch.equal(tokens[:, :5], prompt)  # past seq_len = 32: the context is cropped
-    assert torch.equal(tokens, generate(1)) and not torch.equal(tokens, generate(2))
+@pytest.mark.parametrize("attention", script.ATTENTIONS)
+def test_generation_repeats_with_its_seed_and_takes_the_likeliest(attention: str) -> None:
+    model = make_model(attention).train()
+    prompts = list(random_tokens(2, 5))
+
+    def generate(seed: int, **options: object) -> list[Tensor]:
+        return continuations(model, prompts, 40, generator=torch.Generator().manual_seed(seed), **options)
+
+    rows = generate(1)
+    assert [len(row) for row in rows] == [45, 45]  # past seq_len = 32, so that the beginning is forgotten
+    assert all(torch.equal(row, again) for row, again in zip(rows, generate(1), strict=True))
+    assert not all(torch.equal(row, other) for row, other in zip(rows, generate(2), strict=True))
     assert model.training
     model.eval()
     greedy = generate(1, top_k=1)
-    for length in (5, 20, 44):
-        likeliest = model(greedy[:, max(0, length - 32) : length])[0][:, -1].argmax(-1)
-        assert torch.equal(greedy[:, length], likeliest), f"token {length}"
-    torch.testing.assert_close(generate(3, temperature=1e-6), greedy)
-    assert torch.equal(generate(1, top_k=99), tokens), "more than there are is all of them"
+    for length in (5, 20, 32, 33, 44):
+        for row in greedy:
+            seen = row[script.visible(length, 32) : length]
+            assert len(seen) == (length if length <= 32 else length - 16)
+            assert row[length] == model(seen[None])[0][0, -1].argmax(), f"token {length}"
+    for options in ({"temperature": 1e-6}, {"top_p": 1e-6}):
+        assert all(torch.equal(row, again) for row, again in zip(greedy, generate(3, **options), strict=True)), options
+    for options in ({"top_k": 99}, {"top_p": 1.0}):
+        assert all(torch.equal(row, again) for row, again in zip(rows, generate(1, **options), strict=True)), options
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}])
+@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_generation_is_the_same_with_and_without_a_cache(
+    changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lengths, real = make_model(**changes).double(), [], script.NSALanguageModel.hidden
+    prompts = [random_tokens(1, length)[0] for length in (3, 17, 40, 32, 1)]
+
+    def hidden(model: script.NSALanguageModel, tokens: Tensor, *arguments: object, **options: object) -> Tensor:
+        lengths.append(tokens.shape[1])
+        return real(model, tokens, *arguments, **options)
+
+    monkeypatch.setattr(script.NSALanguageModel, "hidden", hidden)
+    cached, anew = (
+        continuations(model, prompts, 50, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert lengths[:50].count(1) > 30 > lengths[50:].count(1), "a cached step reads a token alone"
+    for row, expected in zip(cached, anew, strict=True):
+        assert torch.equal(row, expected)
+
+
+@pytest.mark.parametrize("attention", script.ATTENTIONS)
+def test_prompts_of_any_lengths_are_continued_as_if_alone(attention: str) -> None:
+    model = make_model(attention)
+    prompts = [random_tokens(1, length)[0] for length in (1, 9, 40, 32, 8)]
+    together = continuations(model, prompts, 30, top_k=1)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert torch.equal(row, continuations(model, [prompt], 30, top_k=1)[0]), f"prompt of {len(prompt)}"
+
+
+def test_the_likeliest_tokens_that_make_up_a_share() -> None:
+    logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(4000, 4)
+    for top_k, top_p, left in ((None, 0.49, [0]), (None, 0.51, [0, 2]), (None, 0.81, [0, 2, 3]), (2, 0.99, [0, 2])):
+        drawn = script.draw_token(logits, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(0))
+        assert drawn.unique().tolist() == left, (top_k, top_p)
+    drawn = script.draw_token(logits, generator=torch.Generator().manual_seed(0))
+    assert (drawn.bincount() / 4000).tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.03)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}])
 def test_generation_turns_down_what_has_no_meaning(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        make_model().generate(random_tokens(1, 3), 2, **options)
+        make_model().generate(list(random_tokens(1, 3)), 2, **options)
     with pytest.raises(ValueError, match="T at least 1"):
-        make_model().generate(random_tokens(1, 0), 2)
+        make_model().generate(list(random_tokens(1, 0)), 2)
+
+
+@pytest.mark.parametrize("stop", [None, "ab", "aab", "zz"])
+def test_text_ends_before_the_stop_text_and_no_piece_of_it_slips_out(stop: str | None) -> None:
+    def pieces(text: str) -> tuple[str, str, bool]:
+        out, held = "", ""
+        for character in text:
+            sure, held, stopped = script.before_stop(held + character, stop)
+            out += sure
+            assert stop is None or not any(
+                stop.startswith(out[-n:]) and text.startswith(out[:-n] + stop) for n in range(1, len(out) + 1)
+            ), f"{out!r} holds a beginning of {stop!r}"
+            if stopped:
+                return out, "", True
+        return out, held, False
+
+    for number in range(3**6):
+        text = "".join("abz"[number // 3**place % 3] for place in range(6))
+        out, held, stopped = pieces(text)
+        assert stopped == (stop is not None and stop in text)
+        assert out + held == (text[: text.index(stop)] if stopped else text)
+
+
+def test_generate_without_training(settings: script.Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(settings, "nsa")
+    trainer.save(settings.out / "model.pt")
+    before = {path: path.read_bytes() for path in settings.out.iterdir()}
+    base = ["--generate", f"--checkpoint={settings.out / 'model.pt'}", "--sample-length=30", "--prompt"]
+    assert script.main([*base, "key "]) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("key ") and len(alone) == len("key ") + 30 + 1
+    assert script.main([*base, "key ", "query", "--stop=e", "--top-k=20", "--top-p=0.99"]) == 0
+    first, second = capsys.readouterr().out[:-1].split("\n\n", 1)
+    assert first.startswith("key ") and "e" not in first[4:] and second.startswith("query") and "e" not in second[5:]
+    assert {path: path.read_bytes() for path in settings.out.iterdir()} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,37 +727,80 @@ def test_generation_turns_down_what_has_no_meaning(options: dict[str, float]) ->
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
 def test_the_loss_falls(attention: str, settings: script.Settings) -> None:
     settings = dataclasses.replace(settings, iterations=60, batch_size=8, warmup=10, eval_interval=30)
-    settings.out.mkdir()
-    runtime, corpus, batches = prepare(settings)
-    run = script.train(script.build_model(corpus, attention, settings, runtime), corpus, batches, settings, runtime)
+    trainer = make_trainer(settings, attention)
+    run = train(trainer)
     assert [each.iteration for each in run.evaluations] == [0, 30, 60] and len(run.losses) == 60
-    assert run.evaluations[0].val == pytest.approx(math.log(len(corpus.vocabulary)), abs=0.15)
-    assert run.best.val < script.entropy(corpus.train) - 0.3, "it learnt more than how frequent each character is"
-    best, _ = script.load_checkpoint(run.checkpoint)
-    assert script.evaluate(best, batches, run.best.iteration, runtime) == run.best
+    assert run.evaluations[0].val == pytest.approx(math.log(len(trainer.data.vocabulary)), abs=0.15)
+    assert run.best.val < script.entropy(trainer.data.train) - 0.3, "it learnt more than how frequent characters are"
+    best, _ = script.load_checkpoint(trainer.best_path)
+    assert script.evaluate(best, trainer.batches, run.best.iteration, settings, trainer.runtime) == run.best
+
+
+def test_the_best_model_is_kept_beside_the_last(settings: script.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    vals = iter([9.0, 2.0, 1.5, 1.7, 1.5, 1.6])
+
+    def evaluate(*_: object) -> script.Evaluation:
+        return dataclasses.replace(real(*_), val=next(vals))
+
+    real = script.evaluate
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    trainer = make_trainer(dataclasses.replace(settings, iterations=5, eval_interval=1), "nsa")
+    train(trainer)
+    kept, last = (script.Run.of(script.read_checkpoint(path)["run"]) for path in (trainer.best_path, trainer.last_path))
+    assert kept.best.iteration == len(kept.losses) == trainer.run.best.iteration == 2
+    assert last.best.iteration == 2 and len(last.losses) == 5
 
 
 def test_training_repeats_with_its_seed(settings: script.Settings) -> None:
-    settings = dataclasses.replace(settings, dropout=0.3)
-    settings.out.mkdir()
-    runtime, corpus, batches = prepare(settings)
-
-    def losses() -> list[float]:
+    settings = dataclasses.replace(settings, dropout=0.3, value_dropout=0.2)
+    runs = []
+    for _ in range(2):
         torch.rand(3)  # whatever ran before must not matter
-        return script.train(
-            script.build_model(corpus, "nsa", settings, runtime), corpus, batches, settings, runtime
-        ).losses
+        runs.append(train(make_trainer(settings, "nsa")).losses)
+    assert runs[0] == runs[1]
 
-    assert losses() == losses()
+
+def test_parts_of_a_batch_add_up(settings: script.Settings) -> None:
+    whole, parts = (
+        train(make_trainer(dataclasses.replace(settings, accumulate=accumulate), "nsa")) for accumulate in (1, 4)
+    )
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
 
 
 def test_bfloat16_trains_too(settings: script.Settings) -> None:
-    settings = dataclasses.replace(settings, dtype="bfloat16")
-    settings.out.mkdir()
-    runtime, corpus, batches = prepare(settings)
-    run = script.train(script.build_model(corpus, "nsa", settings, runtime), corpus, batches, settings, runtime)
+    trainer = make_trainer(dataclasses.replace(settings, dtype="bfloat16"), "nsa")
+    run = train(trainer)
     assert all(map(math.isfinite, run.losses)) and run.losses[-1] < run.losses[0]
-    assert script.load_checkpoint(run.checkpoint)[0].head.weight.dtype == torch.float32
+    assert script.load_checkpoint(trainer.best_path)[0].head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", script.ATTENTIONS)
+def test_a_compiled_model_learns_the_same(
+    attention: str, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as for any backend of torch.compile, but run without waiting for a C++ compiler."""
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda model: real(model, backend="aot_eager"))
+    plain, compiled = (
+        train(make_trainer(dataclasses.replace(settings, compile=compile, iterations=3), attention))
+        for compile in (False, True)
+    )
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert compiled.best.val == pytest.approx(plain.best.val, rel=1e-4)
+
+
+@pytest.mark.parametrize("branches", [script.BRANCHES, ("local",)])
+def test_recall_needs_more_than_the_window(branches: tuple[str, ...], tmp_path: Path) -> None:
+    """A short training already tells: values that were said in this sequence, against all there are."""
+    settings = dataclasses.replace(
+        script.RECALL,
+        **{"out": tmp_path / "out", "attention": "nsa", "branches": branches, "pairs": 2, "context": 32, "dim": 32},
+        **{"local_window": 4, "block_size": 4, "topk_blocks": 3, "iterations": 120, "batch_size": 32, "warmup": 10},
+        **{"eval_interval": 60, "eval_batches": 2, "learning_rate": 1e-2},
+    )
+    run = train(make_trainer(settings, "nsa"))
+    chance = math.log(script.RECALL_VALUES)
+    assert run.best.val > chance - 0.1 if branches == ("local",) else run.best.val < chance / 2, run.best
 
 
 def test_a_diverging_run_says_so(settings: script.Settings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,11 +819,12 @@ def test_the_whole_script(
     assert first.startswith(f"data: {settings.data}") and "cpu, float32" in second and "parameters" in second
     table = re.search(r"nsa +dense\nvalidation loss, best +(\d\.\d+) +(\d\.\d+)\n", shown)
     assert table, f"no two losses side by side in:\n{shown}"
-    kept = [script.load_checkpoint(settings.out / f"{attention}.pt")[1]["val"] for attention in script.ATTENTIONS]
-    assert [f"{loss:.4f}" for loss in kept] == list(table.groups())
+    kept = [script.load_checkpoint(settings.out / f"{attention}.pt")[1]["run"] for attention in script.ATTENTIONS]
+    assert [f"{script.Run.of(run).best.val:.4f}" for run in kept] == list(table.groups())
     written = {path.name for path in settings.out.iterdir()}
-    assert written == {"nsa.pt", "dense.pt", "loss.png", "run.json"}
-    for path in (picture, settings.out / "loss.png"):
+    checkpoints = {"nsa.pt", "nsa.last.pt", "dense.pt", "dense.last.pt"}
+    assert written == {*checkpoints, "loss.png", "gates.png", "run.json"}
+    for path in (picture, settings.out / "loss.png", settings.out / "gates.png"):
         assert_is_a_picture(path)
 
 
@@ -654,7 +869,7 @@ def test_a_terminal_gets_a_bar_with_loss_and_speed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(script.sys, "stderr", terminal)
     with script.Progress(total=1, title="nsa") as progress:
         time.sleep(2 * progress.bar.mininterval)  # the bar is drawn no more often than that
-        progress.advance(torch.tensor(2.5), tokens_per_second=12345.6)
+        progress.advance(2.5, tokens_per_second=12345.6)
     assert "nsa: 100%" in terminal.getvalue() and "loss 2.500, 12,346 tokens/s" in terminal.getvalue()
 
 
@@ -664,7 +879,7 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys
     with script.Progress(total=50, title="nsa") as progress:
         for _ in range(50):
             clock[0] += 1.0
-            progress.advance(torch.tensor(2.5), tokens_per_second=12345.6)
+            progress.advance(2.5, tokens_per_second=12345.6)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["nsa 16/50", "nsa 32/50", "nsa 48/50"]
     assert lines[0].endswith("loss 2.500, 12,346 tokens/s")
@@ -674,39 +889,3 @@ def test_importing_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "nsa_gpt_training.py"), run_name="imported")
     shown = capsys.readouterr()
     assert shown.out == shown.err == ""
-
-
-def test_ctrl_c_keeps_the_last_checkpoint(settings: script.Settings) -> None:
-    endless = flags(dataclasses.replace(settings, attention="nsa", iterations=10**6, eval_interval=2))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "nsa_gpt_training.py"), *endless],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while "8/1000000" not in process.stdout.readline():
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert len(errors.splitlines()) == 1 and "interrupted" in errors, errors
-    _, kept = script.load_checkpoint(settings.out / "nsa.pt")
-    assert f"iteration {kept['iteration']} " in errors, errors
-    assert list(settings.out.glob("*.tmp")) == []
-
-
-def test_ctrl_c_before_the_first_checkpoint(
-    settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(*_: object) -> Tensor:
-        raise KeyboardInterrupt
-
-    settings.out.mkdir()
-    (settings.out / "nsa.pt").write_text("of an earlier run")
-    monkeypatch.setattr(script, "train_step", interrupt)
-    line = complaint(capsys, flags(settings), exit_code=130)
-    assert "interrupted" in line and "no checkpoint" in line
-    assert (settings.out / "nsa.pt").read_text() == "of an earlier run"

@@ -1,0 +1,102 @@
+"""What a training step of a 124M-parameter GPT costs on a GPU, with NSA and with dense attention in the same run.
+
+    python tests/benchmarks/train.py                                    # context 2k, 8k and 32k, eager
+    python tests/benchmarks/train.py --compile                          # both compiled
+    python tests/benchmarks/train.py --contexts 32768 --recompute       # activation checkpointing
+    python tests/benchmarks/train.py --kv-heads 4                       # grouped queries, for both
+
+12 layers, dim 768, 12 heads, vocabulary 50304, rotary positions; bf16 autocast, fused AdamW, clipped gradients:
+forward, backward and update as the training example does them, on random tokens. Median of steps, and the peak of
+memory. Dense attention is `scaled_dot_product_attention`; NSA's block sizes, window and gates are those of the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import nsa_gpt_training as script  # noqa: E402
+
+VOCABULARY = 50304
+MODEL = dataclasses.replace(
+    script.FULL,
+    **{"layers": 12, "dim": 768, "heads": 12, "rope_theta": 10000.0, "dropout": 0.0, "value_dropout": 0.0},
+    **{"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "init_blocks": 1, "local_blocks": 2},
+    **{"local_window": 512, "gate_mode": "q_cond", "gate_init": (0.0, 0.0, 0.0)},
+)
+
+
+def settings_for(context: int, args: argparse.Namespace) -> script.Settings:
+    """As many sequences as make up --tokens, at least one."""
+    given = {name: getattr(args, name) for name in ("kv_heads", "compression", "compile", "recompute", "accumulate")}
+    rows = max(args.accumulate, args.tokens // context)
+    return dataclasses.replace(MODEL, context=context, batch_size=rows, **given)
+
+
+def step_costs(attention: str, settings: script.Settings, runtime: script.Runtime, repeats: int) -> tuple[float, float]:
+    """Median seconds of a training step, and the GiB that it takes at its peak, weights and optimizer included."""
+    torch.manual_seed(0)
+    model = script.NSALanguageModel(VOCABULARY, settings.nsa_config(), settings.layers, attention)
+    model.recompute = settings.recompute
+    script.place(model, settings, runtime)
+    optimizer = script.make_optimizer(model, settings)
+    tokens = torch.randint(VOCABULARY, (settings.batch_size, settings.context + 1), device=runtime.device)
+    batch, seconds = (tokens[:, :-1], tokens[:, 1:]), []
+    for step in range(3 + repeats):  # the first ones compile, and let the optimizer make its state
+        if step == 3 and tokens.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        _, norm = script.train_step(model, optimizer, batch, 1e-4, settings, runtime)
+        float(norm)  # waits for the whole backward; an update is timed with the next step
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[3:]), runtime.peak_memory()
+
+
+def row(context: int, args: argparse.Namespace, runtime: script.Runtime) -> str:
+    settings, speeds, cells = settings_for(context, args), {}, []
+    for attention in args.attention:
+        try:
+            seconds, memory = step_costs(attention, settings, runtime, args.repeats)
+        except torch.cuda.OutOfMemoryError:
+            cells += ["out of memory", "–"]
+        else:
+            speeds[attention] = settings.batch_size * context / seconds
+            cells += [f"{speeds[attention]:,.0f}", f"{memory:.1f}"]
+        torch.compiler.reset()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+    ratio = f"{speeds['nsa'] / speeds['dense']:.2f}×" if len(speeds) == 2 else "–"
+    return f"| {context:,} | {settings.batch_size} | " + " | ".join((*cells, ratio)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--tokens", type=int, default=32768, help="in a batch")
+    parser.add_argument("--attention", nargs="+", choices=script.ATTENTIONS, default=script.ATTENTIONS)
+    parser.add_argument("--kv-heads", type=int, default=None)
+    parser.add_argument("--compression", default=MODEL.compression)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    with script.joined_processes(dataclasses.replace(MODEL, device=args.device)) as runtime:
+        print(f"{runtime}, torch {torch.__version__}, {' '.join(sys.argv[1:]) or 'defaults'}\n")
+        names = [f"{attention}, {what}" for attention in args.attention for what in ("tokens/s", "peak GiB")]
+        columns = ("context", "batch", *names, "NSA / dense")
+        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+        for context in args.contexts:
+            print(row(context, args, runtime), flush=True)
+
+
+if __name__ == "__main__":
+    main()
