@@ -4,6 +4,7 @@
     python tests/benchmarks/cpu.py parts     # where NSA's time goes
     python tests/benchmarks/cpu.py memory    # peak above the inputs, against eager dense attention
     python tests/benchmarks/cpu.py model     # a training step of the example's full-size model, NSA against dense
+    python tests/benchmarks/cpu.py decode    # a new token after 2048, with a cache against running all tokens again
 
 Setting of the first three: float32, batch 1, 8 heads, D 64, window 256, block = stride = 64, 8 blocks selected.
 """
@@ -159,9 +160,31 @@ def model(batch: int, repeats: int) -> None:
     print(f"| {count:.1f} M | {batch} × 256 | {cells} |")
 
 
+@torch.no_grad()
+def decode(repeats: int, prompt: int = 2048, layers: int = 6) -> None:
+    """Seconds a token of a stack of blocks of the example's full size, batch 1."""
+    config = nsa.NSAConfig(dim=384, heads=6, seq_len=prompt + repeats, local_window=64, topk_blocks=4)
+    blocks = [nsa.NSABlock(config).eval() for _ in range(layers)]
+    caches = [nsa.NSACache(config, 1, config.seq_len) for _ in blocks]
+    x = torch.randn(1, config.seq_len, config.dim)
+
+    def run(x: Tensor, caches: list[nsa.NSACache | None]) -> float:
+        begin = time.perf_counter()
+        for block, cache in zip(blocks, caches, strict=True):
+            x = block(x, cache=cache)
+        return time.perf_counter() - begin
+
+    prefill = run(x[:, :prompt], caches)
+    steps = [run(x[:, t : t + 1], caches) for t in range(prompt, config.seq_len)]
+    again = [run(x[:, : t + 1], [None] * layers) for t in range(prompt, config.seq_len)]
+    step, whole = statistics.median(steps), statistics.median(again)
+    print(f"a prompt of {prompt} tokens: {prefill:.3f} s; then a token with the cache: {step:.4f} s")
+    print(f"all tokens again: {whole:.3f} s, {whole / step:.1f}×")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "parts", "memory", "model"))
+    parser.add_argument("what", choices=("speed", "parts", "memory", "model", "decode"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64, help="sequences in a step of the model")
@@ -174,8 +197,10 @@ def main() -> None:
         parts(args.lengths, args.repeats)
     elif args.what == "memory":
         memory([n for n in args.lengths if n <= 16384], args.eager_most)
-    else:
+    elif args.what == "model":
         model(args.batch, args.repeats)
+    else:
+        decode(args.repeats)
 
 
 if __name__ == "__main__":
