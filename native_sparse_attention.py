@@ -889,9 +889,6 @@ _SELECTIVE_TILES = {
     ("backward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
 }
 
-# Thresholds that one round of the choice counts by: registers against rounds.
-_TRIALS = {"choose": 1, "decode": 8}
-
 # Block scores of one chunk of queries take at most this much memory.
 _SCORE_BYTES = 256 << 20
 
@@ -1136,13 +1133,11 @@ def _block_scores_kernel(
 def _store_highest(
     score, own, exists, out_row,
     S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
-    TRIALS: tl.constexpr,
 ):  # fmt: skip
     """out_row[:] = the S highest of score[: own + 1], forced ones first, ties to the lower index; ROWS rows at once.
 
-    Scores are not negative, so their bits order as integers: the S-th highest is found by counting what reaches each of
-    TRIALS thresholds at a time (one bisects), and a round that counts exactly S ends it. The running count of what is
-    taken is the slot: slots ascend without a sort.
+    Scores are not negative, so their bits order as integers: the S-th highest is found by bisection, by counting, and
+    a round that counts exactly S ends it. The running count of what is taken is the slot: slots ascend without a sort.
     """
     QUAD: tl.constexpr = 4 if NP > 4 else 1
     j = tl.arange(0, NP)[None, :]
@@ -1163,14 +1158,10 @@ def _store_highest(
     threshold = tl.where(n_forced >= wanted, _TL_FORCED, tl.minimum(threshold, over - 1))
     over = tl.where(n_forced >= wanted, _TL_FORCED + 1, over)
     while tl.max(over - threshold, axis=0) > 1:
-        step = tl.maximum((over - threshold) // (TRIALS + 1), 1)
-        trial = tl.minimum(threshold[:, None] + step[:, None] * (1 + tl.arange(0, TRIALS))[None, :], over[:, None] - 1)
-        reached = tl.sum((key[:, :, None] >= trial[:, None, :]).to(tl.int32), axis=1)
-        enough, few = reached >= wanted[:, None], reached < wanted[:, None]
-        threshold = tl.maximum(threshold, tl.max(tl.where(enough, trial, 0), axis=1))
-        over = tl.minimum(over, tl.min(tl.where(few, trial, _TL_FORCED + 1), axis=1))
-        exact = tl.max((reached == wanted[:, None]).to(tl.int32), axis=1) > 0
-        over = tl.where(exact, threshold + 1, over)
+        trial = threshold + (over - threshold) // 2
+        reached = tl.sum((key >= trial[:, None]).to(tl.int32), axis=1)
+        threshold = tl.where(reached >= wanted, trial, threshold)
+        over = tl.where(reached > wanted, over, tl.where(reached == wanted, trial + 1, trial))
 
     # ties at the threshold: those before `limit` are taken, so that `wanted` are taken in all
     limit = tl.full([ROWS], NP, tl.int32)
@@ -1199,7 +1190,7 @@ def _store_highest(
 def _choose_kernel(
     scores, chosen_blocks, tiles, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
     K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, TOKENS: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, TRIALS: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1]."""
     z = tl.program_id(1)
@@ -1217,7 +1208,7 @@ def _choose_kernel(
         t = tl.load(tile + 1, mask=in_chunk, other=0) + position
         in_chunk = in_chunk & (position < tl.load(tile + 2, mask=in_chunk, other=0))
     out_row = out + t.to(tl.int64) * stride_ot
-    _store_highest(score, position // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP, TRIALS)
+    _store_highest(score, position // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP)
 
 
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
@@ -1289,7 +1280,7 @@ def _triton_select(
         _choose_kernel[(triton.cdiv(n_tokens, rows_each), B * K)](
             scores, chosen, of_chunk, n_tokens, n_blocks, t0, *chosen.stride()[:3],
             K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, TOKENS=sizes["TOKENS"],
-            INIT=init_blocks, LOCAL=local_blocks, ROWS=rows_each, NP=width, TRIALS=_TRIALS["choose"],
+            INIT=init_blocks, LOCAL=local_blocks, ROWS=rows_each, NP=width,
             num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
@@ -2620,7 +2611,7 @@ def _decode_choose_kernel(
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
-    TRIALS: tl.constexpr, WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
@@ -2647,7 +2638,7 @@ def _decode_choose_kernel(
         one = tl.arange(0, 1)
         _store_highest(
             score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
-            S, SP, INIT, LOCAL, 1, NP, TRIALS,
+            S, SP, INIT, LOCAL, 1, NP,
         )  # fmt: skip
 
 
@@ -2805,7 +2796,7 @@ def _triton_decode(
             q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
-            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP, TRIALS=_TRIALS["decode"],
+            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
             SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
             PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
