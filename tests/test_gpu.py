@@ -174,14 +174,19 @@ def compiled() -> None:
 
 
 def assert_as_exact_as_plain(
-    branch: Branch, case: Case, x: dict[str, Tensor], actual: dict[str, Tensor], reference: object = oracle.Dense
+    branch: Branch,
+    case: Case,
+    x: dict[str, Tensor],
+    actual: dict[str, Tensor],
+    reference: object = oracle.Dense,
+    ulps: float = 4,
 ) -> None:
     """Values and all gradients within the error budget, in the dtypes that are promised."""
     dtype = x["q"].dtype
     plain, exact = run(branch, reference, case, x), run(branch, reference, case, double(x))
     for name in exact:
         assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), f"{name}: {actual[name].dtype}"
-        assert_within_budget(actual[name], plain[name], exact[name], name)
+        assert_within_budget(actual[name], plain[name], exact[name], name, ulps)
 
 
 @every_branch
@@ -199,13 +204,19 @@ def test_error_budget_and_repeatability(branch: Branch, case: Case, dtype: torch
 @every_branch
 @pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
 def test_packed_sequences(branch: Branch, packing: Packing, dtype: torch.dtype, compiled: None) -> None:
-    """Of each alone, within the error budget; in memory full of NaN, twice."""
+    """Of each alone, within the error budget; in memory full of NaN, twice.
+
+    The first token of a sequence sees one key, so that its ds is do·v − do·o with o = v: exactly 0 by the reference's
+    softmax, the rounding of two sums of D products in a kernel that recomputes from the log-sum-exp. Half types drown
+    it; in float32 it is the largest error there is, about sqrt(D) ulp, and packed sequences have many first tokens.
+    """
     of, case, x = draw_packed(packing, dtype)
     with poisoned_memory():
         actual, again = run(branch, of, case, x), run(branch, of, case, x)
     for name, value in actual.items():
         assert torch.equal(value, again[name]), f"{name} differs from run to run"
-    assert_as_exact_as_plain(branch, case, x, actual, EachAlone(oracle.Dense, replace(packing, case=case)))
+    ulps = 4 + case.D**0.5 * (dtype == torch.float32)
+    assert_as_exact_as_plain(branch, case, x, actual, EachAlone(oracle.Dense, replace(packing, case=case)), ulps)
 
 
 def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, tolerance: float) -> None:
