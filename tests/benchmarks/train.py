@@ -47,10 +47,10 @@ def step_costs(attention: str, settings: script.Settings, runtime: script.Runtim
     model.recompute = settings.recompute
     script.place(model, settings, runtime)
     optimizer = script.make_optimizer(model, settings)
-    tokens = torch.randint(VOCABULARY, (settings.batch_size, settings.context + 1), device=runtime.device)
+    tokens = torch.randint(VOCABULARY, (settings.batch_size, settings.context + 1))
     batch, seconds = (tokens[:, :-1], tokens[:, 1:]), []
     for step in range(3 + repeats):  # the first ones compile, and let the optimizer make its state
-        if step == 3 and tokens.is_cuda:
+        if step == 3 and runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         _, norm = script.train_step(model, optimizer, batch, 1e-4, settings, runtime)
