@@ -6,8 +6,9 @@
     python nsa_gpt_training.py --task recall               what was said early in a long sequence, asked for at its end
     python nsa_gpt_training.py --full --resume             go on where a run was stopped
     python nsa_gpt_training.py --generate --prompt "To be" text of a trained model, as it comes
-    torchrun --nproc-per-node 8 nsa_gpt_training.py --full one process for each GPU, the same batches and losses
     python nsa_gpt_training.py --help                      every setting, with its value in each preset
+
+    torchrun --nproc-per-node 8 -- nsa_gpt_training.py --full     a process for each GPU: same batches, same losses
 
 The data, its 90/10 split and the full run's schedule are those of nanoGPT's Shakespeare example: losses compare.
 
@@ -300,9 +301,12 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 def make_parser() -> argparse.ArgumentParser:
     """A flag for every field of Settings. Flags that are not given stay None, so that the preset decides."""
-    summary, usage = __doc__.split("\n\n")[:2]
+    summary, *usage = __doc__.split("\n\n")[:3]
     parser = OneLineParser(
-        description=summary, epilog=usage, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=summary,
+        epilog="\n\n".join(usage),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", default=None, help="preset: seconds on a CPU")
@@ -1667,12 +1671,15 @@ def check_before_work(settings: Settings, data: Data, processes: int) -> None:
 
 
 def make_folders(settings: Settings) -> None:
+    """For all that will be written."""
     try:
         for path in (settings.out / "file", settings.plot_patterns, settings.log):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
+        if settings.log is not None:
+            settings.log.open("a").close()
     except OSError as problem:
-        raise Stop(f"cannot make folder {problem.filename}: {problem.strerror}") from problem
+        raise Stop(f"cannot write {problem.filename}: {problem.strerror}") from problem
 
 
 def loss_table(runs: list[Run]) -> str:
