@@ -142,7 +142,9 @@ class Settings:
     rope_theta: float | None = setting(None, "base of rotary positions; not given: a learned position embedding")
     dropout: float = setting(0.2, "on embeddings, attention output and feed-forward")
     init_std: float = setting(0.02, "standard deviation of the first weights", least=0)
-    value_dropout: float = setting(0.0, "on the value vectors of whole tokens, each head its own", least=0)
+    value_dropout: float = setting(
+        0.2, "on the values of whole tokens, each head its own: as dropout on attention probabilities would", least=0
+    )
 
     local_window: int = setting(64, "NSA: tokens that the local branch sees")
     block_size: int = setting(32, "NSA: tokens in a compressed block")
@@ -243,6 +245,7 @@ QUICK = dataclasses.replace(
     heads=4,
     context=128,
     dropout=0.0,
+    value_dropout=0.0,
     local_window=32,
     block_size=16,
     topk_blocks=2,
@@ -266,6 +269,7 @@ RECALL = dataclasses.replace(
     bias=True,
     rope_theta=1e10,  # most of a head turns so slowly that it matches contents at any distance
     dropout=0.0,
+    value_dropout=0.0,
     init_std=0.09,  # 1/sqrt(dim): attention differs between keys from the start
     local_window=32,
     block_size=16,
@@ -1421,7 +1425,7 @@ class Trainer:
         if len(self.random) == self.runtime.world:
             set_random_state(self.random[self.runtime.rank], self.runtime)
         else:  # a new run, or one that other processes began
-            torch.manual_seed(self.settings.seed + self.runtime.rank + self.runtime.world * self.iteration)
+            torch.manual_seed(self.settings.seed + self.runtime.rank)
 
     def step(self, request: StopRequest) -> None:
         """One update is launched; what the one before it found is read meanwhile."""
