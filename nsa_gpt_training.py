@@ -6,8 +6,9 @@
     python nsa_gpt_training.py --task recall               what was said early in a long sequence, asked for at its end
     python nsa_gpt_training.py --full --resume             go on where a run was stopped
     python nsa_gpt_training.py --generate --prompt "To be" text of a trained model, as it comes
-    torchrun --nproc-per-node 8 nsa_gpt_training.py --full one process for each GPU, the same batches and losses
     python nsa_gpt_training.py --help                      every setting, with its value in each preset
+
+    torchrun --nproc-per-node 8 -- nsa_gpt_training.py --full     a process for each GPU: same batches, same losses
 
 The data, its 90/10 split and the full run's schedule are those of nanoGPT's Shakespeare example: losses compare.
 
@@ -141,7 +142,9 @@ class Settings:
     rope_theta: float | None = setting(None, "base of rotary positions; not given: a learned position embedding")
     dropout: float = setting(0.2, "on embeddings, attention output and feed-forward")
     init_std: float = setting(0.02, "standard deviation of the first weights", least=0)
-    value_dropout: float = setting(0.0, "on the value vectors of whole tokens, each head its own", least=0)
+    value_dropout: float = setting(
+        0.2, "on the values of whole tokens, each head its own: as dropout on attention probabilities would", least=0
+    )
 
     local_window: int = setting(64, "NSA: tokens that the local branch sees")
     block_size: int = setting(32, "NSA: tokens in a compressed block")
@@ -242,6 +245,7 @@ QUICK = dataclasses.replace(
     heads=4,
     context=128,
     dropout=0.0,
+    value_dropout=0.0,
     local_window=32,
     block_size=16,
     topk_blocks=2,
@@ -260,10 +264,15 @@ RECALL = dataclasses.replace(
     out=FULL.out / "recall",
     layers=2,
     dim=128,
-    heads=2,
+    heads=4,
     context=1024,
-    rope_theta=1e4,
+    bias=True,
+    rope_theta=1e10,  # most of a head turns so slowly that it matches contents at any distance
     dropout=0.0,
+    value_dropout=0.0,
+    init_std=0.09,  # 1/sqrt(dim): attention differs between keys from the start
+    local_window=32,
+    block_size=16,
     gate_init=(0.0, 0.0, 0.0),
     iterations=2000,
     learning_rate=3e-3,
@@ -296,9 +305,12 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 def make_parser() -> argparse.ArgumentParser:
     """A flag for every field of Settings. Flags that are not given stay None, so that the preset decides."""
-    summary, usage = __doc__.split("\n\n")[:2]
+    summary, *usage = __doc__.split("\n\n")[:3]
     parser = OneLineParser(
-        description=summary, epilog=usage, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=summary,
+        epilog="\n\n".join(usage),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", default=None, help="preset: seconds on a CPU")
@@ -1413,7 +1425,7 @@ class Trainer:
         if len(self.random) == self.runtime.world:
             set_random_state(self.random[self.runtime.rank], self.runtime)
         else:  # a new run, or one that other processes began
-            torch.manual_seed(self.settings.seed + self.runtime.rank + self.runtime.world * self.iteration)
+            torch.manual_seed(self.settings.seed + self.runtime.rank)
 
     def step(self, request: StopRequest) -> None:
         """One update is launched; what the one before it found is read meanwhile."""
@@ -1663,12 +1675,15 @@ def check_before_work(settings: Settings, data: Data, processes: int) -> None:
 
 
 def make_folders(settings: Settings) -> None:
+    """For all that will be written."""
     try:
         for path in (settings.out / "file", settings.plot_patterns, settings.log):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
+        if settings.log is not None:
+            settings.log.open("a").close()
     except OSError as problem:
-        raise Stop(f"cannot make folder {problem.filename}: {problem.strerror}") from problem
+        raise Stop(f"cannot write {problem.filename}: {problem.strerror}") from problem
 
 
 def loss_table(runs: list[Run]) -> str:
