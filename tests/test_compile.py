@@ -127,9 +127,9 @@ def test_attention(random: Random) -> None:
     assert graphs() == 2
 
 
-def test_block_without_a_word_about_dynamic_shapes(random: Random) -> None:
+def test_attention_without_a_word_about_dynamic_shapes(random: Random) -> None:
     """The first length has a graph to itself; then as above."""
-    module = block()
+    module = attention()
     call = compiled(module)
     for tokens in LENGTHS:
         x = hidden(random, tokens)

@@ -139,10 +139,13 @@ def test_rows_of_every_length(case: Case, dtype: torch.dtype, split: None, rando
     check(case, of_every_length(case, new=1), random, dtype)
 
 
+# (case, new tokens, dtype)
+SEVERAL = [(CASES[0], 5, torch.float16), (CASES[10], 5, torch.float16),
+           (MIDDLE, 2, torch.float16), (MIDDLE, 2, torch.float32)]  # fmt: skip
+
+
 @interpreted
-@every_dtype
-@pytest.mark.parametrize("new", [2, 5])
-@pytest.mark.parametrize("case", [CASES[0], MIDDLE, CASES[10]], ids=str)
+@pytest.mark.parametrize("case, new, dtype", SEVERAL, ids=str)
 def test_several_new_tokens(case: Case, new: int, dtype: torch.dtype, split: None, random: Random) -> None:
     check(case, of_every_length(case, new), random, dtype)
 

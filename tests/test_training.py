@@ -858,7 +858,8 @@ def test_optional_packages_are_optional(missing: str, settings: script.Settings,
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / f"{missing}.py").write_text("raise ImportError('hidden')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hide")}
-    arguments = flags(dataclasses.replace(settings, attention="nsa", plot_patterns=tmp_path / "patterns.png"))
+    settings = dataclasses.replace(settings, attention="nsa", iterations=1, plot_patterns=tmp_path / "patterns.png")
+    arguments = flags(settings)
     done = subprocess.run(
         [sys.executable, str(ROOT / "nsa_gpt_training.py"), *arguments], env=environment, capture_output=True, text=True
     )

@@ -151,10 +151,11 @@ def test_of_two_models_each_goes_on_where_it_was(
 def test_a_second_ctrl_c_ends_it_at_once(
     settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)  # a process in the background of a shell ignores Ctrl-C
     interrupt_at(monkeypatch, 5, lambda: (ctrl_c(), ctrl_c()))
     assert "interrupted" in complaint(capsys, flags(settings), exit_code=130)
     assert len(script.read_checkpoint(settings.out / "nsa.last.pt")["run"]["losses"]) == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are as they were"
+    assert signal.getsignal(signal.SIGINT) is before, "handlers are as they were"
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 0.999])
@@ -315,7 +316,8 @@ def test_tensorboard_gets_the_same_numbers_if_it_is_there(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many processes. One start of them does several runs one after the other: starting is what takes time.
+# Many processes. One start of them does several runs one after the other, and they are forks of one process that has
+# imported all: starting is what takes time.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -324,34 +326,43 @@ def many(processes: int, *arguments: str) -> list[str]:
     return [*launch, "--", *arguments]
 
 
-def do_runs(processes: int, runs: list[script.Settings], folder: Path) -> str:
-    """Each of the runs, on so many processes. Returns what all of them print."""
-    listed = folder / f"runs{processes}.json"
-    listed.write_text(json.dumps([flags(settings) for settings in runs]))
+def do_runs(runs: dict[int, list[script.Settings]], folder: Path) -> str:
+    """Each of the runs, on as many processes as its key says. Returns what all of them print."""
+    listed = folder / "runs.json"
+    listed.write_text(json.dumps([(world, [flags(settings) for settings in each]) for world, each in runs.items()]))
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        many(processes, __file__, str(listed)), env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, __file__, str(listed)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def drive(listed: Path) -> None:
+def fork_for_each(listed: Path) -> None:
+    """Fails if one of the processes does; the others are ended then, as they would wait for it."""
+    for world, runs in json.loads(listed.read_text()):
+        arguments = (world, runs, str(listed.with_suffix(f".store{world}")))
+        torch.multiprocessing.start_processes(drive, arguments, nprocs=world, start_method="fork")
+
+
+def drive(rank: int, world: int, runs: list[list[str]], store_path: str) -> None:
     """What each of the processes does. Runs into a folder named "stopped" are: one process alone gets Ctrl-C."""
-    join, rank, world = script.dist.init_process_group, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = script.dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    for number, arguments in enumerate(json.loads(listed.read_text())):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    join, store = script.dist.init_process_group, script.dist.FileStore(store_path, world)
+    for number, arguments in enumerate(runs):
         settings = script.parse_settings(arguments)
         to_be_stopped = settings.out.name.startswith("stopped") and not settings.resume
         own = {"store": script.dist.PrefixStore(f"run {number}", store), "rank": rank, "world_size": world}
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "IS_MAIN", rank == 0)  # what it found when it was imported
             patch.setattr(script.dist, "init_process_group", functools.partial(join, **own))
-            if to_be_stopped and os.environ["RANK"] == "1":
+            if to_be_stopped and rank == 1:
                 interrupt_at(patch, 5, ctrl_c)
             assert script.main(arguments) == (130 if to_be_stopped else 0)
 
 
 def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Settings, tmp_path: Path) -> None:
+    settings = dataclasses.replace(settings, sample_length=1)
     quiet = dataclasses.replace(settings, dropout=0.0, value_dropout=0.0, batch_size=8, log=None)
     whole = train(make_trainer(quiet, "nsa"))
 
@@ -362,13 +373,13 @@ def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Set
         [named(f"{name} {fsdp}", settings, fsdp=fsdp, log=None) for fsdp in (False, True)]
         for name in ("noisy", "stopped")
     )
-    on_two = [named("two", quiet), named("parts", quiet, accumulate=2), named("shards", quiet, fsdp=True, accumulate=2)]
+    on_two = [named("two", quiet, accumulate=2), named("two shards", quiet, fsdp=True, accumulate=2)]
     on_two += [*noisy, *stopped, *(dataclasses.replace(each, resume=True) for each in stopped)]
     on_four = [named("four", quiet), named("four shards", quiet, fsdp=True)]
-    shown = do_runs(2, on_two, tmp_path) + do_runs(4, on_four, tmp_path)
+    shown = do_runs({2: on_two, 4: on_four}, tmp_path)
     assert shown.count("validation loss, best") == len(on_two) + len(on_four) - len(stopped), "one process prints"
 
-    for name in ("two", "parts", "shards", "four", "four shards"):
+    for name in ("two", "two shards", "four", "four shards"):
         run = script.Run.of(script.read_checkpoint(tmp_path / name / "nsa.last.pt")["run"])
         assert run.losses == pytest.approx(whole.losses, rel=2e-6), name
         for got, expected in zip(run.evaluations, whole.evaluations, strict=True):
@@ -450,4 +461,4 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_checkpoint(sett
 
 
 if __name__ == "__main__":
-    drive(Path(sys.argv[1]))
+    fork_for_each(Path(sys.argv[1]))
