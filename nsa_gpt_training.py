@@ -1200,7 +1200,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as problem:
         raise Stop(f"there is no checkpoint {path}") from problem
-    except OSError as problem:
+    except (IsADirectoryError, PermissionError) as problem:
         raise Stop(f"cannot read {path}: {gist(problem)}") from problem
     except Exception as problem:  # depends on where the file is damaged, and advises to trust it
         raise Stop(f"{path} is no whole checkpoint: it is cut short, damaged, or of something else") from problem
