@@ -229,6 +229,14 @@ def _selection_count(tokens: int, select_block_size: int) -> int:
     return -(-tokens // select_block_size)
 
 
+def _runs(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Runs of so many rows each, one after another, `total` in all: each row's run, and its number there, (total,)."""
+    end = counts.cumsum(0, dtype=counts.dtype)
+    row = torch.arange(total, dtype=counts.dtype, device=counts.device)
+    run = torch.searchsorted(end, row, right=True, out_int32=counts.dtype == torch.int32)
+    return run, row - (end - counts)[run]
+
+
 class _Window(NamedTuple):
     """Who sees whom in the local branch: the query at t sees the keys at t − W < s ≤ t."""
 
@@ -646,8 +654,7 @@ def _pair_tiles(
     offset = (count.cumsum(0) - count)[1:]  # where in `order` they begin
     count = count[1:]
     tiles = (count + pairs - 1) // pairs
-    block = torch.repeat_interleave(tiles)  # (n,) of b·K·N
-    nth = torch.arange(len(block), device=device) - (tiles.cumsum(0) - tiles)[block]
+    block, nth = _runs(tiles, int(tiles.sum()))  # (n,): of each tile its block, of b·K·N, and its number there
     slot = nth[:, None] * pairs + torch.arange(pairs, device=device)  # (n, M): place among the block's pairs
     pair = order[(offset[block, None] + slot).clamp_(max=len(order) - 1)]
     row = rows[pair // slots]
@@ -978,13 +985,6 @@ def _edges(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _which(edges: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Of each row, the number of the run that it lies in, and its number there."""
-    row = torch.arange(rows, dtype=torch.int32, device=edges.device)
-    run = torch.searchsorted(edges, row, right=True, out_int32=True) - 1
-    return run, row - edges[run]
-
-
 class _Packing:
     """Sequences that lie one after another in a batch of 1."""
 
@@ -995,7 +995,7 @@ class _Packing:
     @functools.cached_property
     def tokens(self) -> tuple[Tensor, Tensor]:
         """The sequence of every token, and the token's position there."""
-        return _which(self.edges, sum(self.on_host))
+        return _runs(self.lengths, sum(self.on_host))
 
 
 # Choice of blocks ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1236,7 +1236,7 @@ def _query_tiles(packing: _Packing, tokens: int, block_size: int, stride: int) -
     keys = _Staircase(block_size, stride).span(packing.lengths - 1)[1]
     sequences = torch.stack([packing.edges[:-1], packing.lengths, _edges(keys)[:-1], keys], 1)
     tiles = sum(triton.cdiv(length, tokens) for length in packing.on_host)
-    sequence, tile = _which(_edges((packing.lengths + (tokens - 1)) // tokens), tiles)
+    sequence, tile = _runs((packing.lengths + (tokens - 1)) // tokens, tiles)
     return torch.cat([tile[:, None] * tokens, sequences[sequence]], 1)
 
 
@@ -1771,10 +1771,10 @@ def _span_tables(
     if packing is None:
         return None, None
     rule = _Window(WINDOW) if WINDOW > 0 else _Staircase(BLOCK_SIZE, STRIDE)
-    key_edges = _edges(rule.span(packing.lengths - 1)[1])  # a sequence's last query sees its last key
+    counts = rule.span(packing.lengths - 1)[1]  # a sequence's last query sees its last key
     sequence, query = packing.tokens
-    spans = torch.stack(rule.span(query), 1) + key_edges[sequence, None]
-    sequence, key = _which(key_edges, keys)
+    spans = torch.stack(rule.span(query), 1) + _edges(counts)[sequence, None]
+    sequence, key = _runs(counts, keys)
     first, end = rule.seen_by(key)
     seen = torch.stack([first, end.minimum(packing.lengths[sequence])], 1) + packing.edges[sequence, None]
     return spans, seen
@@ -2007,10 +2007,10 @@ def _block_tables(tokens: int, select_block_size: int, packing: _Packing | None)
     if packing is None:
         return _BlockTables(_selection_count(tokens, select_block_size), None, None)
     count = sum(_selection_count(length, select_block_size) for length in packing.on_host)
-    block_edges = _edges(_selection_count(packing.lengths, select_block_size))
+    counts = _selection_count(packing.lengths, select_block_size)
     sequence, position = packing.tokens
-    places = torch.stack([position, block_edges[sequence]], 1)
-    sequence, block = _which(block_edges, count)
+    places = torch.stack([position, _edges(counts)[sequence]], 1)
+    sequence, block = _runs(counts, count)
     first = packing.edges[sequence] + block * select_block_size
     return _BlockTables(count, places, torch.cat([first, packing.edges[-1:]]))
 
@@ -3784,8 +3784,8 @@ def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -
     counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
     table = torch.tensor([list(starts), counts], dtype=torch.int64)
     start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
-    row = torch.repeat_interleave(count, output_size=sum(counts))
-    return _Places(row, torch.arange(len(row), device=device) + (start - count.cumsum(0) + count)[row])
+    row, number = _runs(count, sum(counts))
+    return _Places(row, number + start[row])
 
 
 class _Padding(NamedTuple):
