@@ -294,6 +294,16 @@ def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size
     return cells.unflatten(-1, (blocks, gather)).sum(-1)  # (..., N·l'/d) → (..., N)
 
 
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores of each row, ascending. Of equal scores the lower index wins."""
+    values, index = scores.topk(count)
+    # topk breaks ties as it likes. Only where a tie straddles the last place does that matter: sort those rows stably.
+    tied = (scores >= values[..., -1:]).sum(-1) > count
+    if tied.any():
+        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return index.sort(dim=-1).values
+
+
 def _choose_blocks(
     importance: Tensor, query: Tensor, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
 ) -> Tensor:
@@ -312,16 +322,6 @@ def _choose_blocks(
     chosen = _highest(scores, min(topk_blocks, scores.shape[-1]))
     chosen = chosen.masked_fill(chosen > own, -1)  # ascending already puts them last
     return F.pad(chosen, (0, topk_blocks - chosen.shape[-1]), value=-1).int()
-
-
-def _highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores of each row, ascending. Of equal scores the lower index wins."""
-    values, index = scores.topk(count)
-    # topk breaks ties as it likes. Only where a tie straddles the last place does that matter: sort those rows stably.
-    tied = (scores >= values[..., -1:]).sum(-1) > count
-    if tied.any():
-        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return index.sort(dim=-1).values
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -832,7 +832,6 @@ def _each_sequence(
 # signatures of section 4. Nothing here waits for the GPU, and no gradient is summed by atomics, so that results are the
 # same from run to run.
 
-# Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
 
 
 def _kernel(function: Callable | None = None, **options: Any) -> Callable:
@@ -846,9 +845,11 @@ def _constexpr(value: float) -> Any:
     return value if triton is None else tl.constexpr(value)
 
 
-_TL_LOG2E = _constexpr(math.log2(math.e))  # exp(x) = exp2(x·log2 e), and exp2 is the instruction that the GPU has
+_TL_LOG2E = _constexpr(_LOG2E)  # exp(x) = exp2(x·log2 e), and exp2 is the instruction that the GPU has
 _TL_LN2 = _constexpr(math.log(2.0))
 _TL_FORCED = _constexpr(0x7F800000)  # the bits of infinity
+
+# Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
 
 # (query rows, keys, warps, stages) of each kernel's tile by padded head dim. Head dims 64 and 128 are the best of a
 # sweep on an H200 in bf16 (G = 1 and 16); 256 and float32 are right but not tuned. Two programs of 4 warps on a
@@ -919,6 +920,8 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 # Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
 _SPAN = {2: 4096, 4: 512}
 
+_GATE_ROWS = 32  # rows (token, head) of a tile
+
 # Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
 _DECODE_TILES = {
     ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
@@ -965,12 +968,17 @@ def _merge_rows(D: int) -> int:
     return max(2048 // _padded(D), 1)
 
 
+def _key_tile(keys: int, select_block_size: int) -> int:
+    """A tile of keys, shorter where blocks are."""
+    return min(keys, max(triton.next_power_of_2(select_block_size), 16))
+
+
 def _selective_tiles(pass_: str, D: int, select_block_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes for a head dim and type; a block shorter than a tile of keys takes a shorter tile."""
+    """Tile sizes for a head dim and type."""
     key = (pass_, dtype.itemsize)
     entry = min(width for *name, width in _SELECTIVE_TILES if tuple(name) == key and width >= _padded(D))
     tiles = dict(_SELECTIVE_TILES[key + (entry,)])
-    tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
+    tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
     return tiles
 
 
@@ -1220,6 +1228,17 @@ def _choose_kernel(
     _store_highest(score, position // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP, TRIALS)
 
 
+def _spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
+    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
+    ratio = select_block_size // stride
+    return ratio, (ratio + block_size // stride - 2) // ratio
+
+
+def _select_obstacle(block_size: int, select_block_size: int) -> str | None:
+    """Why the choice has no kernel for such blocks; None if it has."""
+    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
+
+
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes of the scores: TOKENS queries by BLOCKS selection blocks of PART compressed blocks at a time."""
     part = min(triton.next_power_of_2(ratio), 32)
@@ -1258,8 +1277,7 @@ def _triton_select(
     C, K = k_cmp.shape[1:3]
     G, S = H // K, topk_blocks
     q, k_cmp = _unit_stride(q), _unit_stride(k_cmp)
-    ratio = select_block_size // stride
-    spill = (ratio + block_size // stride - 2) // ratio
+    ratio, spill = _spill(block_size, stride, select_block_size)
     sizes = _select_tiles(D, G, ratio, spill, q.dtype)
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
     tiles, rows, longest = None, T, T
@@ -1728,19 +1746,19 @@ def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, obj
     return rows, keys, constants | {"num_warps": warps, "num_stages": stages}
 
 
+def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
+    dtype = dtype or like.dtype
+    unit = 16 // dtype.itemsize
+    return like.new_empty((*shape[:-1], triton.cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x itself if a descriptor can address it (strides and start multiples of 16 bytes), else a padded copy."""
     unit = 16 // x.element_size()
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1]):
         return x
     return _empty_aligned(x.shape, x).copy_(x)
-
-
-def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
-    dtype = dtype or like.dtype
-    unit = 16 // dtype.itemsize
-    return like.new_empty((*shape[:-1], triton.cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
 
 
 def _key_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
@@ -1800,20 +1818,6 @@ def _span_forward(
     return o, lse
 
 
-def _span_backward(
-    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    packing: _Packing | None, **span: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values."""
-    if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    spans, seen = _span_tables(packing, k.shape[1], **span)
-    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, spans, **span)
-    longest = q.shape[1] if packing is None else max(packing.on_host)
-    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
-
-
 def _span_dq(
     branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
     spans: Tensor | None, **span: int,
@@ -1829,6 +1833,16 @@ def _span_dq(
         GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return out
+
+
+def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
+    """Into how many parts of at least 32 tiles to split the query rows.
+
+    Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
+    times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
+    """
+    fill, even = (triton.cdiv(n * _processors(device), programs) for n in (3, 16))
+    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
 
 
 def _span_dkv(
@@ -1854,14 +1868,18 @@ def _span_dkv(
     return dk.contiguous(), dv.contiguous()
 
 
-def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
-    """Into how many parts of at least 32 tiles to split the query rows.
-
-    Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
-    times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
-    """
-    fill, even = (triton.cdiv(n * _processors(device), programs) for n in (3, 16))
-    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
+def _span_backward(
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    packing: _Packing | None, **span: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
+    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
+    spans, seen = _span_tables(packing, k.shape[1], **span)
+    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, spans, **span)
+    longest = q.shape[1] if packing is None else max(packing.on_host)
+    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
 
 
 def _triton_local_forward(
@@ -2246,7 +2264,7 @@ def _triton_selective_forward(
     if _query_outer(q, k, v, G):
         heads = min(max(triton.next_power_of_2(G), 16), 64)
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
-        tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
+        tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
         _selective_by_query(q, k, v, block_indices, o, lse, blocks.places, select_block_size, scale, tiles)
         return o, lse
     tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
@@ -2452,8 +2470,6 @@ def _triton_selective_backward(
 
 
 # Gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_GATE_ROWS = 32
 
 
 @_kernel
@@ -2715,16 +2731,10 @@ def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> st
     """Why decoding has no kernel for such blocks; None if it has, or if it takes Triton to tell."""
     if triton is None:
         return None
-    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    ratio, spill = _spill(block_size, stride, select_block_size)
     if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
         return None
     return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
-
-
-def _decode_spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
-    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
-    ratio = select_block_size // stride
-    return ratio, (ratio + block_size // stride - 2) // ratio
 
 
 def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
@@ -2766,7 +2776,7 @@ def _triton_decode(
     programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
 
     # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
-    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    ratio, spill = _spill(block_size, stride, select_block_size)
     part = triton.next_power_of_2(ratio)
     blocks = max(tiles["compressed"].pop("KEYS") // part, triton.next_power_of_2(max(spill, 1)))
     score_tiles = triton.cdiv(k_cmp.shape[1], blocks * ratio)
@@ -3134,23 +3144,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
-    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
-
-    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
-    """
-    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
-    if backend == "torch":
-        return "torch"
-    obstacle = obstacle or _triton_obstacle(q, k, scale)
-    usable = obstacle is None
-    if backend == "auto":
-        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
-    else:
-        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return "triton" if usable and q.numel() > 0 else "torch"
-
-
 def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Why the Triton kernels cannot run on such queries and keys; None if they can."""
     if triton is None:
@@ -3168,6 +3161,23 @@ def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
         return "the GPU is older than sm_80" if _capability(q.device) < (8, 0) else None
     interpreted = _INTERPRETED and q.device.type == "cpu"
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
+
+
+def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
+    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
+
+    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
+    """
+    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
+    if backend == "torch":
+        return "torch"
+    obstacle = obstacle or _triton_obstacle(q, k, scale)
+    usable = obstacle is None
+    if backend == "auto":
+        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
+    else:
+        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return "triton" if usable and q.numel() > 0 else "torch"
 
 
 @_once
@@ -3291,14 +3301,13 @@ def _check_compressed(
 
 def _check_choice(
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
-) -> str | None:
-    """Checks the sizes of the choice; returns what is in the way of its kernel, if anything is."""
+) -> None:
+    """Checks the sizes of the choice; block_size and stride have been checked."""
     for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
         _check_integer(name, value, 1)
     for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
         _check_integer(name, value, 0)
     _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
 
 
 def local_attention(
@@ -3443,7 +3452,8 @@ def select_blocks(
     _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_check_choice(*sizes))
+    _check_choice(*sizes)
+    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_select_obstacle(block_size, select_block_size))
     return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
 
 
@@ -3547,7 +3557,8 @@ def nsa_attention(
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, k, scale, obstacle=_check_choice(*sizes))
+    _check_choice(*sizes)
+    on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
     if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
         o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
@@ -3704,6 +3715,14 @@ class Conv1dCompressor(_LearnedCompressor):
 _COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
 
 
+def _accepts(function: Callable[..., object], *arguments: object) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 class TokenCompressor(nn.Module):
     """The compressor of that name or class, with its input and its output checked.
 
@@ -3747,14 +3766,6 @@ class TokenCompressor(nn.Module):
         _check(isinstance(out, Tensor), f"output of {name}", type(out).__name__, "must be a tensor", TypeError)
         _check(tuple(out.shape) == expected, f"output of {name}", tuple(out.shape), f"must have shape {expected}")
         return out
-
-
-def _accepts(function: Callable[..., object], *arguments: object) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4018,6 +4029,14 @@ def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
+    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    wide = _accumulation_dtype(q)
+    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
+    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
+
+
 class NativeSparseAttention(nn.Module):
     """Multi-head Native Sparse Attention, causal: (B, T, dim) → (B, T, dim). Takes the place of self-attention.
 
@@ -4236,14 +4255,6 @@ class NativeSparseAttention(nn.Module):
         dtype = _autocast(weight[:0])[0].dtype  # what the projections return
         cache._check_room(cfg, lengths, dtype, x.device)
         return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
-
-
-def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
-    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    wide = _accumulation_dtype(q)
-    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
-    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
