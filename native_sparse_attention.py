@@ -833,7 +833,6 @@ def _each_sequence(
 # same from run to run.
 
 
-
 def _kernel(function: Callable | None = None, **options: Any) -> Callable:
     """triton.jit, where there is a Triton; without one, kernels are functions that nobody calls."""
     if function is None:
@@ -2926,6 +2925,11 @@ def _fake_output(q: Tensor) -> list[Tensor]:
     return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
 
 
+def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
+    """Shape of block_indices; the sizes are those of `_select`."""
+    return q.new_empty(*q.shape[:2], k.shape[2], sizes[3], dtype=torch.int32)
+
+
 @_operator
 def _branch_forward(
     tensors: list[Tensor],
@@ -2976,11 +2980,8 @@ def _select(
 
 
 @_select.register_fake
-def _(
-    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
-) -> Tensor:
-    q, k_cmp, _lse = tensors
-    return q.new_empty(*q.shape[:2], k_cmp.shape[2], sizes[3], dtype=torch.int32)
+def _(tensors: list[Tensor], *settings: Any) -> Tensor:
+    return _fake_choice(*tensors[:2], settings[-2])
 
 
 @_operator
@@ -3005,10 +3006,9 @@ def _attention_forward(
 
 @_attention_forward.register_fake
 def _(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
-    q, kv_heads, sizes = tensors[0], tensors[1].shape[2], settings[-2]
+    q, k = tensors[:2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    chosen = q.new_empty(*q.shape[:2], kv_heads, sizes[3], dtype=torch.int32)
-    return [q.new_empty(q.shape), *outputs, *lses, chosen]
+    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, settings[-2])]
 
 
 @_operator
@@ -3223,9 +3223,13 @@ def _check_shape(name: str, x: Tensor, letters: str, expected: tuple[int, ...]) 
     _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), lambda: f"must be {letters} = {expected}")
 
 
+def _check_device(name: str, x: Tensor, owner: str, device: torch.device) -> None:
+    _check(x.device == device, f"{name}.device", str(x.device), f"must be {owner}, {device}")
+
+
 def _check_like(name: str, x: Tensor, q: Tensor) -> None:
     _check(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"must be q's, {q.dtype}")
-    _check(x.device == q.device, f"{name}.device", str(x.device), f"must be q's, {q.device}")
+    _check_device(name, x, "q's", q.device)
 
 
 def _remembered(known: WeakTensorKeyDictionary, tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
@@ -3261,7 +3265,7 @@ def _sequence_lengths(cu_seqlens: Tensor | None, batch: int, tokens: int, device
     _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
     _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
     _check(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "must be torch.int32")
-    _check(cu_seqlens.device == device, "cu_seqlens.device", str(cu_seqlens.device), f"must be the tokens', {device}")
+    _check_device("cu_seqlens", cu_seqlens, "the tokens'", device)
     _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
     lengths = _remembered(_LENGTHS, cu_seqlens, _read_lengths)
     _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
@@ -3449,7 +3453,7 @@ def select_blocks(
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
-    _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
+    _check_device("lse", lse, "q's", q.device)
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
     _check_choice(*sizes)
@@ -3491,9 +3495,9 @@ def selective_attention(
     _check_integer("select_block_size", select_block_size, 1)
     _check_tensor("block_indices", block_indices, 4, "(B, T, K, S)")
     _check_shape("block_indices", block_indices, "(B, T, K, S)", (*k.shape[:3], block_indices.shape[3]))
-    dtype, device = block_indices.dtype, block_indices.device
+    dtype = block_indices.dtype
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
-    _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
+    _check_device("block_indices", block_indices, "q's", q.device)
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
     settings = (lengths, on, "selective", [select_block_size], scale)
@@ -3825,14 +3829,23 @@ def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor]:
         return _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape)), lengths.cumsum(0, dtype=torch.int32)
 
 
-def _padding_of(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[_Padding, Tensor]:
-    """`_read_padding` of a key_padding_mask that has been checked."""
+def _without_padding(
+    function: Callable[[Tensor, NSACache | None, Tensor | None], Tensor],
+    x: Tensor,
+    cache: NSACache | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """`function` of x, cache, cu_seqlens; of the tokens alone, packed, where a key_padding_mask says which they are."""
+    if mask is None:
+        return function(x, cache, cu_seqlens)
     _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
     _check_tensor("x", x, 3, "(B, T, dim)")
     _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
     _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
-    _check(mask.device == x.device, "key_padding_mask.device", str(mask.device), f"must be x's, {x.device}")
-    return _remembered(_PADDINGS, mask, _read_padding)
+    _check_device("key_padding_mask", mask, "x's", x.device)
+    padding, cu_seqlens = _remembered(_PADDINGS, mask, _read_padding)
+    return padding.unpack(function(padding.pack(x), cache, cu_seqlens))
 
 
 class NSACache:
@@ -3877,7 +3890,7 @@ class NSACache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check(isinstance(cfg, NSAConfig), "cfg", cfg, "must be an NSAConfig", TypeError)
+        _check(isinstance(cfg, NSAConfig), "cfg", type(cfg).__name__, "must be an NSAConfig", TypeError)
         _check_integer("batch", batch, 1)
         _check_integer("max_len", max_len, 1)
         _check(max_len <= cfg.seq_len, "max_len", max_len, f"must be at most seq_len = {cfg.seq_len}")
@@ -4047,7 +4060,7 @@ class NativeSparseAttention(nn.Module):
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__()
-        _check(isinstance(config, NSAConfig), "config", config, "must be an NSAConfig", TypeError)
+        _check(isinstance(config, NSAConfig), "config", type(config).__name__, "must be an NSAConfig", TypeError)
         self.cfg = cfg = config
         sets = 3 if cfg.separate_kv else 1  # of keys and values: for the local, compressed and selective branch
         self.to_q = nn.Linear(cfg.dim, cfg.heads * cfg.dim_head, bias=cfg.bias)
@@ -4100,10 +4113,7 @@ class NativeSparseAttention(nn.Module):
                 configuration, batch, dtype or device.
         """
         with _appending(cache):
-            if key_padding_mask is None:
-                return self._attend(x, cache, cu_seqlens)
-            padding, cu_seqlens = _padding_of(x, key_padding_mask, cu_seqlens)
-            return padding.unpack(self._attend(padding.pack(x), cache, cu_seqlens))
+            return _without_padding(self._attend, x, cache, cu_seqlens, key_padding_mask)
 
     def _attend(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
         """One flow for whole rows, for packed sequences, and for either going on from a cache."""
@@ -4234,27 +4244,30 @@ class NativeSparseAttention(nn.Module):
         self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
-        cfg, weight = self.cfg, self.to_q.weight
-        _check_tensor("x", x, 3, "(B, T, dim)")
-        _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
-        _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
-        autocast = _autocast_enabled(x.device.type)
-        _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
-        _check(x.device == weight.device, "x.device", str(x.device), f"must be the weights', {weight.device}")
-        batch, tokens = x.shape[:2]
+        self._check_tokens(x)
+        cfg, (batch, tokens) = self.cfg, x.shape[:2]
         if cu_seqlens is None:
             _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
             lengths = (tokens,) * batch
         else:
             lengths = _sequence_lengths(cu_seqlens, batch, tokens, x.device)
             for i, n in enumerate(lengths):
-                rule = f"must be at most seq_len = {cfg.seq_len}"
+                rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
                 _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
         if cache is None:
             return (0,) * len(lengths), lengths
-        dtype = _autocast(weight[:0])[0].dtype  # what the projections return
+        dtype = _autocast(self.to_q.weight[:0])[0].dtype  # what the projections return
         cache._check_room(cfg, lengths, dtype, x.device)
         return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
+
+    def _check_tokens(self, x: Tensor) -> None:
+        cfg, weight = self.cfg, self.to_q.weight
+        _check_tensor("x", x, 3, "(B, T, dim)")
+        _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
+        _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
+        autocast = _autocast_enabled(x.device.type)
+        _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
+        _check_device("x", x, "the weights'", weight.device)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4296,12 +4309,10 @@ class NSABlock(nn.Module):
         Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
         """
         with _appending(cache):
-            if key_padding_mask is None:
-                return self._residuals(x, cache, cu_seqlens)
-            padding, cu_seqlens = _padding_of(x, key_padding_mask, cu_seqlens)
-            return padding.unpack(self._residuals(padding.pack(x), cache, cu_seqlens))
+            return _without_padding(self._residuals, x, cache, cu_seqlens, key_padding_mask)
 
     def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+        self.attn._check_tokens(x)  # before the norm, whose complaint would be PyTorch's
         x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
         return x + self.ffn(self.norm2(x))
 
