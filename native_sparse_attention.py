@@ -229,6 +229,14 @@ def _selection_count(tokens: int, select_block_size: int) -> int:
     return -(-tokens // select_block_size)
 
 
+def _runs(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Runs of so many rows each, one after another, `total` in all: each row's run, and its number there, (total,)."""
+    end = counts.cumsum(0, dtype=counts.dtype)
+    row = torch.arange(total, dtype=counts.dtype, device=counts.device)
+    run = torch.searchsorted(end, row, right=True, out_int32=counts.dtype == torch.int32)
+    return run, row - (end - counts)[run]
+
+
 class _Window(NamedTuple):
     """Who sees whom in the local branch: the query at t sees the keys at t − W < s ≤ t."""
 
@@ -286,6 +294,16 @@ def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size
     return cells.unflatten(-1, (blocks, gather)).sum(-1)  # (..., N·l'/d) → (..., N)
 
 
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores of each row, ascending. Of equal scores the lower index wins."""
+    values, index = scores.topk(count)
+    # topk breaks ties as it likes. Only where a tie straddles the last place does that matter: sort those rows stably.
+    tied = (scores >= values[..., -1:]).sum(-1) > count
+    if tied.any():
+        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return index.sort(dim=-1).values
+
+
 def _choose_blocks(
     importance: Tensor, query: Tensor, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
 ) -> Tensor:
@@ -304,16 +322,6 @@ def _choose_blocks(
     chosen = _highest(scores, min(topk_blocks, scores.shape[-1]))
     chosen = chosen.masked_fill(chosen > own, -1)  # ascending already puts them last
     return F.pad(chosen, (0, topk_blocks - chosen.shape[-1]), value=-1).int()
-
-
-def _highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores of each row, ascending. Of equal scores the lower index wins."""
-    values, index = scores.topk(count)
-    # topk breaks ties as it likes. Only where a tie straddles the last place does that matter: sort those rows stably.
-    tied = (scores >= values[..., -1:]).sum(-1) > count
-    if tied.any():
-        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return index.sort(dim=-1).values
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -646,8 +654,7 @@ def _pair_tiles(
     offset = (count.cumsum(0) - count)[1:]  # where in `order` they begin
     count = count[1:]
     tiles = (count + pairs - 1) // pairs
-    block = torch.repeat_interleave(tiles)  # (n,) of b·K·N
-    nth = torch.arange(len(block), device=device) - (tiles.cumsum(0) - tiles)[block]
+    block, nth = _runs(tiles, int(tiles.sum()))  # (n,): of each tile its block, of b·K·N, and its number there
     slot = nth[:, None] * pairs + torch.arange(pairs, device=device)  # (n, M): place among the block's pairs
     pair = order[(offset[block, None] + slot).clamp_(max=len(order) - 1)]
     row = rows[pair // slots]
@@ -825,8 +832,6 @@ def _each_sequence(
 # signatures of section 4. Nothing here waits for the GPU, and no gradient is summed by atomics, so that results are the
 # same from run to run.
 
-# Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
-
 
 def _kernel(function: Callable | None = None, **options: Any) -> Callable:
     """triton.jit, where there is a Triton; without one, kernels are functions that nobody calls."""
@@ -839,9 +844,11 @@ def _constexpr(value: float) -> Any:
     return value if triton is None else tl.constexpr(value)
 
 
-_TL_LOG2E = _constexpr(math.log2(math.e))  # exp(x) = exp2(x·log2 e), and exp2 is the instruction that the GPU has
+_TL_LOG2E = _constexpr(_LOG2E)  # exp(x) = exp2(x·log2 e), and exp2 is the instruction that the GPU has
 _TL_LN2 = _constexpr(math.log(2.0))
 _TL_FORCED = _constexpr(0x7F800000)  # the bits of infinity
+
+# Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
 
 # (query rows, keys, warps, stages) of each kernel's tile by padded head dim. Head dims 64 and 128 are the best of a
 # sweep on an H200 in bf16 (G = 1 and 16); 256 and float32 are right but not tuned. Two programs of 4 warps on a
@@ -909,6 +916,8 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 # Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
 _SPAN = {2: 4096, 4: 512}
 
+_GATE_ROWS = 32  # rows (token, head) of a tile
+
 # Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
 _DECODE_TILES = {
     ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
@@ -955,12 +964,17 @@ def _merge_rows(D: int) -> int:
     return max(2048 // _padded(D), 1)
 
 
+def _key_tile(keys: int, select_block_size: int) -> int:
+    """A tile of keys, shorter where blocks are."""
+    return min(keys, max(triton.next_power_of_2(select_block_size), 16))
+
+
 def _selective_tiles(pass_: str, D: int, select_block_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes for a head dim and type; a block shorter than a tile of keys takes a shorter tile."""
+    """Tile sizes for a head dim and type."""
     key = (pass_, dtype.itemsize)
     entry = min(width for *name, width in _SELECTIVE_TILES if tuple(name) == key and width >= _padded(D))
     tiles = dict(_SELECTIVE_TILES[key + (entry,)])
-    tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
+    tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
     return tiles
 
 
@@ -975,13 +989,6 @@ def _edges(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _which(edges: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Of each row, the number of the run that it lies in, and its number there."""
-    row = torch.arange(rows, dtype=torch.int32, device=edges.device)
-    run = torch.searchsorted(edges, row, right=True, out_int32=True) - 1
-    return run, row - edges[run]
-
-
 class _Packing:
     """Sequences that lie one after another in a batch of 1."""
 
@@ -992,7 +999,7 @@ class _Packing:
     @functools.cached_property
     def tokens(self) -> tuple[Tensor, Tensor]:
         """The sequence of every token, and the token's position there."""
-        return _which(self.edges, sum(self.on_host))
+        return _runs(self.lengths, sum(self.on_host))
 
 
 # Choice of blocks ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1211,6 +1218,17 @@ def _choose_kernel(
     _store_highest(score, position // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP)
 
 
+def _spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
+    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
+    ratio = select_block_size // stride
+    return ratio, (ratio + block_size // stride - 2) // ratio
+
+
+def _select_obstacle(block_size: int, select_block_size: int) -> str | None:
+    """Why the choice has no kernel for such blocks; None if it has."""
+    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
+
+
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes of the scores: TOKENS queries by BLOCKS selection blocks of PART compressed blocks at a time."""
     part = min(triton.next_power_of_2(ratio), 32)
@@ -1227,7 +1245,7 @@ def _query_tiles(packing: _Packing, tokens: int, block_size: int, stride: int) -
     keys = _Staircase(block_size, stride).span(packing.lengths - 1)[1]
     sequences = torch.stack([packing.edges[:-1], packing.lengths, _edges(keys)[:-1], keys], 1)
     tiles = sum(triton.cdiv(length, tokens) for length in packing.on_host)
-    sequence, tile = _which(_edges((packing.lengths + (tokens - 1)) // tokens), tiles)
+    sequence, tile = _runs((packing.lengths + (tokens - 1)) // tokens, tiles)
     return torch.cat([tile[:, None] * tokens, sequences[sequence]], 1)
 
 
@@ -1249,8 +1267,7 @@ def _triton_select(
     C, K = k_cmp.shape[1:3]
     G, S = H // K, topk_blocks
     q, k_cmp = _unit_stride(q), _unit_stride(k_cmp)
-    ratio = select_block_size // stride
-    spill = (ratio + block_size // stride - 2) // ratio
+    ratio, spill = _spill(block_size, stride, select_block_size)
     sizes = _select_tiles(D, G, ratio, spill, q.dtype)
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
     tiles, rows, longest = None, T, T
@@ -1719,19 +1736,19 @@ def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, obj
     return rows, keys, constants | {"num_warps": warps, "num_stages": stages}
 
 
+def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
+    dtype = dtype or like.dtype
+    unit = 16 // dtype.itemsize
+    return like.new_empty((*shape[:-1], triton.cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x itself if a descriptor can address it (strides and start multiples of 16 bytes), else a padded copy."""
     unit = 16 // x.element_size()
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1]):
         return x
     return _empty_aligned(x.shape, x).copy_(x)
-
-
-def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
-    dtype = dtype or like.dtype
-    unit = 16 // dtype.itemsize
-    return like.new_empty((*shape[:-1], triton.cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
 
 
 def _key_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
@@ -1762,10 +1779,10 @@ def _span_tables(
     if packing is None:
         return None, None
     rule = _Window(WINDOW) if WINDOW > 0 else _Staircase(BLOCK_SIZE, STRIDE)
-    key_edges = _edges(rule.span(packing.lengths - 1)[1])  # a sequence's last query sees its last key
+    counts = rule.span(packing.lengths - 1)[1]  # a sequence's last query sees its last key
     sequence, query = packing.tokens
-    spans = torch.stack(rule.span(query), 1) + key_edges[sequence, None]
-    sequence, key = _which(key_edges, keys)
+    spans = torch.stack(rule.span(query), 1) + _edges(counts)[sequence, None]
+    sequence, key = _runs(counts, keys)
     first, end = rule.seen_by(key)
     seen = torch.stack([first, end.minimum(packing.lengths[sequence])], 1) + packing.edges[sequence, None]
     return spans, seen
@@ -1791,20 +1808,6 @@ def _span_forward(
     return o, lse
 
 
-def _span_backward(
-    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    packing: _Packing | None, **span: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values."""
-    if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    spans, seen = _span_tables(packing, k.shape[1], **span)
-    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, spans, **span)
-    longest = q.shape[1] if packing is None else max(packing.on_host)
-    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
-
-
 def _span_dq(
     branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
     spans: Tensor | None, **span: int,
@@ -1820,6 +1823,16 @@ def _span_dq(
         GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return out
+
+
+def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
+    """Into how many parts of at least 32 tiles to split the query rows.
+
+    Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
+    times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
+    """
+    fill, even = (triton.cdiv(n * _processors(device), programs) for n in (3, 16))
+    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
 
 
 def _span_dkv(
@@ -1845,14 +1858,18 @@ def _span_dkv(
     return dk.contiguous(), dv.contiguous()
 
 
-def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
-    """Into how many parts of at least 32 tiles to split the query rows.
-
-    Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
-    times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
-    """
-    fill, even = (triton.cdiv(n * _processors(device), programs) for n in (3, 16))
-    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
+def _span_backward(
+    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    packing: _Packing | None, **span: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
+    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
+    spans, seen = _span_tables(packing, k.shape[1], **span)
+    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, spans, **span)
+    longest = q.shape[1] if packing is None else max(packing.on_host)
+    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
 
 
 def _triton_local_forward(
@@ -1998,10 +2015,10 @@ def _block_tables(tokens: int, select_block_size: int, packing: _Packing | None)
     if packing is None:
         return _BlockTables(_selection_count(tokens, select_block_size), None, None)
     count = sum(_selection_count(length, select_block_size) for length in packing.on_host)
-    block_edges = _edges(_selection_count(packing.lengths, select_block_size))
+    counts = _selection_count(packing.lengths, select_block_size)
     sequence, position = packing.tokens
-    places = torch.stack([position, block_edges[sequence]], 1)
-    sequence, block = _which(block_edges, count)
+    places = torch.stack([position, _edges(counts)[sequence]], 1)
+    sequence, block = _runs(counts, count)
     first = packing.edges[sequence] + block * select_block_size
     return _BlockTables(count, places, torch.cat([first, packing.edges[-1:]]))
 
@@ -2237,7 +2254,7 @@ def _triton_selective_forward(
     if _query_outer(q, k, v, G):
         heads = min(max(triton.next_power_of_2(G), 16), 64)
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
-        tiles["KEYS"] = min(tiles["KEYS"], max(triton.next_power_of_2(select_block_size), 16))
+        tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
         _selective_by_query(q, k, v, block_indices, o, lse, blocks.places, select_block_size, scale, tiles)
         return o, lse
     tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
@@ -2443,8 +2460,6 @@ def _triton_selective_backward(
 
 
 # Gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_GATE_ROWS = 32
 
 
 @_kernel
@@ -2706,16 +2721,10 @@ def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> st
     """Why decoding has no kernel for such blocks; None if it has, or if it takes Triton to tell."""
     if triton is None:
         return None
-    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    ratio, spill = _spill(block_size, stride, select_block_size)
     if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
         return None
     return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
-
-
-def _decode_spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
-    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
-    ratio = select_block_size // stride
-    return ratio, (ratio + block_size // stride - 2) // ratio
 
 
 def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
@@ -2757,7 +2766,7 @@ def _triton_decode(
     programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
 
     # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
-    ratio, spill = _decode_spill(block_size, stride, select_block_size)
+    ratio, spill = _spill(block_size, stride, select_block_size)
     part = triton.next_power_of_2(ratio)
     blocks = max(tiles["compressed"].pop("KEYS") // part, triton.next_power_of_2(max(spill, 1)))
     score_tiles = triton.cdiv(k_cmp.shape[1], blocks * ratio)
@@ -2907,6 +2916,11 @@ def _fake_output(q: Tensor) -> list[Tensor]:
     return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
 
 
+def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
+    """Shape of block_indices; the sizes are those of `_select`."""
+    return q.new_empty(*q.shape[:2], k.shape[2], sizes[3], dtype=torch.int32)
+
+
 @_operator
 def _branch_forward(
     tensors: list[Tensor],
@@ -2957,11 +2971,8 @@ def _select(
 
 
 @_select.register_fake
-def _(
-    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
-) -> Tensor:
-    q, k_cmp, _lse = tensors
-    return q.new_empty(*q.shape[:2], k_cmp.shape[2], sizes[3], dtype=torch.int32)
+def _(tensors: list[Tensor], *settings: Any) -> Tensor:
+    return _fake_choice(*tensors[:2], settings[-2])
 
 
 @_operator
@@ -2986,10 +2997,9 @@ def _attention_forward(
 
 @_attention_forward.register_fake
 def _(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
-    q, kv_heads, sizes = tensors[0], tensors[1].shape[2], settings[-2]
+    q, k = tensors[:2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    chosen = q.new_empty(*q.shape[:2], kv_heads, sizes[3], dtype=torch.int32)
-    return [q.new_empty(q.shape), *outputs, *lses, chosen]
+    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, settings[-2])]
 
 
 @_operator
@@ -3125,23 +3135,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
-    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
-
-    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
-    """
-    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
-    if backend == "torch":
-        return "torch"
-    obstacle = obstacle or _triton_obstacle(q, k, scale)
-    usable = obstacle is None
-    if backend == "auto":
-        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
-    else:
-        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return "triton" if usable and q.numel() > 0 else "torch"
-
-
 def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Why the Triton kernels cannot run on such queries and keys; None if they can."""
     if triton is None:
@@ -3159,6 +3152,23 @@ def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
         return "the GPU is older than sm_80" if _capability(q.device) < (8, 0) else None
     interpreted = _INTERPRETED and q.device.type == "cpu"
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
+
+
+def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
+    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
+
+    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
+    """
+    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
+    if backend == "torch":
+        return "torch"
+    obstacle = obstacle or _triton_obstacle(q, k, scale)
+    usable = obstacle is None
+    if backend == "auto":
+        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
+    else:
+        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return "triton" if usable and q.numel() > 0 else "torch"
 
 
 @_once
@@ -3204,9 +3214,13 @@ def _check_shape(name: str, x: Tensor, letters: str, expected: tuple[int, ...]) 
     _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), lambda: f"must be {letters} = {expected}")
 
 
+def _check_device(name: str, x: Tensor, owner: str, device: torch.device) -> None:
+    _check(x.device == device, f"{name}.device", str(x.device), f"must be {owner}, {device}")
+
+
 def _check_like(name: str, x: Tensor, q: Tensor) -> None:
     _check(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"must be q's, {q.dtype}")
-    _check(x.device == q.device, f"{name}.device", str(x.device), f"must be q's, {q.device}")
+    _check_device(name, x, "q's", q.device)
 
 
 def _remembered(known: WeakTensorKeyDictionary, tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
@@ -3242,7 +3256,7 @@ def _sequence_lengths(cu_seqlens: Tensor | None, batch: int, tokens: int, device
     _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
     _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
     _check(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "must be torch.int32")
-    _check(cu_seqlens.device == device, "cu_seqlens.device", str(cu_seqlens.device), f"must be the tokens', {device}")
+    _check_device("cu_seqlens", cu_seqlens, "the tokens'", device)
     _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
     lengths = _remembered(_LENGTHS, cu_seqlens, _read_lengths)
     _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
@@ -3282,14 +3296,13 @@ def _check_compressed(
 
 def _check_choice(
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
-) -> str | None:
-    """Checks the sizes of the choice; returns what is in the way of its kernel, if anything is."""
+) -> None:
+    """Checks the sizes of the choice; block_size and stride have been checked."""
     for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
         _check_integer(name, value, 1)
     for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
         _check_integer(name, value, 0)
     _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
 
 
 def local_attention(
@@ -3431,10 +3444,11 @@ def select_blocks(
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
-    _check(lse.device == q.device, "lse.device", str(lse.device), f"must be q's, {q.device}")
+    _check_device("lse", lse, "q's", q.device)
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_check_choice(*sizes))
+    _check_choice(*sizes)
+    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_select_obstacle(block_size, select_block_size))
     return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
 
 
@@ -3472,9 +3486,9 @@ def selective_attention(
     _check_integer("select_block_size", select_block_size, 1)
     _check_tensor("block_indices", block_indices, 4, "(B, T, K, S)")
     _check_shape("block_indices", block_indices, "(B, T, K, S)", (*k.shape[:3], block_indices.shape[3]))
-    dtype, device = block_indices.dtype, block_indices.device
+    dtype = block_indices.dtype
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
-    _check(device == q.device, "block_indices.device", str(device), f"must be q's, {q.device}")
+    _check_device("block_indices", block_indices, "q's", q.device)
     lengths = _sequence_lengths(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
     settings = (lengths, on, "selective", [select_block_size], scale)
@@ -3538,7 +3552,8 @@ def nsa_attention(
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    on = _choose_backend(backend, q, k, scale, obstacle=_check_choice(*sizes))
+    _check_choice(*sizes)
+    on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
     if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
         o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
@@ -3695,6 +3710,14 @@ class Conv1dCompressor(_LearnedCompressor):
 _COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
 
 
+def _accepts(function: Callable[..., object], *arguments: object) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 class TokenCompressor(nn.Module):
     """The compressor of that name or class, with its input and its output checked.
 
@@ -3740,14 +3763,6 @@ class TokenCompressor(nn.Module):
         return out
 
 
-def _accepts(function: Callable[..., object], *arguments: object) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 9  NativeSparseAttention
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3775,8 +3790,8 @@ def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -
     counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
     table = torch.tensor([list(starts), counts], dtype=torch.int64)
     start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
-    row = torch.repeat_interleave(count, output_size=sum(counts))
-    return _Places(row, torch.arange(len(row), device=device) + (start - count.cumsum(0) + count)[row])
+    row, number = _runs(count, sum(counts))
+    return _Places(row, number + start[row])
 
 
 class _Padding(NamedTuple):
@@ -3805,14 +3820,23 @@ def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor]:
         return _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape)), lengths.cumsum(0, dtype=torch.int32)
 
 
-def _padding_of(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[_Padding, Tensor]:
-    """`_read_padding` of a key_padding_mask that has been checked."""
+def _without_padding(
+    function: Callable[[Tensor, NSACache | None, Tensor | None], Tensor],
+    x: Tensor,
+    cache: NSACache | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """`function` of x, cache, cu_seqlens; of the tokens alone, packed, where a key_padding_mask says which they are."""
+    if mask is None:
+        return function(x, cache, cu_seqlens)
     _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
     _check_tensor("x", x, 3, "(B, T, dim)")
     _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
     _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
-    _check(mask.device == x.device, "key_padding_mask.device", str(mask.device), f"must be x's, {x.device}")
-    return _remembered(_PADDINGS, mask, _read_padding)
+    _check_device("key_padding_mask", mask, "x's", x.device)
+    padding, cu_seqlens = _remembered(_PADDINGS, mask, _read_padding)
+    return padding.unpack(function(padding.pack(x), cache, cu_seqlens))
 
 
 class NSACache:
@@ -3857,7 +3881,7 @@ class NSACache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check(isinstance(cfg, NSAConfig), "cfg", cfg, "must be an NSAConfig", TypeError)
+        _check(isinstance(cfg, NSAConfig), "cfg", type(cfg).__name__, "must be an NSAConfig", TypeError)
         _check_integer("batch", batch, 1)
         _check_integer("max_len", max_len, 1)
         _check(max_len <= cfg.seq_len, "max_len", max_len, f"must be at most seq_len = {cfg.seq_len}")
@@ -4009,6 +4033,14 @@ def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
+    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    wide = _accumulation_dtype(q)
+    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
+    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
+
+
 class NativeSparseAttention(nn.Module):
     """Multi-head Native Sparse Attention, causal: (B, T, dim) → (B, T, dim). Takes the place of self-attention.
 
@@ -4019,7 +4051,7 @@ class NativeSparseAttention(nn.Module):
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__()
-        _check(isinstance(config, NSAConfig), "config", config, "must be an NSAConfig", TypeError)
+        _check(isinstance(config, NSAConfig), "config", type(config).__name__, "must be an NSAConfig", TypeError)
         self.cfg = cfg = config
         sets = 3 if cfg.separate_kv else 1  # of keys and values: for the local, compressed and selective branch
         self.to_q = nn.Linear(cfg.dim, cfg.heads * cfg.dim_head, bias=cfg.bias)
@@ -4072,10 +4104,7 @@ class NativeSparseAttention(nn.Module):
                 configuration, batch, dtype or device.
         """
         with _appending(cache):
-            if key_padding_mask is None:
-                return self._attend(x, cache, cu_seqlens)
-            padding, cu_seqlens = _padding_of(x, key_padding_mask, cu_seqlens)
-            return padding.unpack(self._attend(padding.pack(x), cache, cu_seqlens))
+            return _without_padding(self._attend, x, cache, cu_seqlens, key_padding_mask)
 
     def _attend(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
         """One flow for whole rows, for packed sequences, and for either going on from a cache."""
@@ -4206,35 +4235,30 @@ class NativeSparseAttention(nn.Module):
         self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
-        cfg, weight = self.cfg, self.to_q.weight
-        _check_tensor("x", x, 3, "(B, T, dim)")
-        _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
-        _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
-        autocast = _autocast_enabled(x.device.type)
-        _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
-        _check(x.device == weight.device, "x.device", str(x.device), f"must be the weights', {weight.device}")
-        batch, tokens = x.shape[:2]
+        self._check_tokens(x)
+        cfg, (batch, tokens) = self.cfg, x.shape[:2]
         if cu_seqlens is None:
             _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
             lengths = (tokens,) * batch
         else:
             lengths = _sequence_lengths(cu_seqlens, batch, tokens, x.device)
             for i, n in enumerate(lengths):
-                rule = f"must be at most seq_len = {cfg.seq_len}"
+                rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
                 _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
         if cache is None:
             return (0,) * len(lengths), lengths
-        dtype = _autocast(weight[:0])[0].dtype  # what the projections return
+        dtype = _autocast(self.to_q.weight[:0])[0].dtype  # what the projections return
         cache._check_room(cfg, lengths, dtype, x.device)
         return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
 
-
-def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
-    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    wide = _accumulation_dtype(q)
-    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
-    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
+    def _check_tokens(self, x: Tensor) -> None:
+        cfg, weight = self.cfg, self.to_q.weight
+        _check_tensor("x", x, 3, "(B, T, dim)")
+        _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
+        _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
+        autocast = _autocast_enabled(x.device.type)
+        _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
+        _check_device("x", x, "the weights'", weight.device)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4276,12 +4300,10 @@ class NSABlock(nn.Module):
         Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
         """
         with _appending(cache):
-            if key_padding_mask is None:
-                return self._residuals(x, cache, cu_seqlens)
-            padding, cu_seqlens = _padding_of(x, key_padding_mask, cu_seqlens)
-            return padding.unpack(self._residuals(padding.pack(x), cache, cu_seqlens))
+            return _without_padding(self._residuals, x, cache, cu_seqlens, key_padding_mask)
 
     def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+        self.attn._check_tokens(x)  # before the norm, whose complaint would be PyTorch's
         x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
         return x + self.ffn(self.norm2(x))
 
