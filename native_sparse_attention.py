@@ -16,6 +16,9 @@ so that a token reads about T/d + S·l' + W keys in place of T.
     >>> block(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
 
+With an NSACache a module goes on from the tokens that it has seen. Sequences of several lengths share a batch packed
+(cu_seqlens) or padded (key_padding_mask).
+
 Letters, here and everywhere below. Tensors are (B, T, H, D), flash-attention's layout; positions count from 0.
 
     B batch · T tokens · H query heads · K key/value heads · G = H/K query heads of a group · D head dim
@@ -26,15 +29,15 @@ Where the paper's equations live.
     eq. 5      gated sum of the branches             nsa_attention
     eq. 7      compression of a block of tokens      GroupedMLPCompressor, Conv1dCompressor, AvgPoolCompressor
     eq. 8      compressed attention probabilities    compressed_attention
-    eq. 9, 10  importance of a selection block       _block_importance
-    eq. 11     choice of the S highest blocks        _choose_blocks
+    eq. 9, 10  importance of a selection block       _block_importance; in kernels _fold_importance
+    eq. 11     choice of the S highest blocks        _choose_blocks; in kernels _store_highest; both: select_blocks
     eq. 12     attention over the chosen tokens      selective_attention
     §3.3.3     sliding window                        local_attention
 
 Sections; each one calls only those above it.
 
-     1 imports and capability      5 Triton kernels                  9 NativeSparseAttention
-     2 configuration               6 autograd                       10 NSABlock
+     1 imports and capability      5 Triton kernels                  9 NativeSparseAttention, NSACache
+     2 configuration               6 autograd and operators         10 NSABlock
      3 block arithmetic            7 functions: the functional API  11 self-tests
      4 PyTorch branches            8 compressors                    12 main
 """
@@ -215,7 +218,8 @@ class NSAConfig:
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 3  Block arithmetic: which token belongs to which block, and who sees whom. The only home of these rules.
+# 3  Block arithmetic: which token belongs to which block, and who sees whom. The only home of these rules; the kernels
+#    of section 5 restate them for a tile, and the tables that they read are made from here.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -332,6 +336,8 @@ def _choose_blocks(
 # attention sorts the (query, chosen block) pairs by block and lets every block meet the queries that chose it, so that
 # keys are read once a tile rather than gathered for each query.
 # Arithmetic is in float32 (float64 for float64 inputs). A backward recomputes the probabilities from the log-sum-exp.
+# A forward may begin at a position `first`, over keys that begin at 0: so new queries go on over the keys of a cache.
+# Packed sequences run one at a time.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
@@ -829,8 +835,8 @@ def _each_sequence(
 
 # A kernel's docstring is its formula. Letters beyond those of the header: Z = B·K key heads in all, and DP or DIM, the
 # head dim D as the matrix unit wants it. Each room below is device helpers, kernels, launchers; the launchers have the
-# signatures of section 4. Nothing here waits for the GPU, and no gradient is summed by atomics, so that results are the
-# same from run to run.
+# signatures of section 4, and take packed sequences all at once, as a `packing`. Nothing here waits for the GPU, and no
+# gradient is summed by atomics, so that results are the same from run to run.
 
 
 def _kernel(function: Callable | None = None, **options: Any) -> Callable:
@@ -2827,7 +2833,7 @@ def _triton_decode(
 
 
 class _Branch(NamedTuple):
-    """A branch on a backend. The sizes are its integers: the window, l and d, or l'.
+    """A branch on a backend. The sizes are its integers: the window, l and d, or l'. `_on` adds packed sequences.
 
     forward(q, k, v[, block_indices], *sizes, scale) → o, lse
     backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
@@ -3392,6 +3398,9 @@ def compressed_attention(
     Returns:
         o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
         (B, T, H) in float32 (float64 for float64), −inf there. Both are differentiable.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_query(q, scale)
@@ -3438,6 +3447,9 @@ def select_blocks(
     Returns:
         int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
         packed sequences they count from the start of the query's own.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
     """
     q, k_cmp = _autocast(q, k_cmp)
     scale = _check_query(q, scale)
@@ -3479,6 +3491,9 @@ def selective_attention(
 
     Returns:
         (B, T, H, D) in q's dtype; 0 where a query has chosen nothing that it sees.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
     """
     q, k, v = _autocast(q, k, v)
     scale = _check_query(q, scale)
@@ -3538,6 +3553,9 @@ def nsa_attention(
 
     Returns:
         (B, T, H, D) in q's dtype.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
     """
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
@@ -3764,7 +3782,7 @@ class TokenCompressor(nn.Module):
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 9  NativeSparseAttention
+# 9  NativeSparseAttention, and NSACache, by which it goes on. One flow serves whole rows, packed and padded sequences.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -3866,10 +3884,11 @@ class NSACache:
         device, dtype: of the keys and values, those of the module's weights (under autocast, the autocast dtype).
 
     Attributes:
-        lengths: the number of tokens in each row.
+        lengths: a tuple of `batch` ints, the number of tokens in each row.
+        cfg, batch, max_len, device, dtype: as it was made.
 
     Raises:
-        ValueError, TypeError: an argument breaks one of these rules.
+        ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
     """
 
     def __init__(
@@ -3928,8 +3947,17 @@ class NSACache:
     def truncate(self, n: int | Sequence[int] | Tensor) -> None:
         """Keeps the first n tokens of every row, or n[row] of each, and forgets the others, so as to go on from there.
 
+        >>> cache = NSACache(NSAConfig(dim=64, heads=4, seq_len=256), batch=2, max_len=200)
+        >>> _ = NativeSparseAttention(cache.cfg)(torch.randn(2, 50, 64), cache=cache)
+        >>> cache.truncate([48, 49])
+        >>> cache.lengths
+        (48, 49)
+
+        Args:
+            n: an int, or `batch` of them as a list, a tuple or a tensor (read on the host).
+
         Raises:
-            ValueError, TypeError: n is below 0, or above the length of a row.
+            ValueError, TypeError: n is no such number or numbers, below 0, or above the length of a row.
         """
         n = n.tolist() if isinstance(n, Tensor) else n
         lengths = self._of_rows("n", [n] * self.batch if isinstance(n, int) else n)
@@ -3940,6 +3968,9 @@ class NSACache:
     @torch.no_grad()
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Row i becomes what row indices[i] was. A row may be taken many times, as beam search does, or never.
+
+        Args:
+            indices: `batch` ints from 0 to batch − 1, as a list, a tuple or a tensor (read on the host).
 
         Raises:
             ValueError, TypeError: indices are not `batch` numbers of rows.
@@ -4252,6 +4283,7 @@ class NativeSparseAttention(nn.Module):
         return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
 
     def _check_tokens(self, x: Tensor) -> None:
+        """Whether x can go through the projections."""
         cfg, weight = self.cfg, self.to_q.weight
         _check_tensor("x", x, 3, "(B, T, dim)")
         _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
@@ -4295,7 +4327,9 @@ class NSABlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, dim) → (B, T, dim); the arguments are those of `NativeSparseAttention.forward`.
+        """(B, T, dim) → (B, T, dim); arguments and errors are those of `NativeSparseAttention.forward`.
+
+        A cache is one of this block alone, made with `block.attn.cfg`.
 
         Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
         """

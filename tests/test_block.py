@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import native_sparse_attention as nsa
-from native_sparse_attention import NativeSparseAttention, NSABlock, NSAConfig
+from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig
 
 BASE = {"dim": 16, "heads": 4, "seq_len": 64, "local_window": 6, "block_size": 4, "topk_blocks": 3}
 PAPER = {"stride": 2, "select_block_size": 8, "kv_heads": 2, "gate_mode": "q_cond", "separate_kv": True}
@@ -138,6 +138,26 @@ def test_state_dict_round_trip(name: str, through: Any, random: Random) -> None:
     assert not torch.equal(other(x), y), "two seeds, one block: nothing to load"
     other.load_state_dict(through(block.state_dict()))
     assert torch.equal(other(x), y)
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.zeros(2, 5, 17), ValueError, r"x.shape = \(2, 5, 17\): must have dim = 16 in dimension 2"),
+        (torch.zeros(5, 16), ValueError, r"x.shape = \(5, 16\): must have 3 dimensions"),
+        (torch.zeros(2, 5, 16, dtype=torch.float64), ValueError, "x.dtype = torch.float64: must be the weights'"),
+        (torch.zeros(2, 5, 16, dtype=torch.int64), TypeError, "x.dtype = torch.int64: must be a floating point type"),
+        (torch.zeros(2, 5, 16, device="meta"), ValueError, "x.device = 'meta': must be the weights', cpu"),
+        ([[0.0] * 16], TypeError, "x = 'list': must be a tensor"),
+    ],
+)
+def test_a_wrong_input_is_named_before_the_norm_sees_it(x: Any, error: type[Exception], message: str) -> None:
+    block = NSABlock(NSAConfig(**BASE))
+    cache = NSACache(block.attn.cfg, batch=2, max_len=20)
+    for options in ({}, {"cache": cache}):
+        with pytest.raises(error, match=message):
+            block(x, **options)
+    assert cache.lengths == (0, 0)
 
 
 def test_state_dict_holds_the_parameters_and_nothing_else() -> None:

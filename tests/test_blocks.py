@@ -13,6 +13,7 @@ from native_sparse_attention import (
     _block_importance,
     _choose_blocks,
     _compressed_count,
+    _runs,
     _selection_count,
     _Staircase,
     _Window,
@@ -34,6 +35,15 @@ def test_number_of_blocks(block_size: int, stride: int, select_block_size: int) 
         begun = list(range(0, tokens, select_block_size))
         assert _compressed_count(tokens, block_size, stride) == len(whole), f"C of {tokens} tokens"
         assert _selection_count(tokens, select_block_size) == len(begun), f"N of {tokens} tokens"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("counts", [[], [0], [5], [3, 0, 0, 2, 1, 0], [0, 4]])
+def test_runs_of_rows(counts: list[int], dtype: torch.dtype) -> None:
+    run, number = _runs(torch.tensor(counts, dtype=dtype), sum(counts))
+    assert run.tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
+    assert number.tolist() == [n for count in counts for n in range(count)]
+    assert run.dtype == number.dtype == dtype
 
 
 @pytest.mark.parametrize("tokens, count", [(31, 0), (32, 1), (47, 1), (48, 2), (64, 3), (8192, 511)])
