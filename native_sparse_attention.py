@@ -4072,6 +4072,16 @@ def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
     return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
 
 
+def _check_tokens(x: Tensor, dim: int, weight: Tensor) -> None:
+    """Whether x can go through a module of that width and those weights."""
+    _check_tensor("x", x, 3, "(B, T, dim)")
+    _check(x.shape[2] == dim, "x.shape", tuple(x.shape), f"must have dim = {dim} in dimension 2")
+    _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
+    autocast = _autocast_enabled(x.device.type)
+    _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
+    _check_device("x", x, "the weights'", weight.device)
+
+
 class NativeSparseAttention(nn.Module):
     """Multi-head Native Sparse Attention, causal: (B, T, dim) → (B, T, dim). Takes the place of self-attention.
 
@@ -4266,7 +4276,7 @@ class NativeSparseAttention(nn.Module):
         self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
-        self._check_tokens(x)
+        _check_tokens(x, self.cfg.dim, self.to_q.weight)
         cfg, (batch, tokens) = self.cfg, x.shape[:2]
         if cu_seqlens is None:
             _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
@@ -4281,16 +4291,6 @@ class NativeSparseAttention(nn.Module):
         dtype = _autocast(self.to_q.weight[:0])[0].dtype  # what the projections return
         cache._check_room(cfg, lengths, dtype, x.device)
         return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
-
-    def _check_tokens(self, x: Tensor) -> None:
-        """Whether x can go through the projections."""
-        cfg, weight = self.cfg, self.to_q.weight
-        _check_tensor("x", x, 3, "(B, T, dim)")
-        _check(x.shape[2] == cfg.dim, "x.shape", tuple(x.shape), f"must have dim = {cfg.dim} in dimension 2")
-        _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
-        autocast = _autocast_enabled(x.device.type)
-        _check(autocast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
-        _check_device("x", x, "the weights'", weight.device)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4337,7 +4337,7 @@ class NSABlock(nn.Module):
             return _without_padding(self._residuals, x, cache, cu_seqlens, key_padding_mask)
 
     def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
-        self.attn._check_tokens(x)  # before the norm, whose complaint would be PyTorch's
+        _check_tokens(x, self.norm1.normalized_shape[0], self.norm1.weight)  # PyTorch would complain in its own words
         x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
         return x + self.ffn(self.norm2(x))
 
