@@ -1602,8 +1602,8 @@ def plot_gates(run: Run, path: Path) -> str:
     iterations = [each.iteration for each in run.evaluations]
     panels = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
     for layer, axes in enumerate(panels):
-        for number, branch in enumerate(BRANCHES):
-            axes.plot(iterations, [each.gates[layer][number] for each in run.evaluations], label=branch)
+        for number, (branch, line) in enumerate(zip(BRANCHES, ("-", "--", ":"), strict=True)):  # they may coincide
+            axes.plot(iterations, [each.gates[layer][number] for each in run.evaluations], line, label=branch)
         axes.set(title=f"layer {layer + 1}", xlabel="iteration", ylim=(0, 1))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("gate")
