@@ -2896,8 +2896,9 @@ def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> _Backend
 
 
 def _operator(function: Callable[..., Any]) -> Any:
-    """Registers `function` as native_sparse_attention::<its name>; it changes none of its arguments.
+    """Registers `function` as <name of this module>::<its name>; it changes none of its arguments.
 
+    By the module's own name, so that two copies of this file in one process keep to themselves.
     Packed sequences are their cu_seqlens and lengths, else None and []. PyTorch runs each alone.
     """
 
@@ -2913,7 +2914,7 @@ def _operator(function: Callable[..., Any]) -> Any:
                 return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
             return function(tensors, cu_seqlens, lengths, backend, *settings)
 
-    name = f"native_sparse_attention::{function.__name__.lstrip('_')}"
+    name = f"{__name__.replace('.', '_')}::{function.__name__.lstrip('_')}"
     return torch.library.custom_op(name, in_full_precision, mutates_args=())
 
 

@@ -370,7 +370,7 @@ def test_importing_does_not_load_the_compiler(tmp_path: Path) -> None:
 
 
 def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest.WarningsRecorder) -> None:
-    """Under another name: the operators are those of the second, and both modules work with them."""
+    """Under another name: each has operators of its own, so that a fault of one is none of the other."""
     x = draw(whole, CASE, random)
     tensors = {name: x[name] for name in BRANCHES[whole]}
     expected = step(lambda: nsa.nsa_attention(**tensors, **CASE.whole), tensors)
@@ -381,6 +381,11 @@ def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest
     try:
         spec.loader.exec_module(other)
         assert not list(recwarn), [str(each.message) for each in recwarn]
+        other._BACKENDS["torch"] = other._BACKENDS["torch"]._replace(gate=lambda gates, *branches: branches[0] + 1)
+        broken = step(lambda: other.nsa_attention(**tensors, **CASE.whole, backend="torch"), tensors)
+        assert not torch.equal(broken["output 0"], expected["output 0"])
+        assert_alike(step(lambda: nsa.nsa_attention(**tensors, **CASE.whole), tensors), expected)
+        other._BACKENDS["torch"] = nsa._BACKENDS["torch"]
         for module in (other, nsa):
             for call in (module.nsa_attention, compiled(module.nsa_attention)):
                 actual = step(lambda call=call: call(**tensors, **CASE.whole), tensors)
