@@ -758,6 +758,14 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
 
 
+def _torch_gated_selective(
+    gates: Tensor, o_local: Tensor, o_compressed: Tensor, *selective: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The selective branch, and the gated sum of all three: o, o of the branch, its lse."""
+    o, lse = _torch_selective_forward(*selective)
+    return _torch_gate(gates, o_local, o_compressed, o), o, lse
+
+
 # Cached keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -922,18 +930,17 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 # Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
 _SPAN = {2: 4096, 4: 512}
 
-_GATE_ROWS = 32  # rows (token, head) of a tile
-
-# Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
+# Decoding, (branch, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
+# Parts of the local window are in a launch with the compressed ones.
 _DECODE_TILES = {
     ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3, "num_warps": 4},
-    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3},
+    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2},
+    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1},
+    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1},
     ("selected", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -2138,9 +2145,35 @@ def _selective_partial_kernel(
 
 
 @_kernel
+def _output_rows(b, t, z, g, T, K: tl.constexpr, G: tl.constexpr):
+    """The rows (t, head) of z = (b, key head) in a contiguous (B, T, H)."""
+    return (b.to(tl.int64) * T + t) * (K * G) + z % K * G + g
+
+
+@_kernel
+def _store_selective(
+    selective, lse_row, o, lse, mixed, gates, local, compressed, row, row_mask, D: tl.constexpr, DP: tl.constexpr
+):
+    """The branch's own output and log-sum-exp (base 2), and where there are gates the sum of all three branches:
+
+    mixed[row] = gates[row, 0] local[row] + gates[row, 1] compressed[row] + gates[row, 2] selective.
+    """
+    _store_tile(o, selective, row, D, row_mask, D, DP)
+    tl.store(lse + row, lse_row * _TL_LN2, mask=row_mask)
+    if gates is not None:
+        gate = tl.load(gates + row * 3 + 2, mask=row_mask, other=0.0).to(tl.float32)
+        total = gate[:, None] * selective
+        gate = tl.load(gates + row * 3, mask=row_mask, other=0.0).to(tl.float32)
+        total += gate[:, None] * _load_tile(local, row, D, row_mask, D, DP).to(tl.float32)
+        gate = tl.load(gates + row * 3 + 1, mask=row_mask, other=0.0).to(tl.float32)
+        total += gate[:, None] * _load_tile(compressed, row, D, row_mask, D, DP).to(tl.float32)
+        _store_tile(mixed, total, row, D, row_mask, D, DP)
+
+
+@_kernel
 def _selective_merge_kernel(
-    o_part, lse_part, block_indices, o, lse, places, n_tokens, t0,
-    stride_ib, stride_it, stride_ik, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    o_part, lse_part, block_indices, o, lse, mixed, gates, local, compressed, places, T, n_tokens, t0,
+    stride_ib, stride_it, stride_ik,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
     SP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -2173,18 +2206,14 @@ def _selective_merge_kernel(
         mask = used[:, None] & (d < D)[None, :]
         o_slot = tl.load(o_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
         merged += tl.where(used, w, 0.0)[:, None] * o_slot.to(tl.float32)
-    head = (z % K) * G + row % G
-    out = (z // K).to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + head.to(tl.int64) * stride_oh
-    tl.store(o + out[:, None] + d[None, :], merged.to(o.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
-    out = (z // K).to(tl.int64) * stride_lb + t.to(tl.int64) * stride_lt + head.to(tl.int64) * stride_lh
-    tl.store(lse + out, lse_t * _TL_LN2, mask=row_mask)
+    out = _output_rows(z // K, t, z, row % G, T, K, G)
+    _store_selective(merged, lse_t, o, lse, mixed, gates, local, compressed, out, row_mask, D, DP)
 
 
 @_kernel
 def _selective_query_kernel(
-    q, k_desc, v_desc, block_indices, o, lse, places, scale,
+    q, k_desc, v_desc, block_indices, o, lse, mixed, gates, local, compressed, places, scale,
     stride_qb, stride_qt, stride_qh, stride_ib, stride_it, stride_ik,
-    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -2217,22 +2246,19 @@ def _selective_query_kernel(
         merged = merged * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         top = new_top
     merged = merged / tl.where(total > 0, total, 1.0)[:, None]
-    o_base = o + b.to(tl.int64) * stride_ob + t.to(tl.int64) * stride_ot + h.to(tl.int64) * G * stride_oh
-    _store_tile(o_base, merged, g, stride_oh, g < G, D, DP)
-    lse_base = lse + b.to(tl.int64) * stride_lb + t.to(tl.int64) * stride_lt + h.to(tl.int64) * G * stride_lh
-    tl.store(lse_base + g * stride_lh, (top + tl.log2(total)) * _TL_LN2, mask=g < G)
+    row = _output_rows(b, t, z, g, tl.num_programs(0), K, G)
+    _store_selective(merged, top + tl.log2(total), o, lse, mixed, gates, local, compressed, row, g < G, D, DP)
 
 
-def _selective_by_query(q, k, v, block_indices, o, lse, places, select_block_size, scale, tiles) -> None:
+def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_size, scale, tiles) -> None:
     """Launch the query-outer order: grid (token, key head), so that one key head at a time has the L2."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     tile = [1, tiles["KEYS"], 1, _padded(D)]
     k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
     _selective_query_kernel[(T, B * K, triton.cdiv(H // K, tiles["HEADS"]))](
-        q, k_desc, v_desc, block_indices, o, lse, places, scale, *q.stride()[:3], *block_indices.stride()[:3],
-        *o.stride()[:3], *lse.stride(), K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size,
-        PRECISION=_precision(), **tiles,
+        q, k_desc, v_desc, block_indices, *outputs, places, scale, *q.stride()[:3], *block_indices.stride()[:3],
+        K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size, PRECISION=_precision(), **tiles,
     )  # fmt: skip
 
 
@@ -2245,24 +2271,26 @@ def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
     return G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2 and aligned
 
 
-def _triton_selective_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
-    packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o (B, T, H, D) and lse (B, T, H): softmax over the tokens up to t of the blocks that t chose."""
+def _launch_selective(
+    gated: list[Tensor], q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
+    packing: _Packing | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """o (B, T, H, D) and lse (B, T, H) of the branch; and with [gates, o of local, of compressed] the gated sum."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z = H // K, B * K
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
     o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    mixed = torch.empty_like(o) if gated else None
+    outputs = (o, lse, mixed, *(x.contiguous() for x in gated)) if gated else (o, lse, *[None] * 4)
     blocks = _block_tables(T, select_block_size, packing)
     if _query_outer(q, k, v, G):
         heads = min(max(triton.next_power_of_2(G), 16), 64)
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
         tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
-        _selective_by_query(q, k, v, block_indices, o, lse, blocks.places, select_block_size, scale, tiles)
-        return o, lse
+        _selective_by_query(q, k, v, block_indices, outputs, blocks.places, select_block_size, scale, tiles)
+        return o, lse, mixed
     tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
     chunk = _chunk_tokens(B * H * S * D * q.element_size(), T)
     o_part = torch.empty(Z * chunk * S * G, D, dtype=q.dtype, device=q.device)
@@ -2280,11 +2308,26 @@ def _triton_selective_forward(
             **tiles,
         )  # fmt: skip
         _selective_merge_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
-            o_part, lse_part, block_indices, o, lse, blocks.places, n_tokens, t0,
-            *block_indices.stride()[:3], *o.stride()[:3], *lse.stride(),
+            o_part, lse_part, block_indices, *outputs, blocks.places, T, n_tokens, t0, *block_indices.stride()[:3],
             **constants, SP=triton.next_power_of_2(S), ROWS=merge_rows,
         )  # fmt: skip
-    return o, lse
+    return o, lse, mixed
+
+
+def _triton_selective_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
+    packing: _Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (B, T, H, D) and lse (B, T, H): softmax over the tokens up to t of the blocks that t chose."""
+    return _launch_selective([], q, k, v, block_indices, select_block_size, scale, packing)[:2]
+
+
+def _triton_gated_selective(
+    gates: Tensor, o_local: Tensor, o_compressed: Tensor, *selective: Any, packing: _Packing | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates where the last branch is written: the outputs of the others are read once, its own not at all."""
+    o, lse, mixed = _launch_selective([gates, o_local, o_compressed], *selective, packing)
+    return mixed, o, lse
 
 
 # Selective, backward ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2465,47 +2508,29 @@ def _triton_selective_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# Gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@_kernel
-def _gate_kernel(
-    gates, local, compressed, selective, o, n_rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """o[row] = gates[row, 0] local[row] + gates[row, 1] compressed[row] + gates[row, 2] selective[row]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < n_rows
-    mixed = tl.zeros([ROWS, DP], tl.float32)
-    for c in tl.static_range(3):
-        branch = local if c == 0 else (compressed if c == 1 else selective)
-        gate = tl.load(gates + row * 3 + c, mask=row_mask, other=0.0).to(tl.float32)
-        mixed += gate[:, None] * _load_tile(branch, row, D, row_mask, D, DP).to(tl.float32)
-    _store_tile(o, mixed, row, D, row_mask, D, DP)
-
-
-def _triton_gate(gates: Tensor, *branches: Tensor) -> Tensor:
-    rows, D = gates.numel() // 3, branches[0].shape[-1]
-    o = torch.empty_like(branches[0], memory_format=torch.contiguous_format)
-    inputs = (x.contiguous() for x in (gates, *branches))
-    _gate_kernel[(triton.cdiv(rows, _GATE_ROWS),)](*inputs, o, rows, D=D, DP=_padded(D), ROWS=_GATE_ROWS)
-    return o
-
-
 # Decoding: split keys ─────────────────────────────────────────────────────────────────────────────────────────────────
 #
 # A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
 # (b·M + m)·K + k; the heads of its group are a tile. Its keys are split into parts, so many that all multiprocessors
-# read; a part writes an output and a log-sum-exp of its own, and the last kernel merges them:
+# read; a part writes an output and a log-sum-exp of its own. Two kernels:
 #
-#     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
-#     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
-#     selected    parts of the S slots
-#     merge       softmax over the parts of each branch, and the gates
+#     choose  parts of the visible compressed blocks, with the importance of the selection blocks from the same scores;
+#             which part of a row is done last chooses the row's S blocks. Beside them, parts of the local window.
+#     attend  parts of the S slots. Which part of a row is done last merges them all: softmax over the parts of each
+#             branch, and the gates.
 #
-# How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
-# A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
+# So a row that is done waits for no other, and nobody waits for work that may not have begun. How many parts there are
+# depends on shapes alone, how long they are on the row's position, which only the GPU knows. A row of position −1 sees
+# nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
 
 _DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "n_local", "n_parts"]  # no new kernel for each number of rows
+
+
+@_kernel
+def _is_last(arrived, of):
+    """Whether this program is the last of so many to come here. What the others wrote before can be read then."""
+    tl.debug_barrier()  # every thread of this one has written
+    return tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == of - 1
 
 
 @_kernel
@@ -2562,12 +2587,11 @@ def _decode_end(
     tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
 
 
-@_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_compressed_kernel(
-    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
-    q_strides, k_strides, v_strides, position_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+@_kernel
+def _decode_compressed(
+    q, k_cmp, v_cmp, o_part, lse_part, scores, lent, row, part, b, m, h, t, n_compressed, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -2576,13 +2600,11 @@ def _decode_compressed_kernel(
     A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
     """
     r: tl.constexpr = SELECT // STRIDE
-    row, part = tl.program_id(0), tl.program_id(1)
-    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
         q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
     end = _span_end(t, BLOCK, STRIDE)
-    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
+    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, n_compressed)
     column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
     score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
@@ -2598,6 +2620,27 @@ def _decode_compressed_kernel(
             borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
             tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
+
+
+@_kernel
+def _decode_local(
+    q, k, v, o_part, lse_part, row, part, n_local, n_compressed, n_parts, b, m, h, t, scale,
+    q_strides, k_strides, v_strides,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of softmax(q . k) v in the window."""
+    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+    )
+    first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
+    begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, n_local)
+    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+        s = first + tile * KEYS + tl.arange(0, KEYS)
+        acc, peak, total, _ = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
+    _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
 
 
 @_kernel
@@ -2627,51 +2670,100 @@ def _decode_score(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_compressed, n_parts, n_scores, scale,
-    q_strides, k_strides, v_strides, position_strides,
+    q, k_cmp, v_cmp, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, arrived,
+    m0, n_tokens, n_compressed, n_local, n_parts, n_scores, scale,
+    q_strides, k_cmp_strides, v_cmp_strides, k_local_strides, v_local_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
-    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr,
+    SPILL: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    NP: tl.constexpr, SCORED: tl.constexpr, PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr,
+    HEADS: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr, LOCAL_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
-    row, part = tl.program_id(0), tl.program_id(1) - 1
+    """Compressed parts of a row, the last of which stores chosen[row], its S highest blocks; then its local parts."""
+    row, part = tl.program_id(0), tl.program_id(1)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    if part >= 0:
-        g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
-        )
-        first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
-        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
-        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-            s = first + tile * KEYS + tl.arange(0, KEYS)
-            acc, peak, total, _ = _decode_tile(
-                acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
-                D, DP, PRECISION,
-            )  # fmt: skip
-        _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
-    elif tl.program_id(2) == 0:
-        tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
-        score = _decode_score(
-            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
-        )
-        one = tl.arange(0, 1)
-        _store_highest(
-            score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
-            S, SP, INIT, LOCAL, 1, NP,
+    if part >= n_compressed:
+        _decode_local(
+            q, k_local, v_local, o_part, lse_part, row, part - n_compressed, n_local, n_compressed, n_parts, b, m, h, t,
+            scale, q_strides, k_local_strides, v_local_strides, G, D, DP, WINDOW, HEADS, KEYS, LOCAL_STAGES, PRECISION,
         )  # fmt: skip
+    else:
+        _decode_compressed(
+            q, k_cmp, v_cmp, o_part, lse_part, scores, lent, row, part, b, m, h, t, n_compressed, n_parts, n_scores,
+            scale, q_strides, k_cmp_strides, v_cmp_strides,
+            G, D, DP, BLOCK, STRIDE, SELECT, HEADS, BLOCKS, PART, SPILL, STAGES, PRECISION,
+        )  # fmt: skip
+        if _is_last(arrived + row, n_compressed * tl.num_programs(2)):
+            tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
+            score = _decode_score(
+                lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores,
+                G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP,
+            )  # fmt: skip
+            one = tl.arange(0, 1)
+            _store_highest(
+                score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
+                S, SP, INIT, LOCAL, 1, NP,
+            )  # fmt: skip
+
+
+@_kernel
+def _decode_weight(lse, part, begin, end, gate):
+    """What parts [begin, end) of a branch weigh together: gate exp2(lse_part - lse_c) = weight exp2(lse_part - top)."""
+    lse_c = tl.where((part >= begin) & (part < end), lse, float("-inf"))
+    top = tl.max(lse_c, axis=1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lse_c - top[:, None]), axis=1)  # 0 or, as its largest term is 1, at least 1
+    return gate / tl.maximum(total, 1.0), top
+
+
+@_kernel
+def _decode_merge(
+    o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, PARTS_PAD: tl.constexpr,
+):  # fmt: skip
+    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
+    after_local = n_compressed + n_local
+    part = tl.arange(0, PARTS_PAD)[None, :]
+    o_base = o + b * o_strides[0] + m * o_strides[1] + h * G * o_strides[2]
+    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + h * G * gate_strides[2]
+    for first in range(0, G, HEADS):
+        g = first + tl.arange(0, HEADS)
+        rows = row.to(tl.int64) * n_parts * G + g  # part 0; the next one is G further
+        exists = (g < G)[:, None] & (part < n_parts)
+        lse = tl.load(lse_part + rows[:, None] + part * G, mask=exists, other=float("-inf"))
+        gate = gate_base + g * gate_strides[2]
+        g_local = tl.load(gate, mask=g < G, other=0.0).to(tl.float32)
+        g_compressed = tl.load(gate + gate_strides[3], mask=g < G, other=0.0).to(tl.float32)
+        g_selective = tl.load(gate + 2 * gate_strides[3], mask=g < G, other=0.0).to(tl.float32)
+        w_compressed, top_compressed = _decode_weight(lse, part, 0, n_compressed, g_compressed)
+        w_local, top_local = _decode_weight(lse, part, n_compressed, after_local, g_local)
+        w_selective, top_selective = _decode_weight(lse, part, after_local, n_parts, g_selective)
+        merged = tl.zeros([HEADS, DP], tl.float32)
+        for n in tl.range(0, n_parts, loop_unroll_factor=4):
+            w, top = w_selective, top_selective
+            if n < after_local:
+                w, top = w_local, top_local
+            if n < n_compressed:
+                w, top = w_compressed, top_compressed
+            lse_n = tl.load(lse_part + rows + n * G, mask=g < G, other=float("-inf"))
+            merged += (w * tl.exp2(lse_n - top))[:, None] * _load_tile(o_part, rows + n * G, D, g < G, D, DP)
+        _store_tile(o_base, merged, g, o_strides[2], g < G, D, DP)
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_selected_kernel(
-    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
-    q_strides, k_strides, v_strides, position_strides,
+def _decode_attend_kernel(
+    q, k, v, positions, o_part, lse_part, chosen, gates, o, arrived,
+    m0, n_tokens, n_compressed, n_local, n_parts, scale,
+    q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
+    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
+
+    The last part of a row writes o, all branches merged.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
@@ -2690,37 +2782,13 @@ def _decode_selected_kernel(
         acc, peak, total, _ = _decode_tile(
             acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-    part += n_parts - tl.num_programs(1)
+    part += n_compressed + n_local
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
-
-
-@_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_merge_kernel(
-    o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gate_strides, o_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
-):  # fmt: skip
-    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
-    row, g = tl.program_id(0) // G, tl.program_id(0) % G
-    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
-    head = row % K * G + g
-    part = tl.arange(0, PARTS_PAD)
-    offsets = (row.to(tl.int64) * n_parts + part) * G + g
-    lse = tl.load(lse_part + offsets, mask=part < n_parts, other=float("-inf"))
-    after_local = n_compressed + n_local
-    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + head * gate_strides[2]
-    weight = tl.zeros([PARTS_PAD], tl.float32)
-    for c in tl.static_range(3):  # local, compressed, selective
-        first = n_compressed if c == 0 else (0 if c == 1 else after_local)
-        end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
-        lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
-        top = tl.max(lse_c, axis=0)
-        e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top))
-        gate = tl.load(gate_base + c * gate_strides[3]).to(tl.float32)
-        weight += gate / tl.maximum(tl.sum(e, axis=0), 1.0) * e  # the sum is 0 or, as its largest term is 1, at least 1
-    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < n_parts, D, DP), axis=0)
-    d = tl.arange(0, DP)
-    out = o + b * o_strides[0] + m * o_strides[1] + head * o_strides[2]
-    tl.store(out + d, merged.to(o.dtype.element_ty), mask=d < D)
+    if _is_last(arrived + row, tl.num_programs(1) * tl.num_programs(2)):
+        _decode_merge(
+            o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
+            G, D, DP, HEADS, PARTS_PAD,
+        )  # fmt: skip
 
 
 def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
@@ -2784,7 +2852,7 @@ def _triton_decode(
         triton.cdiv(S * select_pad, tiles["selected"]["KEYS"]),
     )
     NP = triton.next_power_of_2(max(triton.cdiv(k.shape[1], select_block_size), S))
-    tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
+    warps = {"num_warps": max(tiles["compressed"].pop("num_warps"), min(NP // 512, 16))}  # the choice takes the most
 
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
     rows = B * chunk * K
@@ -2794,35 +2862,28 @@ def _triton_decode(
     lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
     scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
     chosen = torch.empty(rows * S, dtype=torch.int32, device=q.device)
-    shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
-    attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
+    arrived = torch.zeros(triton.cdiv(M, chunk), 2, rows, dtype=torch.int32, device=q.device)
+    shape = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
-    parts_pad = triton.next_power_of_2(n_parts)
     slots = {"S": S, "SP": triton.next_power_of_2(S)}
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
-        rows = B * n_tokens * K
-        _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
-            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
-            q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
-            **attend, **blocked, PART=part, **tiles["compressed"],
-        )  # fmt: skip
-        _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
-            m0, n_tokens, n_compressed, n_parts, n_scores, scale,
-            q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
-            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
+        rows, (choosing, attending) = B * n_tokens * K, arrived[m0 // chunk]
+        _decode_choose_kernel[(rows, n_compressed + n_local, head_blocks)](
+            q, k_cmp, v_cmp, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, choosing,
+            m0, n_tokens, n_compressed, n_local, n_parts, n_scores, scale,
+            *(x.stride() for x in (q, k_cmp, v_cmp, k_local, v_local, positions)),
+            **shape, **blocked, **slots, PART=part, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
             SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
-            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
+            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["compressed"],
+            KEYS=tiles["local"]["KEYS"], LOCAL_STAGES=tiles["local"]["STAGES"], **warps,
         )  # fmt: skip
-        _decode_selected_kernel[(rows, n_selected, head_blocks)](
-            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
-            q.stride(), k.stride(), v.stride(), positions.stride(),
-            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
-        )  # fmt: skip
-        _decode_merge_kernel[(rows * G,)](
-            o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
-            **shape, PARTS_PAD=parts_pad, num_warps=min(max(parts_pad * _padded(D) // 2048, 1), 8),
+        _decode_attend_kernel[(rows, n_selected, head_blocks)](
+            q, k, v, positions, o_part, lse_part, chosen, gates, o, attending,
+            m0, n_tokens, n_compressed, n_local, n_parts, scale,
+            *(x.stride() for x in (q, k, v, positions, gates, o)),
+            **shape, **slots, SELECT=select_block_size, SELECT_PAD=select_pad,
+            PARTS_PAD=triton.next_power_of_2(n_parts), **tiles["selected"],
         )  # fmt: skip
     return o
 
@@ -2850,7 +2911,7 @@ class _Backend(NamedTuple):
     compressed: _Branch
     selective: _Branch
     select: Callable[..., Tensor]
-    gate: Callable[..., Tensor]
+    gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor]]
     row_terms: Callable[..., _RowTerms]
     gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
     decode: Callable[..., Tensor]
@@ -2862,7 +2923,7 @@ _BACKENDS = {
         _Branch(_torch_compressed_forward, _torch_compressed_backward),
         _Branch(_torch_selective_forward, _torch_selective_backward),
         _torch_select,
-        _torch_gate,
+        _torch_gated_selective,
         _torch_row_terms,
         _torch_gated_row_terms,
         _torch_decode,
@@ -2872,7 +2933,7 @@ _BACKENDS = {
         _Branch(_triton_compressed_forward, _triton_compressed_backward),
         _Branch(_triton_selective_forward, _triton_selective_backward),
         _triton_select,
-        _triton_gate,
+        _triton_gated_selective,
         _triton_row_terms,
         _triton_gated_row_terms,
         _triton_decode,
@@ -2888,7 +2949,8 @@ def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> _Backend
     packing = _Packing(cu_seqlens, lengths)
     packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
     local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
-    return on._replace(local=local, compressed=compressed, selective=selective, select=packed(on.select))
+    branches = {"local": local, "compressed": compressed, "selective": selective}
+    return on._replace(**branches, select=packed(on.select), gated_selective=packed(on.gated_selective))
 
 
 # Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
@@ -2997,9 +3059,8 @@ def _attention_forward(
     o_local, lse_local = on.local.forward(q, *(local or (k, v)), window, scale)
     o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
     chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
-    o_selective, lse_selective = on.selective.forward(q, k, v, chosen, sizes[2], scale)
-    o = on.gate(gates, o_local, o_compressed, o_selective).contiguous()
-    return [o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen]
+    o, o_selective, lse_selective = on.gated_selective(gates, o_local, o_compressed, q, k, v, chosen, sizes[2], scale)
+    return [o.contiguous(), o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen]
 
 
 @_attention_forward.register_fake

@@ -431,7 +431,7 @@ PRODUCTS = {
 }
 PRODUCTS |= {f"{name}_packed": kernels for name, kernels in PRODUCTS.items() if f"{name}_packed" in BUILDS}
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
-STEP = ("compressed", "choose", "selected", "merge")
+STEP = ("choose", "attend")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
@@ -467,7 +467,7 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
     if "select" in launched:
         kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
     if "gates" in launched:
-        kernels.gate(gates, q, q, q)
+        kernels.gated_selective(gates, q, q, q, k, k, chosen, 64, scale)
         kernels.gated_row_terms(q, gates, [q] * 3, [lse] * 3, K)
     if "decode" in launched:
         settings = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": S}
@@ -546,7 +546,7 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    everything = {"choose", "gate", "row_terms", *(f"decode_{kernel}" for kernel in STEP)}
+    everything = {"choose", "row_terms", *(f"decode_{kernel}" for kernel in STEP)}
     rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_over_slots"}
     assert set(PRODUCTS[name]) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in PRODUCTS[name]:
