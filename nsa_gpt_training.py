@@ -129,7 +129,7 @@ class Settings:
         choices=("auto", "float32", "bfloat16"),
     )
     fsdp: bool = setting(False, "several processes: shard weights and optimizer (FSDP2), for large models", free=True)
-    compile: bool = setting(False, "compile the model (torch.compile)", free=True)
+    compile: bool = setting(False, "compile the blocks (torch.compile)", free=True)
     recompute: bool = setting(False, "compute each block again in the backward: slower, but less memory", free=True)
     seed: int = setting(1337, "seed of weights, batches, dropout and generated text", least=0)
 
@@ -1075,7 +1075,8 @@ def count_parameters(model: nn.Module) -> int:
 def place(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> None:
     """Puts the model where it trains: on this process's device, whole or its shard of it."""
     if settings.compile:
-        model.compile()
+        for block in model.blocks:  # one compilation serves all of them, and each may be a shard
+            block.compile()
     if not settings.fsdp:
         model.to(runtime.device)
         return

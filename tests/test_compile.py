@@ -381,7 +381,9 @@ def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest
     try:
         spec.loader.exec_module(other)
         assert not list(recwarn), [str(each.message) for each in recwarn]
-        other._BACKENDS["torch"] = other._BACKENDS["torch"]._replace(gate=lambda gates, *branches: branches[0] + 1)
+        other._BACKENDS["torch"] = other._BACKENDS["torch"]._replace(
+            gated_selective=lambda gates, *others: (others[0] + 1, others[1] + 1, others[2][..., 0] + 1)
+        )
         broken = step(lambda: other.nsa_attention(**tensors, **CASE.whole, backend="torch"), tensors)
         assert not torch.equal(broken["output 0"], expected["output 0"])
         assert_alike(step(lambda: nsa.nsa_attention(**tensors, **CASE.whole), tensors), expected)

@@ -3,7 +3,8 @@
     python tests/benchmarks/gpu.py                 # the paper's setting: whole, parts, memory
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
-    python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph; --sweep: other launch settings
+    python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph, and a prompt of 64k tokens
+    python tests/benchmarks/gpu.py decode --sweep  # a decoding step with other launch settings
     python tests/benchmarks/gpu.py packed          # 64k tokens in 64 packed sequences, against 64 rows of 1024
 
 Medians of device events, bf16, batch 1; `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output.
@@ -275,6 +276,22 @@ def kernels_of_a_step(batch: int, tokens: int) -> str:
     return ", ".join(f"{event.key.strip('_')} {event.device_time:.1f}" for event in events)
 
 
+def prefill(tokens: int = 65536) -> str:
+    """A module's forward of a whole prompt, without and with a cache that takes its keys and values."""
+    cfg = nsa.NSAConfig(dim=2048, heads=64, kv_heads=4, dim_head=128, seq_len=tokens, gate_mode="q_cond", **PAPER)
+    module = nsa.NativeSparseAttention(cfg).to("cuda", torch.bfloat16).eval()
+    cache = nsa.NSACache(cfg, 1, tokens, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, tokens, cfg.dim, device="cuda", dtype=torch.bfloat16)
+
+    def fill() -> None:
+        cache.reset()
+        module(x, cache=cache)
+
+    with torch.no_grad():
+        plain, cached = milliseconds(lambda: module(x)), milliseconds(fill)
+    return f"prefill of {tokens // 1024}k tokens, ms: {plain:.2f} without a cache, {cached:.2f} into one"
+
+
 def sweep_decode(shapes: list[tuple[int, int]]) -> None:
     """Each launch setting varied on its own: ms a step at each shape, the present setting first."""
     steps = {shape: caches(*shape) for shape in shapes}
@@ -288,7 +305,9 @@ def sweep_decode(shapes: list[tuple[int, int]]) -> None:
     print("present", "  ".join(f"{batch} × {tokens // 1024}k" for batch, tokens in shapes), "\n", times(), flush=True)
     for kernel, (name, values) in itertools.product(("compressed", "local", "selected"), VARIANTS.items()):
         entry = nsa._DECODE_TILES[kernel, 2, 128]
-        present = entry[name]
+        present = entry.get(name)
+        if present is None:  # the local parts run with the warps of the compressed ones
+            continue
         for value in values:
             entry[name] = value
             print(f"{kernel:>10} {name:>9} {value:>3}{'*' if value == present else ' '} {times()}", flush=True)
@@ -304,6 +323,7 @@ def decode(sweep: bool) -> None:
         print(decode_row(*shape), flush=True)
     for shape in ((16, 8192), (16, 65536), (64, 65536)):
         print(f"\nkernels at batch {shape[0]}, {shape[1] // 1024}k, µs: {kernels_of_a_step(*shape)}", flush=True)
+    print("\n" + prefill(), flush=True)
 
 
 def main() -> None:
