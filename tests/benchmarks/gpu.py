@@ -64,6 +64,23 @@ def forward_backward(attention: Callable[..., Tensor], leaves: list[Tensor]) -> 
     return forward, backward, (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def in_a_graph(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+    """ms of one of the calls, which are captured and replayed one after the other."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]  # noqa: F841, kept: their memory is not to be shared
+    return milliseconds(graph.replay, repeats) / len(calls)
+
+
+def replayed(attention: Callable[..., Tensor], leaves: list[Tensor]) -> float:
+    """ms of a forward and its backward together, in a CUDA graph: what the GPU needs when no host holds it up."""
+    upstream = torch.randn_like(leaves[0])
+    return in_a_graph([lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)])
+
+
 def leaves_of(heads: int, kv_heads: int, dim: int, tokens: int, setting: dict[str, int]) -> list[Tensor]:
     """q, k, v, k_cmp, v_cmp, gates; keys vary from block to block, so that some blocks do matter more."""
     torch.manual_seed(0)
@@ -82,10 +99,11 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def measure_whole(shape: tuple[int, int, int, int], setting: dict[str, int]) -> tuple[tuple[float, ...], ...]:
-    """`forward_backward` of NSA and of dense attention."""
+    """`forward_backward` of NSA and of dense attention, and both `replayed`."""
     leaves = leaves_of(*shape, setting)
-    ours = forward_backward(lambda *x: nsa.nsa_attention(*x, **setting), leaves)
-    return ours, forward_backward(dense, leaves[:3])
+    sparse = lambda *x: nsa.nsa_attention(*x, **setting)  # noqa: E731
+    pairs = ((sparse, leaves), (dense, leaves[:3]))
+    return tuple((*forward_backward(*pair), replayed(*pair)) for pair in pairs)
 
 
 def name_of(shape: tuple[int, int, int, int]) -> str:
@@ -96,6 +114,7 @@ def name_of(shape: tuple[int, int, int, int]) -> str:
 def whole_row(shape: tuple[int, int, int, int], ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
     cells = [f"{theirs[0]:.2f} / {theirs[1]:.2f}", f"{ours[0]:.2f} / {ours[1]:.2f}"]
     cells += [f"{theirs[0] / ours[0]:.2f}× / {theirs[1] / ours[1]:.2f}×", f"{theirs[2]:.1f} / {ours[2]:.1f}"]
+    cells += [f"{theirs[3]:.2f} / {ours[3]:.2f}", f"{theirs[3] / ours[3]:.2f}×"]
     return f"| {name_of(shape)} | " + " | ".join(cells) + " |"
 
 
@@ -108,16 +127,17 @@ def break_even(times: dict[int, tuple[float, float]]) -> str:
     return "no break-even in this range"
 
 
-def compare(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) -> dict[int, tuple[float, float]]:
-    """Prints a row for each shape; returns ms of forward and backward by length: {T: (NSA, dense)}."""
+def compare(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) -> list[dict[int, tuple[float, float]]]:
+    """Prints a row for each shape; returns ms of both passes by length, {T: (NSA, dense)}: launched, and replayed."""
     columns = ("shape", "dense, ms", "NSA, ms", "dense / NSA", "peak GiB, dense / NSA")
+    columns += ("both in a CUDA graph, dense / NSA, ms", "dense / NSA")
     print("forward / backward\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    times = {}
+    launched, in_graphs = {}, {}
     for shape in shapes:
         ours, theirs = measure_whole(shape, setting)
         print(whole_row(shape, ours, theirs), flush=True)
-        times[shape[3]] = sum(ours[:2]), sum(theirs[:2])
-    return times
+        launched[shape[3]], in_graphs[shape[3]] = (sum(ours[:2]), sum(theirs[:2])), (ours[3], theirs[3])
+    return [launched, in_graphs]
 
 
 # Keys that a query sees, and matrix products with each, in the forward: the backward has 2.5 times as many.
@@ -204,17 +224,6 @@ BANDWIDTH = 4.3e12  # bytes a second, as measured on an H200
 CACHES = 4
 VARIANTS = {"PROGRAMS": (1, 2, 3, 4, 6, 8, 16), "KEYS": (32, 64, 128), "STAGES": (1, 2, 3, 4, 5, 6),
             "num_warps": (2, 4, 8)}  # fmt: skip
-
-
-def in_a_graph(calls: list[Callable[[], object]], repeats: int = 20) -> float:
-    """ms of one of the calls, which are captured and replayed one after the other."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call() for call in calls]  # noqa: F841, kept: their memory is not to be shared
-    return milliseconds(graph.replay, repeats) / len(calls)
 
 
 def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
@@ -338,8 +347,8 @@ def main() -> None:
     if args.what == "packed":
         return packed(PAPER)
     if args.what == "long":
-        times = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
-        return print("\n" + break_even(times))
+        launched, in_graphs = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
+        return print(f"\nlaunched: {break_even(launched)}; in CUDA graphs: {break_even(in_graphs)}")
     shapes = [SHAPES[i] for i in args.shapes]
     compare(shapes, PAPER)
     print("\nms (floor)\n\n| shape | compressed | choice | selective | local |\n|---|---|---|---|---|")
