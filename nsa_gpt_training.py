@@ -143,7 +143,7 @@ class Settings:
     dropout: float = setting(0.2, "on embeddings, attention output and feed-forward")
     init_std: float = setting(0.02, "standard deviation of the first weights", least=0)
     value_dropout: float = setting(
-        0.2, "on the values of whole tokens, each head its own: as dropout on attention probabilities would", least=0
+        0.35, "on the values of whole tokens, each head its own: as dropout on attention probabilities would", least=0
     )
 
     local_window: int = setting(64, "NSA: tokens that the local branch sees")
@@ -154,7 +154,7 @@ class Settings:
     init_blocks: int = setting(NSAConfig.init_blocks, "NSA: forced blocks at the start of the sequence")
     local_blocks: int = setting(NSAConfig.local_blocks, "NSA: forced blocks up to and including the query's own")
     compression: str = setting("grouped_mlp", "NSA: block of keys to one key: grouped_mlp, conv1d or avgpool")
-    gate_mode: str = setting("static", "NSA: a gate is a learned number (static), or linear in the input (q_cond)")
+    gate_mode: str = setting("q_cond", "NSA: a gate is a learned number (static), or linear in the input (q_cond)")
     gate_init: tuple[float, float, float] = setting((2.0, -2.0, -2.0), "NSA: logits of the three gates")
     branches: tuple[str, ...] = setting(
         BRANCHES, "NSA: branches to use; the gates of the others stay 0", choices=BRANCHES
