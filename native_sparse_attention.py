@@ -932,17 +932,16 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 # Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
 _SPAN = {2: 4096, 4: 512}
 
-# Decoding, (branch, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
-# Parts of the local window are in a launch with the compressed ones.
+# Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
 _DECODE_TILES = {
     ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3},
-    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2},
-    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1},
-    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1},
+    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3, "num_warps": 4},
+    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
+    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
+    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("selected", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -2516,25 +2515,17 @@ def _triton_selective_backward(
 #
 # A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
 # (b·M + m)·K + k; the heads of its group are a tile. Its keys are split into parts, so many that all multiprocessors
-# read; a part writes an output and a log-sum-exp of its own. Two kernels:
+# read; a part writes an output and a log-sum-exp of its own, and the last kernel merges them:
 #
-#     choose  parts of the visible compressed blocks, with the importance of the selection blocks from the same scores;
-#             which part of a row is done last chooses the row's S blocks. Beside them, parts of the local window.
-#     attend  parts of the S slots. Which part of a row is done last merges them all: softmax over the parts of each
-#             branch, and the gates.
+#     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
+#     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
+#     selected    parts of the S slots
+#     merge       softmax over the parts of each branch, and the gates
 #
-# So a row that is done waits for no other, and nobody waits for work that may not have begun. How many parts there are
-# depends on shapes alone, how long they are on the row's position, which only the GPU knows. A row of position −1 sees
-# nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
+# How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
+# A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
 
 _DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "n_local", "n_parts"]  # no new kernel for each number of rows
-
-
-@_kernel
-def _is_last(arrived, of):
-    """Whether this program is the last of so many to come here. What the others wrote before can be read then."""
-    tl.debug_barrier()  # every thread of this one has written
-    return tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == of - 1
 
 
 @_kernel
@@ -2591,11 +2582,12 @@ def _decode_end(
     tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
 
 
-@_kernel
-def _decode_compressed(
-    q, k_cmp, v_cmp, o_part, lse_part, scores, lent, row, part, b, m, h, t, n_compressed, n_parts, n_scores, scale,
-    q_strides, k_strides, v_strides,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_compressed_kernel(
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
     HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -2604,11 +2596,13 @@ def _decode_compressed(
     A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
     """
     r: tl.constexpr = SELECT // STRIDE
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
         q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
     end = _span_end(t, BLOCK, STRIDE)
-    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, n_compressed)
+    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
     column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
     score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
@@ -2624,27 +2618,6 @@ def _decode_compressed(
             borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
             tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
-
-
-@_kernel
-def _decode_local(
-    q, k, v, o_part, lse_part, row, part, n_local, n_compressed, n_parts, b, m, h, t, scale,
-    q_strides, k_strides, v_strides,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A part of softmax(q . k) v in the window."""
-    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
-    )
-    first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
-    begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, n_local)
-    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        s = first + tile * KEYS + tl.arange(0, KEYS)
-        acc, peak, total, _ = _decode_tile(
-            acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale, D, DP, PRECISION
-        )
-    _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
 
 
 @_kernel
@@ -2674,106 +2647,56 @@ def _decode_score(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k_cmp, v_cmp, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, arrived,
-    m0, n_tokens, n_compressed, n_local, n_parts, n_scores, scale,
-    q_strides, k_cmp_strides, v_cmp_strides, k_local_strides, v_local_strides, position_strides,
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+    q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr,
-    SPILL: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    NP: tl.constexpr, SCORED: tl.constexpr, PARTS_PAD: tl.constexpr, WINDOW: tl.constexpr,
-    HEADS: tl.constexpr, STAGES: tl.constexpr, KEYS: tl.constexpr, LOCAL_STAGES: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
+    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compressed parts of a row, the last of which stores chosen[row], its S highest blocks; then its local parts."""
-    if EARLY:  # the next kernel may take its place beside this one, where it waits for its end
-        tl.extra.cuda.gdc_launch_dependents()
-    row, part = tl.program_id(0), tl.program_id(1)
+    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
+    row, part = tl.program_id(0), tl.program_id(1) - 1
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    if part >= n_compressed:
-        _decode_local(
-            q, k_local, v_local, o_part, lse_part, row, part - n_compressed, n_local, n_compressed, n_parts, b, m, h, t,
-            scale, q_strides, k_local_strides, v_local_strides, G, D, DP, WINDOW, HEADS, KEYS, LOCAL_STAGES, PRECISION,
-        )  # fmt: skip
-    else:
-        _decode_compressed(
-            q, k_cmp, v_cmp, o_part, lse_part, scores, lent, row, part, b, m, h, t, n_compressed, n_parts, n_scores,
-            scale, q_strides, k_cmp_strides, v_cmp_strides,
-            G, D, DP, BLOCK, STRIDE, SELECT, HEADS, BLOCKS, PART, SPILL, STAGES, PRECISION,
-        )  # fmt: skip
-        if _is_last(arrived + row, n_compressed * tl.num_programs(2)):
-            tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
-            score = _decode_score(
-                lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores,
-                G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP,
+    if part >= 0:
+        g, queries, k_base, v_base, acc, peak, total = _decode_begin(
+            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
+        )
+        first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
+        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
+        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+            s = first + tile * KEYS + tl.arange(0, KEYS)
+            acc, peak, total, _ = _decode_tile(
+                acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
+                D, DP, PRECISION,
             )  # fmt: skip
-            one = tl.arange(0, 1)
-            _store_highest(
-                score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
-                S, SP, INIT, LOCAL, 1, NP,
-            )  # fmt: skip
-
-
-@_kernel
-def _decode_weight(lse, part, begin, end, gate):
-    """What parts [begin, end) of a branch weigh together: gate exp2(lse_part - lse_c) = weight exp2(lse_part - top)."""
-    lse_c = tl.where((part >= begin) & (part < end), lse, float("-inf"))
-    top = tl.max(lse_c, axis=1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse_c - top[:, None]), axis=1)  # 0 or, as its largest term is 1, at least 1
-    return gate / tl.maximum(total, 1.0), top
-
-
-@_kernel
-def _decode_merge(
-    o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, PARTS_PAD: tl.constexpr,
-):  # fmt: skip
-    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
-    after_local = n_compressed + n_local
-    part = tl.arange(0, PARTS_PAD)[None, :]
-    o_base = o + b * o_strides[0] + m * o_strides[1] + h * G * o_strides[2]
-    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + h * G * gate_strides[2]
-    for first in range(0, G, HEADS):
-        g = first + tl.arange(0, HEADS)
-        rows = row.to(tl.int64) * n_parts * G + g  # part 0; the next one is G further
-        exists = (g < G)[:, None] & (part < n_parts)
-        lse = tl.load(lse_part + rows[:, None] + part * G, mask=exists, other=float("-inf"))
-        gate = gate_base + g * gate_strides[2]
-        g_local = tl.load(gate, mask=g < G, other=0.0).to(tl.float32)
-        g_compressed = tl.load(gate + gate_strides[3], mask=g < G, other=0.0).to(tl.float32)
-        g_selective = tl.load(gate + 2 * gate_strides[3], mask=g < G, other=0.0).to(tl.float32)
-        w_compressed, top_compressed = _decode_weight(lse, part, 0, n_compressed, g_compressed)
-        w_local, top_local = _decode_weight(lse, part, n_compressed, after_local, g_local)
-        w_selective, top_selective = _decode_weight(lse, part, after_local, n_parts, g_selective)
-        merged = tl.zeros([HEADS, DP], tl.float32)
-        for n in tl.range(0, n_parts, loop_unroll_factor=4):
-            w = tl.where(n < n_compressed, w_compressed, tl.where(n < after_local, w_local, w_selective))
-            top = tl.where(n < n_compressed, top_compressed, tl.where(n < after_local, top_local, top_selective))
-            lse_n = tl.load(lse_part + rows + n * G, mask=g < G, other=float("-inf"))
-            merged += (w * tl.exp2(lse_n - top))[:, None] * _load_tile(o_part, rows + n * G, D, g < G, D, DP)
-        _store_tile(o_base, merged, g, o_strides[2], g < G, D, DP)
+        _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
+    elif tl.program_id(2) == 0:
+        tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
+        score = _decode_score(
+            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
+        )
+        one = tl.arange(0, 1)
+        _store_highest(
+            score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
+            S, SP, INIT, LOCAL, 1, NP,
+        )  # fmt: skip
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_attend_kernel(
-    q, k, v, positions, o_part, lse_part, chosen, gates, o, arrived,
-    m0, n_tokens, n_compressed, n_local, n_parts, scale,
-    q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
+def _decode_selected_kernel(
+    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
+    q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
-
-    The last part of a row writes o, all branches merged.
-    """
+    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
     row, part = tl.program_id(0), tl.program_id(1)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
         q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     slot = tl.arange(0, SP)
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
     blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
@@ -2787,13 +2710,37 @@ def _decode_attend_kernel(
         acc, peak, total, _ = _decode_tile(
             acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-    part += n_compressed + n_local
+    part += n_parts - tl.num_programs(1)
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
-    if _is_last(arrived + row, tl.num_programs(1) * tl.num_programs(2)):
-        _decode_merge(
-            o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
-            G, D, DP, HEADS, PARTS_PAD,
-        )  # fmt: skip
+
+
+@_kernel(do_not_specialize=_DECODE_COUNTS)
+def _decode_merge_kernel(
+    o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gate_strides, o_strides,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
+):  # fmt: skip
+    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
+    row, g = tl.program_id(0) // G, tl.program_id(0) % G
+    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
+    head = row % K * G + g
+    part = tl.arange(0, PARTS_PAD)
+    offsets = (row.to(tl.int64) * n_parts + part) * G + g
+    lse = tl.load(lse_part + offsets, mask=part < n_parts, other=float("-inf"))
+    after_local = n_compressed + n_local
+    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + head * gate_strides[2]
+    weight = tl.zeros([PARTS_PAD], tl.float32)
+    for c in tl.static_range(3):  # local, compressed, selective
+        first = n_compressed if c == 0 else (0 if c == 1 else after_local)
+        end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
+        lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
+        top = tl.max(lse_c, axis=0)
+        e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top))
+        gate = tl.load(gate_base + c * gate_strides[3]).to(tl.float32)
+        weight += gate / tl.maximum(tl.sum(e, axis=0), 1.0) * e  # the sum is 0 or, as its largest term is 1, at least 1
+    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < n_parts, D, DP), axis=0)
+    d = tl.arange(0, DP)
+    out = o + b * o_strides[0] + m * o_strides[1] + head * o_strides[2]
+    tl.store(out + d, merged.to(o.dtype.element_ty), mask=d < D)
 
 
 def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
@@ -2804,12 +2751,6 @@ def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> st
     if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
         return None
     return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
-
-
-def _starts_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one ahead of it has ended (programmatic dependent launch)."""
-    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return on_hopper and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
@@ -2863,7 +2804,7 @@ def _triton_decode(
         triton.cdiv(S * select_pad, tiles["selected"]["KEYS"]),
     )
     NP = triton.next_power_of_2(max(triton.cdiv(k.shape[1], select_block_size), S))
-    warps = {"num_warps": max(tiles["compressed"].pop("num_warps"), min(NP // 512, 16))}  # the choice takes the most
+    tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
 
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
     rows = B * chunk * K
@@ -2873,29 +2814,35 @@ def _triton_decode(
     lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
     scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
     chosen = torch.empty(rows * S, dtype=torch.int32, device=q.device)
-    arrived = torch.zeros(triton.cdiv(M, chunk), 2, rows, dtype=torch.int32, device=q.device)
-    early = _starts_early(q.device)
-    shape = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "EARLY": early, "PRECISION": _precision()}
+    shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
+    attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
+    parts_pad = triton.next_power_of_2(n_parts)
     slots = {"S": S, "SP": triton.next_power_of_2(S)}
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
-        rows, (choosing, attending) = B * n_tokens * K, arrived[m0 // chunk]
-        _decode_choose_kernel[(rows, n_compressed + n_local, head_blocks)](
-            q, k_cmp, v_cmp, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, choosing,
-            m0, n_tokens, n_compressed, n_local, n_parts, n_scores, scale,
-            *(x.stride() for x in (q, k_cmp, v_cmp, k_local, v_local, positions)),
-            **shape, **blocked, **slots, PART=part, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
-            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
-            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["compressed"],
-            KEYS=tiles["local"]["KEYS"], LOCAL_STAGES=tiles["local"]["STAGES"], **warps,
+        rows = B * n_tokens * K
+        _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+            q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
+            **attend, **blocked, PART=part, **tiles["compressed"],
         )  # fmt: skip
-        _decode_attend_kernel[(rows, n_selected, head_blocks)](
-            q, k, v, positions, o_part, lse_part, chosen, gates, o, attending,
-            m0, n_tokens, n_compressed, n_local, n_parts, scale,
-            *(x.stride() for x in (q, k, v, positions, gates, o)),
-            **shape, **slots, SELECT=select_block_size, SELECT_PAD=select_pad,
-            PARTS_PAD=triton.next_power_of_2(n_parts), **tiles["selected"], **({"launch_pdl": True} if early else {}),
+        _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
+            m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+            q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
+            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
+            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
+            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
+        )  # fmt: skip
+        _decode_selected_kernel[(rows, n_selected, head_blocks)](
+            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
+            q.stride(), k.stride(), v.stride(), positions.stride(),
+            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
+        )  # fmt: skip
+        _decode_merge_kernel[(rows * G,)](
+            o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
+            **shape, PARTS_PAD=parts_pad, num_warps=min(max(parts_pad * _padded(D) // 2048, 1), 8),
         )  # fmt: skip
     return o
 

@@ -431,7 +431,7 @@ PRODUCTS = {
 }
 PRODUCTS |= {f"{name}_packed": kernels for name, kernels in PRODUCTS.items() if f"{name}_packed" in BUILDS}
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
-STEP = ("choose", "attend")
+STEP = ("compressed", "choose", "selected", "merge")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
@@ -504,7 +504,6 @@ def build(names: list[str], folder: str) -> None:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
     driver.set_active(Hopper())
-    nsa._starts_early = lambda device: True
     compile_and_launch, built = JITFunction.run, {}
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
