@@ -129,7 +129,7 @@ class Settings:
         choices=("auto", "float32", "bfloat16"),
     )
     fsdp: bool = setting(False, "several processes: shard weights and optimizer (FSDP2), for large models", free=True)
-    compile: bool = setting(False, "compile the blocks (torch.compile)", free=True)
+    compile: bool = setting(False, "compile the blocks and the loss (torch.compile)", free=True)
     recompute: bool = setting(False, "compute each block again in the backward: slower, but less memory", free=True)
     seed: int = setting(1337, "seed of weights, batches, dropout and generated text", least=0)
 
@@ -838,6 +838,16 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+class TokenLoss(nn.Module):
+    """Mean cross-entropy in nats of logits (B, T, vocabulary), in float32. Targets (B, T) of −100 are not asked for.
+
+    A module of its own, so that it can be compiled: the float32 copies of large logits then never come into being.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout and no graph inside; the mode that the model was in, afterwards."""
@@ -882,6 +892,7 @@ class NSALanguageModel(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, bias=cfg.bias)
         self.head = nn.Linear(cfg.dim, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
+        self.loss = TokenLoss()
         self.initialize(init_std)
 
     def initialize(self, std: float) -> None:
@@ -897,14 +908,9 @@ class NSALanguageModel(nn.Module):
                 nn.init.normal_(projection.weight, std=std / math.sqrt(2 * len(self.blocks)))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, T), targets (B, T) → logits (B, T, vocabulary), mean cross-entropy in nats or None.
-
-        Targets of −100 are not asked for.
-        """
+        """tokens (B, T), targets (B, T) → logits (B, T, vocabulary), and their `TokenLoss` or None."""
         logits = self.head(self.norm(self.hidden(tokens)))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else self.loss(logits, targets)
 
     def hidden(
         self,
@@ -1075,8 +1081,8 @@ def count_parameters(model: nn.Module) -> int:
 def place(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> None:
     """Puts the model where it trains: on this process's device, whole or its shard of it."""
     if settings.compile:
-        for block in model.blocks:  # one compilation serves all of them, and each may be a shard
-            block.compile()
+        for module in (*model.blocks, model.loss):  # one compilation serves all blocks, and each may be a shard
+            module.compile()
     if not settings.fsdp:
         model.to(runtime.device)
         return

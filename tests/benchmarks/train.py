@@ -3,11 +3,12 @@
     python tests/benchmarks/train.py                                    # context 2k, 8k and 32k, eager
     python tests/benchmarks/train.py --compile                          # both compiled
     python tests/benchmarks/train.py --contexts 32768 --recompute       # activation checkpointing
+    python tests/benchmarks/train.py --paper                            # the paper's block sizes and window
     python tests/benchmarks/train.py --kv-heads 4                       # grouped queries, for both
 
 12 layers, dim 768, 12 heads, vocabulary 50304, rotary positions; bf16 autocast, fused AdamW, clipped gradients:
 forward, backward and update as the training example does them, on random tokens. Median of steps, and the peak of
-memory. Dense attention is `scaled_dot_product_attention`; NSA's block sizes, window and gates are those of the paper.
+memory. Dense attention is `scaled_dot_product_attention`; NSA's settings are those that README recommends by length.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ VOCABULARY = 50304
 MODEL = dataclasses.replace(
     script.FULL,
     **{"layers": 12, "dim": 768, "heads": 12, "rope_theta": 10000.0, "dropout": 0.0, "value_dropout": 0.0},
-    **{"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "init_blocks": 1, "local_blocks": 2},
-    **{"local_window": 512, "gate_mode": "q_cond", "gate_init": (0.0, 0.0, 0.0)},
+    gate_init=(0.0, 0.0, 0.0),
 )
+PAPER = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16,
+         "init_blocks": 1, "local_blocks": 2}  # fmt: skip
+MEDIUM = {"local_window": 128, "block_size": 32, "topk_blocks": 4}
+LONG = {"local_window": 256, "block_size": 64, "topk_blocks": 8}
 
 
 def settings_for(context: int, args: argparse.Namespace) -> script.Settings:
     """As many sequences as make up --tokens, at least one."""
     given = {name: getattr(args, name) for name in ("kv_heads", "compression", "compile", "recompute", "accumulate")}
     rows = max(args.accumulate, args.tokens // context)
-    return dataclasses.replace(MODEL, context=context, batch_size=rows, **given)
+    sizes = PAPER if args.paper else LONG if context >= 4096 else MEDIUM
+    return dataclasses.replace(MODEL, context=context, batch_size=rows, **sizes, **given)
 
 
 def step_costs(attention: str, settings: script.Settings, runtime: script.Runtime, repeats: int) -> tuple[float, float]:
@@ -83,6 +88,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", choices=script.ATTENTIONS, default=script.ATTENTIONS)
     parser.add_argument("--kv-heads", type=int, default=None)
     parser.add_argument("--compression", default=MODEL.compression)
+    parser.add_argument("--paper", action="store_true", help="NSA's settings are those of the paper")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
