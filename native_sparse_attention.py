@@ -2916,12 +2916,17 @@ def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> _Backend
 # pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
 
 
-def _operator(function: Callable[..., Any]) -> Any:
-    """Registers `function` as <name of this module>::<its name>; it changes none of its arguments.
+def _registered(function: Callable[..., Any]) -> Any:
+    """`function` as an operator <name of this module>::<its name>; it changes none of its arguments.
 
     By the module's own name, so that two copies of this file in one process keep to themselves.
-    Packed sequences are their cu_seqlens and lengths, else None and []. PyTorch runs each alone.
     """
+    name = f"{__name__.replace('.', '_')}::{function.__name__.lstrip('_')}"
+    return torch.library.custom_op(name, function, mutates_args=())
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """An operator of the branches. Packed sequences are their cu_seqlens and lengths, else None and []."""
 
     @functools.wraps(function)
     def in_full_precision(
@@ -2930,13 +2935,12 @@ def _operator(function: Callable[..., Any]) -> Any:
         *_, sizes, _scale = settings
         lengths = [length for length in lengths if length > 0]
         with torch.autocast(tensors[0].device.type, enabled=False):
-            if backend == "torch" and lengths:
+            if backend == "torch" and lengths:  # PyTorch runs each alone
                 of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
                 return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
             return function(tensors, cu_seqlens, lengths, backend, *settings)
 
-    name = f"{__name__.replace('.', '_')}::{function.__name__.lstrip('_')}"
-    return torch.library.custom_op(name, in_full_precision, mutates_args=())
+    return _registered(in_full_precision)
 
 
 def _fake_output(q: Tensor) -> list[Tensor]:
@@ -4072,16 +4076,32 @@ class _Projections(NamedTuple):
     gates: Tensor  # (B, T, H, 3)
 
 
-def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding: dimension i and i + D/2 turn as a pair by positions·theta^(−2i/D).
+def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine of positions·theta^(−2i/D) for i < D/2 = half: (..., T) → (2, ..., T, D/2)."""
+    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angles = positions[..., None].double() * frequencies  # float64: a position may be a million
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
-    x: (B, T, H, D), positions: (T,) or (B, T).
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = (positions[..., None].double() * frequencies).unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.split(half, dim=-1)
+
+# Compiled code that saw inside would compute them anew for each head and each use, which has taken a quarter of a step.
+_turns_as_operator = _registered(_turns)
+
+
+@_turns_as_operator.register_fake
+def _(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+    return positions.new_empty((2, *positions.shape, half), dtype=dtype)
+
+
+def _rotation(positions: Tensor, theta: float, like: Tensor) -> Tensor:
+    """`_turns` for heads like those given (..., D): positions (T,) or (B, T) → (2, T, 1, D/2) or (2, B, T, 1, D/2)."""
+    turns = _turns_as_operator if torch.compiler.is_compiling() else _turns
+    return turns(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, T, H, D): dimensions i and i + D/2 turn as a pair."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -4236,12 +4256,14 @@ class NativeSparseAttention(nn.Module):
         cfg = self.cfg
         # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
         heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
-        rotated = lambda y: y if cfg.rope_theta is None else _rotate(y, positions, cfg.rope_theta)  # noqa: E731
+        queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
+        rotation = None if cfg.rope_theta is None else _rotation(positions, cfg.rope_theta, queries)
+        rotated = lambda y: y if rotation is None else _rotate(y, rotation)  # noqa: E731
         keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
         values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
         k_local = rotated(keys[0])
         return _Projections(
-            q=rotated(heads(self.to_q(x), cfg.heads)),  # (B, T, H, D)
+            q=rotated(queries),
             k=rotated(keys[-1]) if cfg.separate_kv else k_local,
             v=values[-1],
             k_local=k_local,
@@ -4270,7 +4292,7 @@ class NativeSparseAttention(nn.Module):
         if cfg.rope_theta is not None:
             # Keys are compressed before rotation; compressed key i then turns as position i·d.
             number = torch.arange(k_cmp.shape[1], device=k_cmp.device) if number is None else number
-            k_cmp = _rotate(k_cmp, number * cfg.stride, cfg.rope_theta)
+            k_cmp = _rotate(k_cmp, _rotation(number * cfg.stride, cfg.rope_theta, k_cmp))
         return k_cmp, v_cmp
 
     def _attend_past(

@@ -815,12 +815,14 @@ class DenseAttention(nn.Module):
         self.to_v = nn.Linear(cfg.dim, inner_kv, bias=cfg.bias)
         self.to_out = nn.Linear(inner, cfg.dim, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout)
+        turns = None if cfg.rope_theta is None else rotary_turns(cfg.seq_len, cfg.dim_head, cfg.rope_theta)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x: Tensor, *, cache: None = None, cu_seqlens: None = None) -> Tensor:
         """(B, T, dim) → (B, T, dim). NSABlock passes more arguments than dense attention has a use for here."""
         q, k, v = (self.split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        if self.cfg.rope_theta is not None:
-            q, k = rotate(q, self.cfg.rope_theta), rotate(k, self.cfg.rope_theta)
+        if self.turns is not None:
+            q, k = (rotate(each, self.turns[:, : x.shape[1]]) for each in (q, k))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.cfg.kv_heads != self.cfg.heads)
         return self.dropout(self.to_out(o.transpose(1, 2).flatten(2)))  # (B, H, T, D) → (B, T, H·D) → (B, T, dim)
 
@@ -828,13 +830,18 @@ class DenseAttention(nn.Module):
         return x.unflatten(-1, (-1, self.cfg.dim_head)).transpose(1, 2)  # (B, T, H·D) → (B, H, T, D)
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions, as NSA's: dimensions i and i + D/2 of (B, H, T, D) turn as a pair by t·theta^(−2i/D)."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequencies  # (T, D/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.split(half, dim=-1)
+def rotary_turns(length: int, dim: int, theta: float) -> Tensor:
+    """Cosine and sine of t·theta^(−2i/D) for every position t and i < D/2: (2, T, D/2)."""
+    half = dim // 2
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary positions, as NSA's: dimensions i and i + D/2 of (B, H, T, D) turn as a pair."""
+    cos, sin = turns.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 

@@ -77,7 +77,7 @@ def test_the_full_run_is_the_one_that_is_documented() -> None:
     )
     config = full.nsa_config()
     assert (config.local_window, config.block_size, config.stride, config.topk_blocks) == (64, 32, 32, 4)
-    assert (config.compression, config.gate_mode, config.gate_init) == ("grouped_mlp", "static", (2.0, -2.0, -2.0))
+    assert (config.compression, config.gate_mode, config.gate_init) == ("grouped_mlp", "q_cond", (2.0, -2.0, -2.0))
     assert config.seq_len == full.context and full.attention == "nsa"
 
 
