@@ -166,6 +166,13 @@ class Settings:
 
     iterations: int = setting(5000, "optimizer steps", least=1)
     batch_size: int = setting(64, "sequences in a batch, those of all processes together", least=1)
+    first_context: int | None = setting(
+        None,
+        "training begins with sequences that are shorter, by halves, but not below so many tokens, and with as many "
+        "more of them in a batch; then they double until they fill context; not given: they fill it from the start",
+        least=8,
+    )
+    growth: float = setting(0.5, "share of the iterations in which sequences grow to context", least=1e-6)
     accumulate: int = setting(
         1, "parts that a process computes its share of a batch in, to save memory", least=1, free=True
     )
@@ -176,7 +183,7 @@ class Settings:
     eval_interval: int = setting(250, "iterations between evaluations", least=1)
     eval_batches: int = setting(200, "fixed batches of an evaluation, of each split", least=1)
 
-    pairs: int = setting(32, "recall: keys with a value in a sequence", least=1)
+    pairs: int = setting(32, "recall: keys with a value in a sequence; one for 8 tokens where it is short", least=1)
     test_contexts: tuple[int, ...] = setting((), "recall: other lengths to test the trained model at")
 
     generate: bool = setting(False, "train nothing; continue --prompt with the model of --checkpoint", free=True)
@@ -206,6 +213,10 @@ class Settings:
             raise ValueError(f"top_p = {self.top_p}: must be above 0 and at most 1")
         if self.stop == "":
             raise ValueError("stop = '': must have a character at least")
+        if self.first_context is not None and self.first_context > self.context:
+            raise ValueError(f"first_context = {self.first_context}: must be at most context = {self.context}")
+        if not self.growth <= 1:
+            raise ValueError(f"growth = {self.growth}: must be at most 1")
         if self.task == "recall":
             self.check_recall()
 
@@ -213,10 +224,26 @@ class Settings:
         shortest = min((self.context, *self.test_contexts))
         if self.pairs > RECALL_KEYS:
             raise ValueError(f"pairs = {self.pairs}: must be at most {RECALL_KEYS}, the number of keys")
-        if shortest < 8 * self.pairs:
-            raise ValueError(f"context = {shortest}: must be at least 8 * pairs = {8 * self.pairs}")
+        if shortest < TOKENS_OF_PAIR * self.pairs:
+            rule = f"must be at least {TOKENS_OF_PAIR} * pairs = {TOKENS_OF_PAIR * self.pairs}"
+            raise ValueError(f"context = {shortest}: {rule}")
         if self.rope_theta is None and any(length > self.context for length in self.test_contexts):
             raise ValueError(f"test_contexts = {self.test_contexts}: lengths above context need rope_theta")
+
+    def batch_shape(self, iteration: int) -> tuple[int, int]:
+        """Sequences in a training batch, and tokens in each. Short ones are more, so that the tokens are as many.
+
+        They stay as short as they begin for half of the time in which they grow.
+        """
+        halvings = 0  # of context, to get to the first sequences
+        while self.first_context is not None and self.context >= (2 << halvings) * self.first_context:
+            if self.context % (2 << halvings) != 0:
+                break
+            halvings += 1
+        grown = min(1.0, iteration / (self.growth * self.iterations))
+        doublings = 0 if grown < 0.5 else 1 + int((2 * grown - 1) * (halvings - 1))
+        left = max(0, halvings - doublings)
+        return self.batch_size << left, self.context >> left
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -234,6 +261,7 @@ class Settings:
 
 
 RECALL_KEYS = RECALL_VALUES = RECALL_FILLERS = 32  # distinct tokens of each kind
+TOKENS_OF_PAIR = 8  # that a sequence to recall from has at least for each of its pairs
 
 FULL = Settings()
 QUICK = dataclasses.replace(
@@ -263,20 +291,25 @@ RECALL = dataclasses.replace(
     attention="both",
     out=FULL.out / "recall",
     layers=2,
-    dim=128,
-    heads=4,
+    dim=64,
+    heads=2,
     context=1024,
     bias=True,
     rope_theta=1e10,  # most of a head turns so slowly that it matches contents at any distance
     dropout=0.0,
     value_dropout=0.0,
-    init_std=0.09,  # 1/sqrt(dim): attention differs between keys from the start
-    local_window=32,
-    block_size=16,
+    init_std=0.125,  # 1/sqrt(dim): attention differs between keys from the start
+    local_window=16,
+    block_size=4,  # small ones that overlap: each key is in a block with its value
+    stride=2,
+    select_block_size=16,
     gate_init=(0.0, 0.0, 0.0),
-    iterations=2000,
-    learning_rate=3e-3,
+    iterations=400,
+    learning_rate=5e-3,
+    warmup=20,
+    eval_interval=100,
     eval_batches=4,
+    first_context=32,  # a short sequence has few keys to tell apart: what answers there is found at once, and stays
 )
 
 
@@ -663,7 +696,8 @@ class Recall:
         . . k₁ v₁ . . . k₂ v₂ . k₃ v₃ . . . . . . . . . . . . . . k₂ v₂ k₃ v₃ k₁ v₁
         pairs in the first half, one in each of so many parts     asked for: each value, where its key is repeated
 
-    Keys are distinct and values drawn anew for each sequence, so that nothing can be learnt by heart.
+    Keys are distinct and values drawn anew for each sequence, so that nothing can be learnt by heart. A sequence that
+    is too short for so many pairs has one for 8 tokens.
     """
 
     pairs: int
@@ -673,10 +707,11 @@ class Recall:
     def draw(self, split: str, batch_size: int, context: int, generator: torch.Generator) -> Batch:
         """Sequences, of which both splits have as many as they like."""
         first_value, first_filler = RECALL_KEYS, RECALL_KEYS + RECALL_VALUES
-        shape, part, end = (batch_size, self.pairs), context // 2 // self.pairs, context - 2 * self.pairs
-        keys = torch.rand(batch_size, RECALL_KEYS, generator=generator).argsort(1)[:, : self.pairs]
+        pairs = min(self.pairs, context // TOKENS_OF_PAIR)
+        shape, part, end = (batch_size, pairs), context // 2 // pairs, context - 2 * pairs
+        keys = torch.rand(batch_size, RECALL_KEYS, generator=generator).argsort(1)[:, :pairs]
         values = first_value + torch.randint(RECALL_VALUES, shape, generator=generator)
-        places = torch.arange(self.pairs) * part + torch.randint(part - 1, shape, generator=generator)
+        places = torch.arange(pairs) * part + torch.randint(part - 1, shape, generator=generator)
         order = torch.rand(shape, generator=generator).argsort(1)
         tokens = first_filler + torch.randint(RECALL_FILLERS, (batch_size, context), generator=generator)
         tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
@@ -1446,7 +1481,7 @@ class Trainer:
     def step(self, request: StopRequest) -> None:
         """One update is launched; what the one before it found is read meanwhile."""
         settings, runtime = self.settings, self.runtime
-        batch = self.data.draw("train", settings.batch_size, settings.context, self.generator)
+        batch = self.data.draw("train", *settings.batch_shape(self.iteration), self.generator)
         rate = learning_rate(self.iteration, settings)
         loss, norm = train_step(self.net, self.optimizer, batch, rate, settings, runtime)
         asked = torch.full((), float(request.asked), device=runtime.device)
@@ -1464,7 +1499,7 @@ class Trainer:
         loss, asked, norm = self.pending.read()
         self.pending = None
         self.stopping = self.stopping or asked > 0  # on all processes after the same step
-        now, tokens = time.perf_counter(), settings.batch_size * settings.context
+        now, tokens = time.perf_counter(), settings.batch_size * settings.context  # of every batch, short sequences too
         seconds, self.since = now - self.since, now
         run.losses.append(loss)
         run.seconds, run.tokens = run.seconds + seconds, run.tokens + tokens

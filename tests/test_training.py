@@ -104,6 +104,8 @@ def test_every_setting_has_a_flag_that_reaches_it(settings: script.Settings) -> 
         value_dropout=0.1,
         branches=("local", "selective"),
         test_contexts=(64, 16),
+        first_context=16,
+        growth=0.25,
         accumulate=2,
         compile=True,
         recompute=True,
@@ -168,6 +170,10 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--quick", "--task", "recall"], "--quick"),
         (["--task", "recall", "--pairs", "33"], "pairs = 33"),
         (["--task", "recall", "--context", "255"], "context = 255"),
+        (["--first-context", "7"], "first_context = 7: must be at least 8"),
+        (["--first-context", "129"], "first_context = 129: must be at most context = 128"),
+        (["--growth", "0"], "growth = 0.0: must be at least"),
+        (["--growth", "1.5"], "growth = 1.5: must be at most 1"),
         (["--generate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--plot-patterns", "patterns.txt"], ".png"),
         (["--attention", "dense", "--plot-patterns", "patterns.png"], "dense"),
@@ -341,6 +347,36 @@ def test_recall_asks_at_the_end_for_what_was_said_in_the_first_half(pairs: int, 
     if pairs > 4:
         orders = {tuple(row[-2 * pairs :: 2].tolist()) for row in tokens}
         assert len(orders) == 40, "the same questions come again"
+
+
+@pytest.mark.parametrize(("context", "pairs"), [(8, 1), (32, 4), (100, 12), (255, 31), (256, 32), (4096, 32)])
+def test_a_short_sequence_has_a_pair_for_8_tokens(context: int, pairs: int) -> None:
+    _, targets = script.Recall(32).draw("train", 3, context, torch.Generator().manual_seed(0))
+    assert (targets >= 0).sum(1).tolist() == [pairs] * 3
+
+
+@pytest.mark.parametrize(
+    ("context", "first", "stages"),
+    [
+        (1024, 32, {32: 10, 64: 3, 128: 2, 256: 3, 512: 2, 1024: 20}),
+        (1000, 100, {125: 10, 250: 5, 500: 5, 1000: 20}),  # 62.5 tokens are too few, and no whole number
+        (1000, 32, {125: 10, 250: 5, 500: 5, 1000: 20}),
+        (512, 256, {256: 10, 512: 30}),
+        (512, 257, {512: 40}),
+        (512, None, {512: 40}),
+    ],
+)
+def test_sequences_grow_and_batches_keep_their_tokens(context: int, first: int | None, stages: dict[int, int]) -> None:
+    settings = dataclasses.replace(script.RECALL, context=context, first_context=first, iterations=40, growth=0.5)
+    shapes = [settings.batch_shape(iteration) for iteration in range(40)]
+    assert [length for _, length in shapes] == [length for length, times in stages.items() for _ in range(times)]
+    for rows, length in shapes:
+        assert rows * length == settings.batch_size * context and rows % settings.batch_size == 0
+
+
+def test_text_does_not_grow_unless_told_to() -> None:
+    for preset in (script.FULL, script.QUICK):
+        assert {preset.batch_shape(n) for n in range(preset.iterations)} == {(preset.batch_size, preset.context)}
 
 
 def test_recall_cannot_be_learnt_by_heart() -> None:

@@ -26,11 +26,12 @@ NOISY = {"dropout": 0.3, "value_dropout": 0.2}  # so that random numbers matter
 
 @pytest.fixture
 def settings(tmp_path: Path) -> script.Settings:
-    """A run that stops at nothing: dropout, and an evaluation every third of seven iterations."""
+    """A run that stops at nothing: dropout, growing sequences, and an evaluation every third of seven iterations."""
     data = write_words(tmp_path / "words.txt")
-    return dataclasses.replace(
-        TINY, data=data, out=tmp_path / "out", log=tmp_path / "log.jsonl", iterations=7, attention="nsa", **NOISY
-    )
+    changes = {"data": data, "out": tmp_path / "out", "log": tmp_path / "log.jsonl", "attention": "nsa", **NOISY}
+    settings = dataclasses.replace(TINY, iterations=7, first_context=8, growth=0.75, **changes)
+    assert [settings.batch_shape(n)[1] for n in range(7)] == [8, 8, 8, 16, 16, 16, 32]
+    return settings
 
 
 def lines_of(log: Path) -> list[dict]:
@@ -256,6 +257,7 @@ def test_the_log_tells_of_settings_steps_and_evaluations(settings: script.Settin
     steps = [line for line in rest if "loss" in line]
     assert [line["loss"] for line in steps] == run.losses
     assert [line["iteration"] for line in steps] == [1, 2, 3, 4, 5, 6, 7]
+    assert run.tokens == 7 * settings.batch_size * settings.context
     assert [line["learning_rate"] for line in steps] == [script.learning_rate(n, settings) for n in range(7)]
     for line in steps:
         assert line["attention"] == "nsa" and line["tokens_per_second"] > 0 and 0 < line["peak_memory_gib"] < 100
@@ -271,8 +273,9 @@ def test_the_log_tells_of_settings_steps_and_evaluations(settings: script.Settin
 
 def test_the_gradient_norm_is_that_before_clipping(settings: script.Settings) -> None:
     settings = dataclasses.replace(settings, grad_clip=1e-3, iterations=1, dropout=0.0, value_dropout=0.0)
+    assert settings.batch_shape(0) == (16, 8)
     trainer = make_trainer(settings, "nsa")
-    batch = trainer.data.draw("train", 4, 32, torch.Generator().manual_seed(settings.seed))
+    batch = trainer.data.draw("train", 16, 8, torch.Generator().manual_seed(settings.seed))
     trainer.model(*batch)[1].backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]).norm().item()
     trainer.optimizer.zero_grad()
