@@ -303,6 +303,7 @@ RECALL = dataclasses.replace(
     block_size=4,  # small ones that overlap: each key is in a block with its value
     stride=2,
     select_block_size=16,
+    gate_mode="static",
     gate_init=(0.0, 0.0, 0.0),
     iterations=400,
     learning_rate=5e-3,

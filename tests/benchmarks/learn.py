@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -43,7 +44,8 @@ class Job:
 
     name: str
     variant: str
-    case: int  # the seed, or the context
+    seed: int
+    context: int
     folder: Path
     flags: list[str]
     seconds: float = 0.0
@@ -75,26 +77,27 @@ class Job:
         return (self.folder / "printed.txt").read_text().strip().splitlines()[-1:][0]
 
 
-def text_jobs(args: argparse.Namespace) -> list[Job]:
-    return [
-        Job(f"{variant}, seed {seed}", variant, seed, args.out / f"{variant}-{seed}".replace(" ", "-"),
-            ["--full", "--seed", str(seed), "--sample-length", "0", *VARIANTS[variant]])
-        for variant in args.variants or ("nsa", "dense") for seed in args.seeds
-    ]  # fmt: skip
-
-
-def recall_jobs(args: argparse.Namespace) -> list[Job]:
-    """Long contexts first: they take longest. What was trained at the shortest is tested at all."""
-    shortest, jobs = min(args.contexts), []
-    for context in sorted(args.contexts, reverse=True):
-        for variant in args.variants or VARIANTS:
-            rows = max(RECALL_TOKENS // context, 1)
-            flags = ["--task", "recall", "--context", str(context), "--batch-size", str(rows), *VARIANTS[variant]]
-            if context == shortest and len(args.contexts) > 1:
-                flags += ["--test-contexts", *(str(other) for other in sorted(args.contexts) if other != context)]
-            name = f"{variant}, {context:,} tokens"
-            jobs.append(Job(name, variant, context, args.out / f"{variant}-{context}".replace(" ", "-"), flags))
+def jobs_for(args: argparse.Namespace) -> list[Job]:
+    """Long contexts first: they take longest. What learns recall at the shortest is tested at all of them."""
+    if args.what == "text":
+        cases = [(script.FULL.context, ["--full", "--sample-length", "0"])]
+        variants = args.variants or ("nsa", "dense")
+    else:
+        cases = [(context, recall_flags(context, args)) for context in sorted(args.contexts, reverse=True)]
+        variants = args.variants or VARIANTS
+    jobs = []
+    for (context, flags), variant, seed in itertools.product(cases, variants, args.seeds):
+        folder = args.out / f"{variant}-{context}-{seed}".replace(" ", "-")
+        name = f"{variant}, {context:,} tokens, seed {seed}"
+        jobs.append(Job(name, variant, seed, context, folder, [*flags, "--seed", str(seed), *VARIANTS[variant]]))
     return jobs
+
+
+def recall_flags(context: int, args: argparse.Namespace) -> list[str]:
+    rows = max(RECALL_TOKENS // context, 1)
+    flags = ["--task", "recall", "--context", str(context), "--batch-size", str(rows)]
+    others = [str(other) for other in sorted(args.contexts) if other != context]
+    return [*flags, "--test-contexts", *others] if others and context == min(args.contexts) else flags
 
 
 def run_all(jobs: list[Job], seconds: float, extra: list[str]) -> None:
@@ -125,7 +128,7 @@ def text_table(jobs: list[Job]) -> None:
         if best is not None:
             reached.setdefault(job.variant, []).append(best.val)
             cells = (f"{best.val:.4f}", f"{best.iteration}", f"{best.train:.4f}", f"{job.evaluations()[-1].iteration}")
-            print(f"| {job.variant} | {job.case} | " + " | ".join(cells) + " |")
+            print(f"| {job.variant} | {job.seed} | " + " | ".join(cells) + " |")
     for variant, losses in reached.items():
         print(f"mean of {variant}: {statistics.mean(losses):.4f}")
     for job in jobs:
@@ -133,24 +136,26 @@ def text_table(jobs: list[Job]) -> None:
 
 
 def recall_table(jobs: list[Job]) -> None:
-    contexts = sorted({job.case for job in jobs})
-    print("\naccuracy\n\n| | " + " | ".join(f"{context:,}" for context in contexts) + " |")
+    contexts = sorted({job.context for job in jobs})
+    print("\naccuracy, of each seed\n\n| | " + " | ".join(f"{context:,}" for context in contexts) + " |")
     print("|---" * (1 + len(contexts)) + "|")
     for variant in dict.fromkeys(job.variant for job in jobs):
-        cells = []
-        for context in contexts:
-            job = next(job for job in jobs if (job.variant, job.case) == (variant, context))
-            best, tested = job.best(), job.tests().get(str(context))
-            cells.append(f"{tested:.4f}" if tested is not None else f"{best.accuracy:.4f}*" if best else "–")
-        print(f"| {variant} | " + " | ".join(cells) + " |")
+        of_variant = [job for job in jobs if job.variant == variant]
+        cells = ([accuracy(job) for job in of_variant if job.context == context] for context in contexts)
+        print(f"| {variant} | " + " | ".join(map(" / ".join, cells)) + " |")
     print("* of the best evaluation of a run that was stopped\n")
     for job in jobs:
         if len(job.tests()) > 1:
-            shown = ", ".join(f"{accuracy:.4f} at {int(length):,}" for length, accuracy in job.tests().items())
-            print(f"{job.variant}, trained at {job.case:,}: {shown}")
+            shown = ", ".join(f"{share:.4f} at {int(length):,}" for length, share in job.tests().items())
+            print(f"{job.name}: {shown}")
     for job in jobs:
         shown = "  ".join(f"{each.iteration} {each.accuracy:.3f}" for each in job.evaluations())
         print(f"{job.name}, {job.seconds:.0f} s: {shown}")
+
+
+def accuracy(job: Job) -> str:
+    best, tested = job.best(), job.tests().get(str(job.context))
+    return f"{tested:.4f}" if tested is not None else f"{best.accuracy:.4f}*" if best else "–"
 
 
 def draw(job: Job, folder: Path) -> None:
@@ -176,7 +181,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for the pictures of the first NSA run")
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     args, extra = parser.parse_args(own), sys.argv[2 + len(own) :]
-    jobs = (text_jobs if args.what == "text" else recall_jobs)(args)
+    jobs = jobs_for(args)
     run_all(jobs, args.seconds, extra)
     (text_table if args.what == "text" else recall_table)(jobs)
     if args.pictures is not None:
