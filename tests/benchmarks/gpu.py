@@ -77,7 +77,7 @@ def in_a_graph(calls: list[Callable[[], object]], repeats: int = 20) -> float:
 
 def replayed(attention: Callable[..., Tensor], leaves: list[Tensor]) -> float:
     """ms of a forward and its backward together, in a CUDA graph: what the GPU needs when no host holds it up."""
-    upstream = torch.randn_like(leaves[0])
+    upstream = torch.randn_like(attention(*leaves))
     return in_a_graph([lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)])
 
 
