@@ -953,6 +953,16 @@ _DECODE_HEADS = {2: 64, 4: 16}  # the most heads of a group in a tile, by bytes 
 _DECODE_BYTES = 256 << 20  # partial results of one chunk of new tokens take at most this much memory
 
 
+def _cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes microseconds, some fifty times a step; so does its next power of two."""
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The least one from n on."""
+    return 1 << (n - 1).bit_length()
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, which is all that the kernels ask for."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -960,7 +970,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def _padded(D: int) -> int:
     """The head dim as the matrix unit wants it: a power of two, 16 at least."""
-    return max(triton.next_power_of_2(D), 16)
+    return max(_power_of_2(D), 16)
 
 
 def _precision() -> str:
@@ -980,7 +990,7 @@ def _merge_rows(D: int) -> int:
 
 def _key_tile(keys: int, select_block_size: int) -> int:
     """A tile of keys, shorter where blocks are."""
-    return min(keys, max(triton.next_power_of_2(select_block_size), 16))
+    return min(keys, max(_power_of_2(select_block_size), 16))
 
 
 def _selective_tiles(pass_: str, D: int, select_block_size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -1245,9 +1255,9 @@ def _select_obstacle(block_size: int, select_block_size: int) -> str | None:
 
 def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes of the scores: TOKENS queries by BLOCKS selection blocks of PART compressed blocks at a time."""
-    part = min(triton.next_power_of_2(ratio), 32)
+    part = min(_power_of_2(ratio), 32)
     size = dict(_SELECT_TILES[dtype.itemsize, 128 if _padded(D) <= 128 else 256, G == 1])
-    blocks = max(size.pop("COLUMNS") // part, triton.next_power_of_2(2 * spill), 2)
+    blocks = max(size.pop("COLUMNS") // part, _power_of_2(2 * spill), 2)
     return {**size, "BLOCKS": blocks, "PART": part}
 
 
@@ -1258,7 +1268,7 @@ def _query_tiles(packing: _Packing, tokens: int, block_size: int, stride: int) -
     """
     keys = _Staircase(block_size, stride).span(packing.lengths - 1)[1]
     sequences = torch.stack([packing.edges[:-1], packing.lengths, _edges(keys)[:-1], keys], 1)
-    tiles = sum(triton.cdiv(length, tokens) for length in packing.on_host)
+    tiles = sum(_cdiv(length, tokens) for length in packing.on_host)
     sequence, tile = _runs((packing.lengths + (tokens - 1)) // tokens, tiles)
     return torch.cat([tile[:, None] * tokens, sequences[sequence]], 1)
 
@@ -1289,15 +1299,15 @@ def _triton_select(
         tiles, longest = _query_tiles(packing, sizes["TOKENS"], block_size, stride), max(packing.on_host)
         rows = len(tiles) * sizes["TOKENS"]  # of scores; those that fill up a sequence's last tile belong to no query
     row_bytes = 4 * B * K * _selection_count(longest, select_block_size)
-    chunk = min(triton.cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, rows)
+    chunk = min(_cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, rows)
     scores = torch.empty(chunk * row_bytes // 4, dtype=torch.float32, device=q.device)
     for t0 in range(0, rows, chunk):
         n_tokens = min(chunk, rows - t0)
         n_blocks = _selection_count(min(t0 + n_tokens, longest), select_block_size)  # later ones are no candidates yet
         of_chunk = None if tiles is None else tiles[t0 // sizes["TOKENS"] :]
         grid = (
-            triton.cdiv(n_tokens, sizes["TOKENS"]),
-            triton.cdiv(n_blocks, sizes["TILES"] * (sizes["BLOCKS"] - spill)),
+            _cdiv(n_tokens, sizes["TOKENS"]),
+            _cdiv(n_blocks, sizes["TILES"] * (sizes["BLOCKS"] - spill)),
             B * K,
         )
         _block_scores_kernel[grid](
@@ -1306,11 +1316,11 @@ def _triton_select(
             K=K, G=G, D=D, DP=_padded(D), STRIDE=stride, BLOCK=block_size, SELECT=select_block_size,
             SPILL=spill, PRECISION=_precision(), **sizes,
         )  # fmt: skip
-        width = max(triton.next_power_of_2(n_blocks), triton.next_power_of_2(S))
+        width = max(_power_of_2(n_blocks), _power_of_2(S))
         rows_each = max(1, 512 // width)
-        _choose_kernel[(triton.cdiv(n_tokens, rows_each), B * K)](
+        _choose_kernel[(_cdiv(n_tokens, rows_each), B * K)](
             scores, chosen, of_chunk, n_tokens, n_blocks, t0, *chosen.stride()[:3],
-            K=K, S=S, SP=triton.next_power_of_2(S), SELECT=select_block_size, TOKENS=sizes["TOKENS"],
+            K=K, S=S, SP=_power_of_2(S), SELECT=select_block_size, TOKENS=sizes["TOKENS"],
             INIT=init_blocks, LOCAL=local_blocks, ROWS=rows_each, NP=width,
             num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
@@ -1325,7 +1335,7 @@ def _triton_select(
 
 def _group_pad(G: int) -> int:
     """Gp."""
-    return triton.next_power_of_2(G)
+    return _power_of_2(G)
 
 
 @_kernel
@@ -1373,11 +1383,11 @@ def _launch_row_terms(
     """The terms of one branch or of three; what a launch has no use for may be any tensor."""
     B, T, H, D = do.shape
     G, branches = H // kv_heads, len(outputs)
-    rows_pad = triton.cdiv(T * _group_pad(G), _MAX_ROWS) * _MAX_ROWS
+    rows_pad = _cdiv(T * _group_pad(G), _MAX_ROWS) * _MAX_ROWS
     shift, delta = torch.empty(2, branches, B, kv_heads, rows_pad, dtype=torch.float32, device=do.device)
     do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
     rows = _merge_rows(D)
-    _row_terms_kernel[(triton.cdiv(rows_pad, rows), B * kv_heads)](
+    _row_terms_kernel[(_cdiv(rows_pad, rows), B * kv_heads)](
         do, dlse.contiguous(), gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, shift, delta, T, rows_pad,
         *do.stride()[:3], *gates.stride(), K=kv_heads, G=G, GROUP_PAD=_group_pad(G), D=D, DP=_padded(D), ROWS=rows,
         BRANCHES=branches,
@@ -1754,7 +1764,7 @@ def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | No
     """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
     dtype = dtype or like.dtype
     unit = 16 // dtype.itemsize
-    return like.new_empty((*shape[:-1], triton.cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
+    return like.new_empty((*shape[:-1], _cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -1813,7 +1823,7 @@ def _span_forward(
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse.fill_(float("-inf"))
     q, k, v, o = _unit_stride(q), _aligned(k), _aligned(v), q.new_empty(q.shape)
     rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
-    grid = (triton.cdiv(T * options["GROUP_PAD"], rows) * B * K,)
+    grid = (_cdiv(T * options["GROUP_PAD"], rows) * B * K,)
     spans, _ = _span_tables(packing, C, **span)
     _span_forward_kernel[grid](
         q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
@@ -1845,7 +1855,7 @@ def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
     Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
     times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
     """
-    fill, even = (triton.cdiv(n * _processors(device), programs) for n in (3, 16))
+    fill, even = (_cdiv(n * _processors(device), programs) for n in (3, 16))
     return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
 
 
@@ -1857,14 +1867,14 @@ def _span_dkv(
     B, T, _, D = q.shape
     C, K = k.shape[1:3]
     rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
-    row_tiles, key_tiles = triton.cdiv(longest * options["GROUP_PAD"], rows), triton.cdiv(C, keys)
+    row_tiles, key_tiles = _cdiv(longest * options["GROUP_PAD"], rows), _cdiv(C, keys)
     parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
     dtype = k.dtype if parts == 1 else torch.float32
     dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
     _span_dkv_kernel[(parts * key_tiles * B * K,)](
         _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
         *terms, _key_descriptor(dk, keys), _key_descriptor(dv, keys), seen,
-        T, K, C, B, terms.shift.shape[-1], triton.cdiv(row_tiles, parts), scale,
+        T, K, C, B, terms.shift.shape[-1], _cdiv(row_tiles, parts), scale,
         **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
@@ -2042,9 +2052,9 @@ def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTab
     B, _, K, S = block_indices.shape
     Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
     run, n_blocks = _RUN, blocks.count
-    while run < 16384 and 4 * Z * n_blocks * triton.cdiv(n_pairs, run) > _COUNT_BYTES:
+    while run < 16384 and 4 * Z * n_blocks * _cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
-    n_runs = triton.cdiv(n_pairs, run)
+    n_runs = _cdiv(n_pairs, run)
     counts = torch.zeros(Z, n_blocks, n_runs, dtype=torch.int32, device=device)
     pairs = torch.empty(Z * n_pairs, dtype=torch.int32, device=device)
     shape = (blocks.places, n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
@@ -2257,7 +2267,7 @@ def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_si
     K, S = block_indices.shape[2:]
     tile = [1, tiles["KEYS"], 1, _padded(D)]
     k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
-    _selective_query_kernel[(T, B * K, triton.cdiv(H // K, tiles["HEADS"]))](
+    _selective_query_kernel[(T, B * K, _cdiv(H // K, tiles["HEADS"]))](
         q, k_desc, v_desc, block_indices, *outputs, places, scale, *q.stride()[:3], *block_indices.stride()[:3],
         K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size, PRECISION=_precision(), **tiles,
     )  # fmt: skip
@@ -2287,7 +2297,7 @@ def _launch_selective(
     outputs = (o, lse, mixed, *(x.contiguous() for x in gated)) if gated else (o, lse, *[None] * 4)
     blocks = _block_tables(T, select_block_size, packing)
     if _query_outer(q, k, v, G):
-        heads = min(max(triton.next_power_of_2(G), 16), 64)
+        heads = min(max(_power_of_2(G), 16), 64)
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
         tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
         _selective_by_query(q, k, v, block_indices, outputs, blocks.places, select_block_size, scale, tiles)
@@ -2308,9 +2318,9 @@ def _launch_selective(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(),
             **tiles,
         )  # fmt: skip
-        _selective_merge_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
+        _selective_merge_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
             o_part, lse_part, block_indices, *outputs, blocks.places, T, n_tokens, t0, *block_indices.stride()[:3],
-            **constants, SP=triton.next_power_of_2(S), ROWS=merge_rows,
+            **constants, SP=_power_of_2(S), ROWS=merge_rows,
         )  # fmt: skip
     return o, lse, mixed
 
@@ -2477,7 +2487,7 @@ def _triton_selective_backward(
     tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
     if G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2 and DP <= 128:
         tiles["num_stages"] = _LARGE_GROUP_STAGES
-    parts = triton.cdiv(select_block_size, tiles["KEYS"])
+    parts = _cdiv(select_block_size, tiles["KEYS"])
     span = _SPAN[q.dtype.itemsize]
     chunk = _chunk_tokens(B * H * S * parts * D * q.element_size(), T)
     # a sum over several chunks of queries stays in float32 until the last
@@ -2504,7 +2514,7 @@ def _triton_selective_backward(
             dk_part, dv_part, cut.begin, cut.end, dk, dv, blocks.edges, T, blocks.count, cut.bound, *dk.stride()[:3],
             **constants, KEYS=tiles["KEYS"], FIRST=t0 == 0,
         )  # fmt: skip
-        _sum_over_slots_kernel[(triton.cdiv(n_tokens * G, merge_rows), Z)](
+        _sum_over_slots_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
             dq_part, block_indices, dq, blocks.places, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
             **constants, G=G, S=S, ROWS=merge_rows, ADD=add,
         )  # fmt: skip
@@ -2748,7 +2758,7 @@ def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> st
     if triton is None:
         return None
     ratio, spill = _spill(block_size, stride, select_block_size)
-    if triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
+    if _power_of_2(ratio) * _power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
         return None
     return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
 
@@ -2786,24 +2796,24 @@ def _triton_decode(
     if o.numel() == 0:
         return o
     q, k, v, k_local, v_local, k_cmp, v_cmp = map(_unit_stride, (q, k, v, k_local, v_local, k_cmp, v_cmp))
-    heads = min(max(triton.next_power_of_2(G), 16), _DECODE_HEADS[q.dtype.itemsize])
-    head_blocks = triton.cdiv(G, heads)
+    heads = min(max(_power_of_2(G), 16), _DECODE_HEADS[q.dtype.itemsize])
+    head_blocks = _cdiv(G, heads)
     tiles = {name: _decode_tiles(name, D, q.dtype) for name in ("compressed", "local", "selected")}
     programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
 
     # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
     ratio, spill = _spill(block_size, stride, select_block_size)
-    part = triton.next_power_of_2(ratio)
-    blocks = max(tiles["compressed"].pop("KEYS") // part, triton.next_power_of_2(max(spill, 1)))
-    score_tiles = triton.cdiv(k_cmp.shape[1], blocks * ratio)
+    part = _power_of_2(ratio)
+    blocks = max(tiles["compressed"].pop("KEYS") // part, _power_of_2(max(spill, 1)))
+    score_tiles = _cdiv(k_cmp.shape[1], blocks * ratio)
     n_scores = (score_tiles + 1) * blocks
-    select_pad = triton.next_power_of_2(select_block_size)
+    select_pad = _power_of_2(select_block_size)
     most = (
         score_tiles,
-        triton.cdiv(min(local_window, k.shape[1]), tiles["local"]["KEYS"]),
-        triton.cdiv(S * select_pad, tiles["selected"]["KEYS"]),
+        _cdiv(min(local_window, k.shape[1]), tiles["local"]["KEYS"]),
+        _cdiv(S * select_pad, tiles["selected"]["KEYS"]),
     )
-    NP = triton.next_power_of_2(max(triton.cdiv(k.shape[1], select_block_size), S))
+    NP = _power_of_2(max(_cdiv(k.shape[1], select_block_size), S))
     tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
 
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
@@ -2817,8 +2827,8 @@ def _triton_decode(
     shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
     attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
-    parts_pad = triton.next_power_of_2(n_parts)
-    slots = {"S": S, "SP": triton.next_power_of_2(S)}
+    parts_pad = _power_of_2(n_parts)
+    slots = {"S": S, "SP": _power_of_2(S)}
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
         rows = B * n_tokens * K
@@ -2832,8 +2842,8 @@ def _triton_decode(
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
-            SCORED=max(min(triton.next_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
-            PARTS_PAD=triton.next_power_of_2(n_compressed), **tiles["local"],
+            SCORED=max(min(_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
+            PARTS_PAD=_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
         _decode_selected_kernel[(rows, n_selected, head_blocks)](
             q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
