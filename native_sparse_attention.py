@@ -917,6 +917,7 @@ _SCORE_BYTES = 256 << 20
 _RUN = 1024
 _COUNT_BYTES = 64 << 20
 _PLACE = {"TILE": 32, "num_warps": 1}
+_CUT = 2048  # blocks that are cut into tiles at a time
 
 # Heads in a group from which on the query is the outer loop, in the forward. In the backward they change the tiles:
 # their rows lie side by side, and one more stage pays. 64/4 heads, D 128, 8k: 3.43 ms (2 stages 3.61).
@@ -1990,12 +1991,13 @@ def _count_pairs_kernel(
 
 @_kernel
 def _place_pairs_kernel(
-    block_indices, cursors, pairs, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
+    block_indices, left, ends, pairs, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
     K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """pairs[cursors[z, j, run] + rank] = pair, rank = its rank among the pairs of this run that chose j: a stable sort.
+    """pairs[ends[z, j, run] - left[z, j, run] + rank] = pair, of the pairs of this run that chose j: a stable sort.
 
-    A run has one program, which moves the run's cursors a tile at a time; so nothing is left to chance.
+    `left` are those that have no place yet, at first all that were counted, `rank` a pair's rank among them. A run has
+    one program, which takes a tile at a time off what is left; so nothing is left to chance.
     """
     run, z = tl.program_id(0), tl.program_id(1)
     blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
@@ -2008,23 +2010,45 @@ def _place_pairs_kernel(
         in_run = (next_pair < n_pairs) & (first < RUN)
         next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, places, t0, stride_t, S, SELECT)
         cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
-        cursor = tl.load(cursors + cell, mask=valid, other=0)
+        waiting = tl.load(left + cell, mask=valid, other=0)
+        place = tl.load(ends + cell, mask=valid, other=0) - waiting
         j = tl.where(valid, j, -1 - lane)  # an invalid pair is alone with its number
         counts = tl.sum(tl.where(j[:, None] == j[None, :], weight, 0), axis=0)
         rank = counts & 0xFFFF
-        tl.store(pairs + cursor + rank, pair, mask=valid)
-        tl.debug_barrier()  # every thread has read its cursor
-        tl.store(cursors + cell, cursor + rank + 1, mask=valid & (counts >> 16 == 1))
+        tl.store(pairs + place + rank, pair, mask=valid)
+        tl.debug_barrier()  # every thread has read what was left
+        tl.store(left + cell, waiting - rank - 1, mask=valid & (counts >> 16 == 1))
         tl.debug_barrier()  # the next tile reads what this one wrote
         pair, j, valid = next_pair, next_j, next_valid
 
 
-class _Pairs(NamedTuple):
-    """Pairs of a chunk of queries in order of (key head, block): block j of z has pairs[begin[z, j] : end[z, j]]."""
-
-    pairs: Tensor  # (Z * n_tokens * S,) int32
-    begin: Tensor  # (Z, N) int32
-    end: Tensor  # (Z, N) int32
+@_kernel
+def _cut_tiles_kernel(
+    ends, table, block_of, n_blocks, n_runs, bound, G: tl.constexpr, SIZE: tl.constexpr, NP: tl.constexpr
+):
+    """The pairs of each block, times G rows, in tiles of SIZE rows: table[z, j] and block_of[z, tile] of `_Pairs`."""
+    z = tl.program_id(0).to(tl.int64)
+    table += z * n_blocks * 4
+    block_of += z * bound
+    total = 0
+    for first in range(0, n_blocks, NP):
+        j = first + tl.arange(0, NP)
+        exists = j < n_blocks
+        cell = z * n_blocks + j
+        begin = tl.load(ends + cell * n_runs - 1, mask=exists & (cell > 0), other=0)  # where the block ahead ends
+        end = tl.load(ends + (cell + 1) * n_runs - 1, mask=exists, other=0)
+        tiles = tl.where(exists, ((end - begin) * G + (SIZE - 1)) // SIZE, 0)
+        tile_end = total + tl.cumsum(tiles, axis=0)
+        tl.store(table + j * 4, begin, mask=exists)
+        tl.store(table + j * 4 + 1, end, mask=exists)
+        tl.store(table + j * 4 + 2, tile_end - tiles, mask=exists)
+        tl.store(table + j * 4 + 3, tile_end, mask=exists)
+        for i in range(0, tl.max(tiles, axis=0)):
+            tl.store(block_of + tile_end - tiles + i, j, mask=i < tiles)
+        total += tl.sum(tiles, axis=0)
+    for i in range(total, bound, NP):
+        tile = i + tl.arange(0, NP)
+        tl.store(block_of + tile, tile * 0 + n_blocks, mask=tile < bound)
 
 
 class _BlockTables(NamedTuple):
@@ -2047,43 +2071,51 @@ def _block_tables(tokens: int, select_block_size: int, packing: _Packing | None)
     return _BlockTables(count, places, torch.cat([first, packing.edges[-1:]]))
 
 
-def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables, select_block_size: int) -> _Pairs:
-    """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place."""
+class _Pairs(NamedTuple):
+    """Pairs of a chunk of queries in order of (key head, block); their rows (pair, head) in tiles of one block each.
+
+    table[z, j]: the first pair of block j and one past its last, its first tile and one past its last.
+    """
+
+    pairs: Tensor  # (Z * n_tokens * S,) int32
+    table: Tensor  # (Z, N, 4) int32
+    block_of: Tensor  # (Z, bound) int32, of each tile, N where it is not needed
+    bound: int  # of the number of tiles, known without looking at the data
+
+
+def _sort_pairs(
+    block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables, select_block_size: int, group: int, size: int
+) -> _Pairs:
+    """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place.
+
+    The rows of each block are cut into tiles of at most `size`; their number is bounded by rows / size + blocks.
+    """
     B, _, K, S = block_indices.shape
     Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
     run, n_blocks = _RUN, blocks.count
     while run < 16384 and 4 * Z * n_blocks * _cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
-    n_runs = _cdiv(n_pairs, run)
-    counts = torch.zeros(Z, n_blocks, n_runs, dtype=torch.int32, device=device)
-    pairs = torch.empty(Z * n_pairs, dtype=torch.int32, device=device)
+    n_runs, bound = _cdiv(n_pairs, run), n_pairs * group // size + n_blocks
+    counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
     shape = (blocks.places, n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
     constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
     _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *shape, **constants, num_warps=4)
-    after = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
-    cursors = after - counts
-    begin, end = cursors[..., 0].clone(), after[..., -1].contiguous()  # a copy: the cursors will move
-    _place_pairs_kernel[(n_runs, Z)](block_indices, cursors, pairs, *shape, **constants, **_PLACE, num_stages=1)
-    return _Pairs(pairs, begin, end)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    shapes = ((Z * n_pairs,), (Z, n_blocks, 4), (Z, bound))
+    pairs, table, block_of = (torch.empty(each, dtype=torch.int32, device=device) for each in shapes)
+    _place_pairs_kernel[(n_runs, Z)](block_indices, counts, ends, pairs, *shape, **constants, **_PLACE, num_stages=1)
+    _cut_tiles_kernel[(Z,)](
+        ends, table, block_of, n_blocks, n_runs, bound, G=group, SIZE=size, NP=min(_power_of_2(n_blocks), _CUT),
+    )  # fmt: skip
+    return _Pairs(pairs, table, block_of, bound)
 
 
-class _Tiles(NamedTuple):
-    """Tiles of at most `size` rows (pair, head), none across two blocks: tile x of z belongs to block_of[z, x]."""
-
-    block_of: Tensor  # (Z, bound) int32, N where the tile is not needed
-    begin: Tensor  # (Z, N) int32, the first tile of a block
-    end: Tensor  # (Z, N) int32
-    bound: int  # known without looking at the data
-
-
-def _cut_tiles(pairs: _Pairs, group: int, size: int) -> _Tiles:
-    """Cut the rows of each block into tiles; their number is bounded by rows / size + blocks."""
-    Z, N = pairs.begin.shape
-    bound = (pairs.pairs.numel() // Z) * group // size + N
-    tiles = ((pairs.end - pairs.begin) * group + (size - 1)) // size
-    end = tiles.cumsum(1, dtype=torch.int32)
-    numbers = torch.arange(bound, dtype=torch.int32, device=end.device).expand(Z, bound).contiguous()
-    return _Tiles(torch.searchsorted(end, numbers, right=True, out_int32=True), end - tiles, end, bound)
+@_kernel
+def _rows_of_tile(entry, tile, G: tl.constexpr, SPAN: tl.constexpr):
+    """By its block's entry in the table: the block's first pair, and the tile's rows [row_first, row_last) there."""
+    first = tl.load(entry)
+    row_first = (tile - tl.load(entry + 2)) * SPAN
+    return first, row_first, tl.minimum(row_first + SPAN, (tl.load(entry + 1) - first) * G)
 
 
 # Selective, forward ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2091,7 +2123,7 @@ def _cut_tiles(pairs: _Pairs, group: int, size: int) -> _Tiles:
 
 @_kernel
 def _selective_partial_kernel(
-    q, k, v, pairs, pair_begin, pair_end, tile_begin, block_of, o_part, lse_part, edges,
+    q, k, v, pairs, table, block_of, o_part, lse_part, edges,
     T, n_blocks, n_tiles, n_pairs, t0, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
@@ -2105,11 +2137,7 @@ def _selective_partial_kernel(
     j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
     if j >= n_blocks:
         return
-    cell = z * n_blocks + j
-    first = tl.load(pair_begin + cell)
-    n_rows = (tl.load(pair_end + cell) - first) * G
-    row_first = (tile - tl.load(tile_begin + cell)) * SPAN
-    row_last = tl.minimum(row_first + SPAN, n_rows)
+    first, row_first, row_last = _rows_of_tile(table + (z.to(tl.int64) * n_blocks + j) * 4, tile, G, SPAN)
     q_base = q + (z // K).to(tl.int64) * stride_qb + (z % K).to(tl.int64) * G * stride_qh
     k_base = k + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
     v_base = v + (z // K).to(tl.int64) * stride_vb + (z % K).to(tl.int64) * stride_vh
@@ -2310,11 +2338,10 @@ def _launch_selective(
     constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": select_block_size}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
-        cut = _cut_tiles(pairs, G, _FORWARD_SPAN)
-        _selective_partial_kernel[(cut.bound, Z)](
-            q, k, v, *pairs, cut.begin, cut.block_of, o_part, lse_part, blocks.edges,
-            T, blocks.count, cut.bound, n_tokens * S, t0, scale,
+        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size, G, _FORWARD_SPAN)
+        _selective_partial_kernel[(pairs.bound, Z)](
+            q, k, v, *pairs[:3], o_part, lse_part, blocks.edges,
+            T, blocks.count, pairs.bound, n_tokens * S, t0, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(),
             **tiles,
         )  # fmt: skip
@@ -2346,7 +2373,7 @@ def _triton_gated_selective(
 
 @_kernel
 def _selective_gradient_kernel(
-    do, q, k, v, shift, delta, pairs, pair_begin, pair_end, tile_begin, block_of, dq_part, dk_part, dv_part, edges,
+    do, q, k, v, shift, delta, pairs, table, block_of, dq_part, dk_part, dv_part, edges,
     T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
     stride_db, stride_dt, stride_dh, stride_qb, stride_qt, stride_qh,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -2361,11 +2388,7 @@ def _selective_gradient_kernel(
     j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
     if j >= n_blocks:
         return
-    cell = z * n_blocks + j
-    first = tl.load(pair_begin + cell)
-    n_rows = (tl.load(pair_end + cell) - first) * G
-    row_first = (tile - tl.load(tile_begin + cell)) * SPAN
-    row_last = tl.minimum(row_first + SPAN, n_rows)
+    first, row_first, row_last = _rows_of_tile(table + (z.to(tl.int64) * n_blocks + j) * 4, tile, G, SPAN)
 
     n = part * KEYS + tl.arange(0, KEYS)
     begin, end = _block_tokens(j, edges, T, SELECT)
@@ -2410,14 +2433,14 @@ def _selective_gradient_kernel(
 
 @_kernel
 def _sum_over_tiles_kernel(
-    dk_part, dv_part, tile_begin, tile_end, dk, dv, edges, T, n_blocks, n_tiles,
+    dk_part, dv_part, table, dk, dv, edges, T, n_blocks, n_tiles,
     stride_kb, stride_kt, stride_kh,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; added to what is there unless FIRST."""
     j, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cell = z * n_blocks + j
+    entry = table + (z.to(tl.int64) * n_blocks + j) * 4
     n = part * KEYS + tl.arange(0, KEYS)
     begin, end = _block_tokens(j, edges, T, SELECT)
     token = begin + n
@@ -2428,7 +2451,7 @@ def _sum_over_tiles_kernel(
     if not FIRST:
         dk_sum += _load_tile(dk + base, token, stride_kt, exists, D, DP)
         dv_sum += _load_tile(dv + base, token, stride_kt, exists, D, DP)
-    for tile in range(tl.load(tile_begin + cell), tl.load(tile_end + cell)):
+    for tile in range(tl.load(entry + 2), tl.load(entry + 3)):
         source = ((z.to(tl.int64) * n_tiles + tile) * PARTS + part) * KEYS + tl.arange(0, KEYS)
         dk_sum += _load_tile(dk_part, source, D, exists, D, DP)
         dv_sum += _load_tile(dv_part, source, D, exists, D, DP)
@@ -2498,20 +2521,17 @@ def _triton_selective_backward(
     constants = {"K": K, "D": D, "DP": DP, "SELECT": select_block_size, "PARTS": parts}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
-        cut = _cut_tiles(pairs, G, span)
-        dk_part, dv_part = (
-            torch.empty(Z * cut.bound * parts * tiles["KEYS"], D, dtype=torch.float32, device=q.device)
-            for _ in range(2)
-        )
-        _selective_gradient_kernel[(cut.bound, parts, Z)](
-            do, q, k, v, *terms, *pairs, cut.begin, cut.block_of, dq_part, dk_part, dv_part, blocks.edges,
-            T, blocks.count, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
+        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size, G, span)
+        rows = Z * pairs.bound * parts * tiles["KEYS"]
+        dk_part, dv_part = torch.empty(2, rows, D, dtype=torch.float32, device=q.device)
+        _selective_gradient_kernel[(pairs.bound, parts, Z)](
+            do, q, k, v, *terms, *pairs[:3], dq_part, dk_part, dv_part, blocks.edges,
+            T, blocks.count, pairs.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
             *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             **constants, G=G, GROUP_PAD=_group_pad(G), S=S, SPAN=span, PRECISION=_precision(), **tiles,
         )  # fmt: skip
         _sum_over_tiles_kernel[(blocks.count, parts, Z)](
-            dk_part, dv_part, cut.begin, cut.end, dk, dv, blocks.edges, T, blocks.count, cut.bound, *dk.stride()[:3],
+            dk_part, dv_part, pairs.table, dk, dv, blocks.edges, T, blocks.count, pairs.bound, *dk.stride()[:3],
             **constants, KEYS=tiles["KEYS"], FIRST=t0 == 0,
         )  # fmt: skip
         _sum_over_slots_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
