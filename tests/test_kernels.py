@@ -176,8 +176,37 @@ SMALL_PIECES = {
     "short_runs_of_pairs": {"_RUN": 64},
     "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 600},
     "short_spans_of_rows": {"_FORWARD_SPAN": 64, "_SPAN": {2: 64, 4: 32}},
+    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_SPAN": 16, "_SPAN": {2: 16, 4: 16}},
     "every_loop_by_query": {"_QUERY_OUTER_GROUP": 1},
 }
+
+
+@interpreted
+@pytest.mark.parametrize("cut", [4, 2048])
+@pytest.mark.parametrize("group, size", [(1, 16), (3, 16), (4, 512)])
+def test_pairs_in_order_of_their_block(
+    cut: int, group: int, size: int, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the queries from t0 on: pairs ascend within their block, and tiles are of one block each."""
+    monkeypatch.setattr(nsa, "_CUT", cut)
+    monkeypatch.setattr(nsa, "_RUN", 64)
+    case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
+    chosen = random.block_indices(case)  # (B, T, K, S)
+    N = -(-case.T // case.select_block_size)
+    sorted_ = nsa._sort_pairs(chosen, t0, n_tokens, nsa._block_tables(case.T, 8, None), 8, group, size)
+    first_pair = 0
+    for z in range(case.B * case.K):
+        of_head = chosen[z // case.K, t0 : t0 + n_tokens, z % case.K].flatten()  # by pair, t·S + s
+        first_tile = 0
+        for j in range(N):
+            pairs = (of_head == j).nonzero()[:, 0]
+            tiles = -(-len(pairs) * group // size)
+            entry = [first_pair, first_pair + len(pairs), first_tile, first_tile + tiles]
+            assert sorted_.table[z, j].tolist() == entry
+            assert sorted_.pairs[first_pair : first_pair + len(pairs)].tolist() == pairs.tolist()
+            assert (sorted_.block_of[z, first_tile : first_tile + tiles] == j).all()
+            first_pair, first_tile = entry[1], entry[3]
+        assert first_tile <= sorted_.bound and (sorted_.block_of[z, first_tile:] == N).all()
 
 
 # Sums over chunks are kept in float32: where that is the dtype of the results, they are the results.
