@@ -2774,9 +2774,7 @@ def _decode_merge_kernel(
 
 
 def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
-    """Why decoding has no kernel for such blocks; None if it has, or if it takes Triton to tell."""
-    if triton is None:
-        return None
+    """Why decoding has no kernel for such blocks; None if it has."""
     ratio, spill = _spill(block_size, stride, select_block_size)
     if _power_of_2(ratio) * _power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
         return None

@@ -1137,7 +1137,8 @@ def replicated(model: NSALanguageModel, settings: Settings, runtime: Runtime) ->
     """What a training step calls in the model's place, so that gradients are averaged over the processes."""
     if settings.fsdp or runtime.world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
+    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)  # they are constants
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
