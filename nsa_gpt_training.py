@@ -236,9 +236,8 @@ class Settings:
         They stay as short as they begin for half of the time in which they grow.
         """
         halvings = 0  # of context, to get to the first sequences
-        while self.first_context is not None and self.context >= (2 << halvings) * self.first_context:
-            if self.context % (2 << halvings) != 0:
-                break
+        least = self.context if self.first_context is None else self.first_context
+        while self.context % (2 << halvings) == 0 and self.context >> (halvings + 1) >= least:
             halvings += 1
         grown = min(1.0, iteration / (self.growth * self.iterations))
         doublings = 0 if grown < 0.5 else 1 + int((2 * grown - 1) * (halvings - 1))

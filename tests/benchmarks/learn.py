@@ -52,6 +52,8 @@ class Job:
 
     def start(self, extra: list[str]) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.log, self.record):  # of an earlier run: its results are not this one's
+            path.unlink(missing_ok=True)
         command = [sys.executable, str(ROOT / "nsa_gpt_training.py"), "--out", str(self.folder), "--log", str(self.log)]
         with (self.folder / "printed.txt").open("w") as printed:
             return subprocess.Popen([*command, *self.flags, *extra], stdout=printed, stderr=subprocess.STDOUT)
@@ -59,6 +61,10 @@ class Job:
     @property
     def log(self) -> Path:
         return self.folder / "log.jsonl"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "run.json"
 
     def evaluations(self) -> list[script.Evaluation]:
         lines = map(json.loads, self.log.read_text().splitlines()[1:]) if self.log.exists() else ()
@@ -70,11 +76,10 @@ class Job:
 
     def tests(self) -> dict[str, float]:
         """Accuracy by context, of a run that came to its end."""
-        record = self.folder / "run.json"
-        return json.loads(record.read_text())["runs"][0]["tests"] if record.exists() else {}
+        return json.loads(self.record.read_text())["runs"][0]["tests"] if self.record.exists() else {}
 
     def last_words(self) -> str:
-        return (self.folder / "printed.txt").read_text().strip().splitlines()[-1:][0]
+        return ["", *(self.folder / "printed.txt").read_text().splitlines()][-1]
 
 
 def jobs_for(args: argparse.Namespace) -> list[Job]:
