@@ -729,12 +729,16 @@ def _torch_selective_backward(
     select_block_size: int,
     scale: float,
     dq: Tensor | None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    sorted_pairs: list[Tensor] | None = None,  # there are none
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = _wide_zeros(q) if dq is None else dq
     group, dim = q.shape[2] // k.shape[2], q.shape[3]
     rows = _Rows(q, do, *terms).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
     keys, values, dq_rows = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim), dq.view(-1, group, dim)
-    dk, dv = _wide_zeros(keys), _wide_zeros(values)
+    wide = lambda sum_, x: _wide_zeros(x) if sum_ is None else sum_.to(dq.dtype).reshape(x.shape)  # noqa: E731
+    dk, dv = wide(dk, keys), wide(dv, values)
     for chunk in _row_chunks(block_indices, group * dim):
         for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, dq):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
@@ -760,10 +764,10 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
 
 def _torch_gated_selective(
     gates: Tensor, o_local: Tensor, o_compressed: Tensor, *selective: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The selective branch, and the gated sum of all three: o, o of the branch, its lse."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The selective branch, and the gated sum of all three: o, o of the branch, its lse; for the backward, nothing."""
     o, lse = _torch_selective_forward(*selective)
-    return _torch_gate(gates, o_local, o_compressed, o), o, lse
+    return _torch_gate(gates, o_local, o_compressed, o), o, lse, []
 
 
 # Cached keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2024,9 +2028,9 @@ def _place_pairs_kernel(
 
 @_kernel
 def _cut_tiles_kernel(
-    ends, table, block_of, n_blocks, n_runs, bound, G: tl.constexpr, SIZE: tl.constexpr, NP: tl.constexpr
+    ends, table, block_of, n_blocks, stride, column, bound, G: tl.constexpr, SIZE: tl.constexpr, NP: tl.constexpr
 ):
-    """The pairs of each block, times G rows, in tiles of SIZE rows: table[z, j] and block_of[z, tile] of `_Pairs`."""
+    """The pairs of each block, times G rows, in tiles of SIZE rows: `table` and `block_of` of `_Tiles`."""
     z = tl.program_id(0).to(tl.int64)
     table += z * n_blocks * 4
     block_of += z * bound
@@ -2035,8 +2039,8 @@ def _cut_tiles_kernel(
         j = first + tl.arange(0, NP)
         exists = j < n_blocks
         cell = z * n_blocks + j
-        begin = tl.load(ends + cell * n_runs - 1, mask=exists & (cell > 0), other=0)  # where the block ahead ends
-        end = tl.load(ends + (cell + 1) * n_runs - 1, mask=exists, other=0)
+        begin = tl.load(ends + (cell - 1) * stride + column, mask=exists & (cell > 0), other=0)  # the end of the last
+        end = tl.load(ends + cell * stride + column, mask=exists, other=0)
         tiles = tl.where(exists, ((end - begin) * G + (SIZE - 1)) // SIZE, 0)
         tile_end = total + tl.cumsum(tiles, axis=0)
         tl.store(table + j * 4, begin, mask=exists)
@@ -2072,42 +2076,74 @@ def _block_tables(tokens: int, select_block_size: int, packing: _Packing | None)
 
 
 class _Pairs(NamedTuple):
-    """Pairs of a chunk of queries in order of (key head, block); their rows (pair, head) in tiles of one block each.
-
-    table[z, j]: the first pair of block j and one past its last, its first tile and one past its last.
-    """
+    """Pairs of a chunk of queries in order of (key head, block)."""
 
     pairs: Tensor  # (Z * n_tokens * S,) int32
-    table: Tensor  # (Z, N, 4) int32
+    ends: Tensor  # int32; one past the last pair of block j of key head z is ends[(z N + j) stride + column]
+    stride: int
+    column: int
+
+
+class _Tiles(NamedTuple):
+    """Sorted pairs, their rows (pair, head) in tiles of one block each.
+
+    table[z, 4 j :]: the first pair of block j and one past its last, its first tile and one past its last.
+    """
+
+    pairs: Tensor
+    table: Tensor  # (Z, 4 N) int32
     block_of: Tensor  # (Z, bound) int32, of each tile, N where it is not needed
     bound: int  # of the number of tiles, known without looking at the data
 
 
-def _sort_pairs(
-    block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables, select_block_size: int, group: int, size: int
-) -> _Pairs:
-    """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place.
-
-    The rows of each block are cut into tiles of at most `size`; their number is bounded by rows / size + blocks.
-    """
+def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables, select_block_size: int) -> _Pairs:
+    """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place."""
     B, _, K, S = block_indices.shape
     Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
     run, n_blocks = _RUN, blocks.count
     while run < 16384 and 4 * Z * n_blocks * _cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
-    n_runs, bound = _cdiv(n_pairs, run), n_pairs * group // size + n_blocks
+    n_runs = _cdiv(n_pairs, run)
     counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
     shape = (blocks.places, n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
     constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
     _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *shape, **constants, num_warps=4)
     ends = counts.cumsum(0, dtype=torch.int32)
-    shapes = ((Z * n_pairs,), (Z, n_blocks, 4), (Z, bound))
-    pairs, table, block_of = (torch.empty(each, dtype=torch.int32, device=device) for each in shapes)
+    pairs = torch.zeros(Z * n_pairs, dtype=torch.int32, device=device)  # free slots are no pairs; what is left stays 0
     _place_pairs_kernel[(n_runs, Z)](block_indices, counts, ends, pairs, *shape, **constants, **_PLACE, num_stages=1)
+    return _Pairs(pairs, ends, n_runs, n_runs - 1)
+
+
+def _cut_tiles(pairs: _Pairs, Z: int, n_blocks: int, group: int, size: int) -> _Tiles:
+    """The rows of each block cut into tiles of at most `size`; their number is bounded by rows / size + blocks."""
+    bound = len(pairs.pairs) // Z * group // size + n_blocks
+    table, block_of = (pairs.ends.new_empty((Z, n)) for n in (n_blocks * 4, bound))
     _cut_tiles_kernel[(Z,)](
-        ends, table, block_of, n_blocks, n_runs, bound, G=group, SIZE=size, NP=min(_power_of_2(n_blocks), _CUT),
+        pairs.ends, table, block_of, n_blocks, pairs.stride, pairs.column, bound,
+        G=group, SIZE=size, NP=min(_power_of_2(n_blocks), _CUT),
     )  # fmt: skip
-    return _Pairs(pairs, table, block_of, bound)
+    return _Tiles(pairs.pairs, table, block_of, bound)
+
+
+def _large_group(q: Tensor, G: int) -> bool:
+    """Whether the heads of a group fill a tile of the matrix unit, which has 16 rows, by themselves.
+
+    Measured at D 128: exchanged 4.7 ms against 6.6 for 8 heads a group, by query 13.5 against 16.0 for 16.
+    """
+    return G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2
+
+
+def _kept_pairs(q: Tensor, K: int, S: int, select_block_size: int, lengths: list[int]) -> list[tuple[int, ...]]:
+    """Shapes of the pairs and the table that the forward keeps for the backward, if it does: it sorts once for both.
+
+    By shapes alone: where both exchange the loops, and take all queries in one chunk.
+    """
+    B, T, H, D = q.shape
+    parts = _cdiv(select_block_size, _selective_tiles("backward", D, select_block_size, q.dtype)["KEYS"])
+    if _large_group(q, H // K) or _chunk_tokens(B * H * S * parts * D * q.element_size(), T) < T:
+        return []
+    blocks = sum(_selection_count(length, select_block_size) for length in lengths or [T])
+    return [(B * K * T * S,), (B * K, blocks * 4)]
 
 
 @_kernel
@@ -2302,19 +2338,18 @@ def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_si
 
 
 def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
-    """The rule, measured at D 128: exchanged 4.7 ms against 6.6 for 8 heads a group, by query 13.5 against 16.0 for 16.
-
-    The matrix unit has 16 rows; the copy engine wants 16 bytes of alignment.
-    """
+    """The rule of the forward; the copy engine wants 16 bytes of alignment."""
     aligned = all(x.data_ptr() % 16 == 0 and all(s * x.itemsize % 16 == 0 for s in x.stride()[:3]) for x in (k, v))
-    return G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2 and aligned
+    return _large_group(q, G) and aligned
 
 
 def _launch_selective(
     gated: list[Tensor], q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
     packing: _Packing | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """o (B, T, H, D) and lse (B, T, H) of the branch; and with [gates, o of local, of compressed] the gated sum."""
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
+    """o (B, T, H, D) and lse (B, T, H) of the branch; with [gates, o of local, of compressed] the gated sum, and
+    what is kept for the backward.
+    """
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z = H // K, B * K
@@ -2329,7 +2364,7 @@ def _launch_selective(
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
         tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
         _selective_by_query(q, k, v, block_indices, outputs, blocks.places, select_block_size, scale, tiles)
-        return o, lse, mixed
+        return o, lse, mixed, []
     tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
     chunk = _chunk_tokens(B * H * S * D * q.element_size(), T)
     o_part = torch.empty(Z * chunk * S * G, D, dtype=q.dtype, device=q.device)
@@ -2338,10 +2373,11 @@ def _launch_selective(
     constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": select_block_size}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size, G, _FORWARD_SPAN)
-        _selective_partial_kernel[(pairs.bound, Z)](
-            q, k, v, *pairs[:3], o_part, lse_part, blocks.edges,
-            T, blocks.count, pairs.bound, n_tokens * S, t0, scale,
+        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
+        cut = _cut_tiles(pairs, Z, blocks.count, G, _FORWARD_SPAN)
+        _selective_partial_kernel[(cut.bound, Z)](
+            q, k, v, *cut[:3], o_part, lse_part, blocks.edges,
+            T, blocks.count, cut.bound, n_tokens * S, t0, scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(),
             **tiles,
         )  # fmt: skip
@@ -2349,7 +2385,8 @@ def _launch_selective(
             o_part, lse_part, block_indices, *outputs, blocks.places, T, n_tokens, t0, *block_indices.stride()[:3],
             **constants, SP=_power_of_2(S), ROWS=merge_rows,
         )  # fmt: skip
-    return o, lse, mixed
+    keeps = _kept_pairs(q, K, S, select_block_size, [] if packing is None else packing.on_host)
+    return o, lse, mixed, list(cut[:2]) if keeps else []
 
 
 def _triton_selective_forward(
@@ -2362,10 +2399,10 @@ def _triton_selective_forward(
 
 def _triton_gated_selective(
     gates: Tensor, o_local: Tensor, o_compressed: Tensor, *selective: Any, packing: _Packing | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gates where the last branch is written: the outputs of the others are read once, its own not at all."""
-    o, lse, mixed = _launch_selective([gates, o_local, o_compressed], *selective, packing)
-    return mixed, o, lse
+    o, lse, mixed, kept = _launch_selective([gates, o_local, o_compressed], *selective, packing)
+    return mixed, o, lse, kept
 
 
 # Selective, backward ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2436,9 +2473,9 @@ def _sum_over_tiles_kernel(
     dk_part, dv_part, table, dk, dv, edges, T, n_blocks, n_tiles,
     stride_kb, stride_kt, stride_kh,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, FIRST: tl.constexpr,
+    PARTS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; added to what is there unless FIRST."""
+    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; added to what they hold, where ADD."""
     j, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = table + (z.to(tl.int64) * n_blocks + j) * 4
     n = part * KEYS + tl.arange(0, KEYS)
@@ -2448,7 +2485,7 @@ def _sum_over_tiles_kernel(
     base = (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
     dk_sum = tl.zeros([KEYS, DP], tl.float32)
     dv_sum = tl.zeros([KEYS, DP], tl.float32)
-    if not FIRST:
+    if ADD:
         dk_sum += _load_tile(dk + base, token, stride_kt, exists, D, DP)
         dv_sum += _load_tile(dv + base, token, stride_kt, exists, D, DP)
     for tile in range(tl.load(entry + 2), tl.load(entry + 3)):
@@ -2498,45 +2535,57 @@ def _triton_selective_backward(
     select_block_size: int,
     scale: float,
     dq: Tensor | None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    sorted_pairs: list[Tensor] | None = None,
     packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order."""
+    """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order.
+
+    They are added to what is given, in place where that is possible. `sorted_pairs` are those that the forward kept.
+    """
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z, DP = H // K, B * K, _padded(D)
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
-    add, dq = dq is not None, torch.empty(B, T, H, D, dtype=q.dtype, device=q.device) if dq is None else dq
+    add_dq, add_dk = dq is not None, dk is not None
+    dq = dq if add_dq else torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     blocks = _block_tables(T, select_block_size, packing)
     tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
-    if G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2 and DP <= 128:
+    if _large_group(q, G) and DP <= 128:
         tiles["num_stages"] = _LARGE_GROUP_STAGES
     parts = _cdiv(select_block_size, tiles["KEYS"])
     span = _SPAN[q.dtype.itemsize]
     chunk = _chunk_tokens(B * H * S * parts * D * q.element_size(), T)
     # a sum over several chunks of queries stays in float32 until the last
     sum_dtype = k.dtype if chunk == T else torch.float32
-    dk, dv = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
+    empty = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
+    dk, dv = (dk.to(sum_dtype), dv.to(sum_dtype)) if add_dk else empty
     dq_part = torch.empty(Z * chunk * S * parts * G, D, dtype=q.dtype, device=q.device)
     merge_rows = _merge_rows(D)
     constants = {"K": K, "D": D, "DP": DP, "SELECT": select_block_size, "PARTS": parts}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size, G, span)
-        rows = Z * pairs.bound * parts * tiles["KEYS"]
+        if sorted_pairs:
+            pairs = _Pairs(*sorted_pairs, 4, 1)
+        else:
+            pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
+        cut = _cut_tiles(pairs, Z, blocks.count, G, span)
+        rows = Z * cut.bound * parts * tiles["KEYS"]
         dk_part, dv_part = torch.empty(2, rows, D, dtype=torch.float32, device=q.device)
-        _selective_gradient_kernel[(pairs.bound, parts, Z)](
-            do, q, k, v, *terms, *pairs[:3], dq_part, dk_part, dv_part, blocks.edges,
-            T, blocks.count, pairs.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
+        _selective_gradient_kernel[(cut.bound, parts, Z)](
+            do, q, k, v, *terms, *cut[:3], dq_part, dk_part, dv_part, blocks.edges,
+            T, blocks.count, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
             *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             **constants, G=G, GROUP_PAD=_group_pad(G), S=S, SPAN=span, PRECISION=_precision(), **tiles,
         )  # fmt: skip
         _sum_over_tiles_kernel[(blocks.count, parts, Z)](
-            dk_part, dv_part, pairs.table, dk, dv, blocks.edges, T, blocks.count, pairs.bound, *dk.stride()[:3],
-            **constants, KEYS=tiles["KEYS"], FIRST=t0 == 0,
+            dk_part, dv_part, cut.table, dk, dv, blocks.edges, T, blocks.count, cut.bound, *dk.stride()[:3],
+            **constants, KEYS=tiles["KEYS"], ADD=add_dk or t0 > 0,
         )  # fmt: skip
         _sum_over_slots_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
             dq_part, block_indices, dq, blocks.places, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
-            **constants, G=G, S=S, ROWS=merge_rows, ADD=add,
+            **constants, G=G, S=S, ROWS=merge_rows, ADD=add_dq,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -2657,21 +2706,24 @@ def _decode_score(
 ):  # fmt: skip
     """score[j] = sum_g exp2(scores[row, g, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
     j, part = tl.arange(0, NP)[None, :], tl.arange(0, PARTS_PAD)[None, :]
+    NT: tl.constexpr = NP // BLOCKS  # tiles; the first one borrows nothing
+    tile, jj = tl.arange(0, max(NT, 1))[None, :], tl.arange(0, BLOCKS)[None, :]
     score = tl.zeros([NP], tl.float32)
     for first in range(0, G, HEADS):
         g = first + tl.arange(0, HEADS)[:, None]
+        offsets = (row.to(tl.int64) * G + g) * n_scores
+        own = tl.load(scores + offsets + j, mask=(g < G) & (j < tiles * BLOCKS), other=float("-inf"))  # before it waits
         lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
         lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
         top = tl.max(lse, axis=1)
         top = tl.where(top == float("-inf"), 0.0, top)
         lse = (top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), axis=1)))[:, None]
-        offsets = (row.to(tl.int64) * G + g) * n_scores + j
-        own = tl.load(scores + offsets, mask=(g < G) & (j < tiles * BLOCKS), other=float("-inf"))
         score += tl.sum(tl.where(own == float("-inf"), 0.0, tl.exp2(own - lse)), axis=0)
-        if SPILL > 0:
-            borrows = (g < G) & (j % BLOCKS < SPILL) & (j >= BLOCKS) & (j < (tiles + 1) * BLOCKS)
-            left = tl.load(lent + offsets, mask=borrows, other=float("-inf"))
-            score += tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
+        for right in tl.static_range(SPILL if NT > 1 else 0):
+            borrows = (g < G) & (tile > 0) & (tile <= tiles)
+            left = tl.load(lent + offsets + tile * BLOCKS + right, mask=borrows, other=float("-inf"))
+            left = tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
+            score += tl.reshape(tl.where(jj == right, left[:, None], 0.0), [NP])
     return score
 
 
@@ -2885,6 +2937,8 @@ class _Branch(NamedTuple):
 
     forward(q, k, v[, block_indices], *sizes, scale) → o, lse
     backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
+
+    The selective branch adds to dk and dv as well where they are given, and takes the pairs that its forward kept.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -2898,7 +2952,8 @@ class _Backend(NamedTuple):
     compressed: _Branch
     selective: _Branch
     select: Callable[..., Tensor]
-    gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    kept_pairs: Callable[..., list[tuple[int, ...]]]
     row_terms: Callable[..., _RowTerms]
     gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
     decode: Callable[..., Tensor]
@@ -2911,6 +2966,7 @@ _BACKENDS = {
         _Branch(_torch_selective_forward, _torch_selective_backward),
         _torch_select,
         _torch_gated_selective,
+        lambda *_: [],
         _torch_row_terms,
         _torch_gated_row_terms,
         _torch_decode,
@@ -2921,6 +2977,7 @@ _BACKENDS = {
         _Branch(_triton_selective_forward, _triton_selective_backward),
         _triton_select,
         _triton_gated_selective,
+        _kept_pairs,
         _triton_row_terms,
         _triton_gated_row_terms,
         _triton_decode,
@@ -3045,20 +3102,26 @@ def _attention_forward(
     sizes: list[int],
     scale: float,
 ) -> list[Tensor]:
-    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, then o and lse of each branch, then block_indices."""
+    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, o and lse of each branch, block_indices, and kept pairs."""
     (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _on(backend, cu_seqlens, lengths)
     o_local, lse_local = on.local.forward(q, *(local or (k, v)), window, scale)
     o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
     chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
-    o, o_selective, lse_selective = on.gated_selective(gates, o_local, o_compressed, q, k, v, chosen, sizes[2], scale)
-    return [o.contiguous(), o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen]
+    selective = (q, k, v, chosen, sizes[2], scale)
+    o, o_selective, lse_selective, kept = on.gated_selective(gates, o_local, o_compressed, *selective)
+    outputs, lses = (o_local, o_compressed, o_selective), (lse_local, lse_compressed, lse_selective)
+    return [o.contiguous(), *outputs, *lses, chosen, *kept]
 
 
 @_attention_forward.register_fake
-def _(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+def _(
+    tensors: list[Tensor], _: Tensor | None, lengths: list[int], backend: str, __: int, sizes: list[int], ___: float
+) -> list[Tensor]:
     q, k = tensors[:2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, settings[-2])]
+    kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3], sizes[2], lengths)
+    kept = [q.new_empty(shape, dtype=torch.int32) for shape in kept]
+    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, sizes), *kept]
 
 
 @_operator
@@ -3067,11 +3130,12 @@ def _attention_backward(
     cu_seqlens: Tensor | None,
     lengths: list[int],
     backend: str,
+    kept: list[Tensor],
     window: int,
     sizes: list[int],
     scale: float,
 ) -> list[Tensor]:
-    """do, the results of the forward but for o, and its arguments → the gradients of the arguments.
+    """do, the results of the forward but for o and the kept pairs, and its arguments → the gradients of the arguments.
 
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
@@ -3080,13 +3144,10 @@ def _attention_backward(
     dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
     dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None)
     dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
-    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq)
+    shared = (None, None) if tensors[14:] else (dk_local, dv_local)
+    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq, *shared, kept)
     gradients = [dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates]
-    if tensors[14:]:
-        return [*gradients, dk_local, dv_local]
-    dk += dk_local
-    dv += dv_local
-    return gradients
+    return [*gradients, dk_local, dv_local] if tensors[14:] else gradients
 
 
 @_attention_backward.register_fake
@@ -3157,7 +3218,8 @@ class _AttentionFunction(torch.autograd.Function):
         ctx.settings, cu_seqlens, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.save_for_backward(cu_seqlens, *output[1:], *tensors)
+        ctx.n_kept = len(output[8:])
+        ctx.save_for_backward(cu_seqlens, *output[8:], *output[1:8], *tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -3165,7 +3227,9 @@ class _AttentionFunction(torch.autograd.Function):
         if do is None:  # o took no part in what is differentiated
             return (None,) * 10
         cu_seqlens, *saved = ctx.saved_tensors
-        gradients = _attention_backward([do, *_given(*saved)], cu_seqlens, *ctx.settings)
+        kept, saved = saved[: ctx.n_kept], _given(*saved[ctx.n_kept :])
+        (lengths, backend, *sizes) = ctx.settings
+        gradients = _attention_backward([do, *saved], cu_seqlens, lengths, backend, kept, *sizes)
         return None, None, *gradients, *[None] * (8 - len(gradients))  # settings, cu_seqlens, local keys if not given
 
 
@@ -4102,13 +4166,17 @@ class _Projections(NamedTuple):
     k_raw: Tensor  # for the compressors: not rotated
     v_raw: Tensor
     gates: Tensor  # (B, T, H, 3)
+    rotation: Tensor | None  # of the tokens
 
 
 def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
     """Cosine and sine of positions·theta^(−2i/D) for i < D/2 = half: (..., T) → (2, ..., T, D/2)."""
-    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
-    angles = positions[..., None].double() * frequencies  # float64: a position may be a million
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    options = {"base": theta, "dtype": torch.float64, "device": positions.device}  # a position may be a million
+    angles = positions[..., None] * torch.logspace(0, (1 - half) / half, half, **options)
+    turns = angles.new_empty((2, *angles.shape), dtype=dtype)
+    torch.cos(angles, out=turns[0])
+    torch.sin(angles, out=turns[1])
+    return turns
 
 
 # Compiled code that saw inside would compute them anew for each head and each use, which has taken a quarter of a step.
@@ -4299,6 +4367,7 @@ class NativeSparseAttention(nn.Module):
             k_raw=keys[len(keys) // 2],
             v_raw=values[len(values) // 2],
             gates=self._gates(x),
+            rotation=rotation,
         )
 
     def _compress(
@@ -4318,9 +4387,12 @@ class NativeSparseAttention(nn.Module):
             compressed.append(y if origin is None else y.transpose(0, 1))
         k_cmp, v_cmp = compressed
         if cfg.rope_theta is not None:
-            # Keys are compressed before rotation; compressed key i then turns as position i·d.
-            number = torch.arange(k_cmp.shape[1], device=k_cmp.device) if number is None else number
-            k_cmp = _rotate(k_cmp, _rotation(number * cfg.stride, cfg.rope_theta, k_cmp))
+            # Keys are compressed before rotation; compressed key i then turns as position i·d, as its first token does.
+            if number is None:
+                rotation = tokens.rotation[..., :: cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
+            else:
+                rotation = _rotation(number * cfg.stride, cfg.rope_theta, k_cmp)
+            k_cmp = _rotate(k_cmp, rotation)
         return k_cmp, v_cmp
 
     def _attend_past(

@@ -330,9 +330,10 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
     settings = *NOT_PACKED, backend, case.window, every_size, scale
     common = [q, k, v, k_cmp, v_cmp, gates]
     for name, tensors in {"attention": common, "own keys": [*common, turned(k), turned(v)]}.items():
-        saved = nsa._attention_forward(tensors, *settings)[1:]
+        _, *saved = nsa._attention_forward(tensors, *settings)
+        backward = [do, *saved[:7], *tensors], *NOT_PACKED, backend, saved[7:], *settings[3:]
         made[f"{name} forward"] = nsa._attention_forward, (tensors, *settings)
-        made[f"{name} backward"] = nsa._attention_backward, ([do, *saved, *tensors], *settings)
+        made[f"{name} backward"] = nsa._attention_backward, backward
     return made
 
 
@@ -383,7 +384,7 @@ def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest
         spec.loader.exec_module(other)
         assert not list(recwarn), [str(each.message) for each in recwarn]
         other._BACKENDS["torch"] = other._BACKENDS["torch"]._replace(
-            gated_selective=lambda gates, *others: (others[0] + 1, others[1] + 1, others[2][..., 0] + 1)
+            gated_selective=lambda gates, *others: (others[0] + 1, others[1] + 1, others[2][..., 0] + 1, [])
         )
         broken = step(lambda: other.nsa_attention(**tensors, **CASE.whole, backend="torch"), tensors)
         assert not torch.equal(broken["output 0"], expected["output 0"])

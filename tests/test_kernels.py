@@ -193,7 +193,10 @@ def test_pairs_in_order_of_their_block(
     case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
     chosen = random.block_indices(case)  # (B, T, K, S)
     N = -(-case.T // case.select_block_size)
-    sorted_ = nsa._sort_pairs(chosen, t0, n_tokens, nsa._block_tables(case.T, 8, None), 8, group, size)
+    in_order = nsa._sort_pairs(chosen, t0, n_tokens, nsa._block_tables(case.T, 8, None), 8)
+    sorted_ = nsa._cut_tiles(in_order, case.B * case.K, N, group, size)
+    again = nsa._cut_tiles(nsa._Pairs(in_order.pairs, sorted_.table, 4, 1), case.B * case.K, N, group, size)
+    assert again.table.equal(sorted_.table) and again.block_of.equal(sorted_.block_of)
     first_pair = 0
     for z in range(case.B * case.K):
         of_head = chosen[z // case.K, t0 : t0 + n_tokens, z % case.K].flatten()  # by pair, t·S + s
@@ -202,7 +205,7 @@ def test_pairs_in_order_of_their_block(
             pairs = (of_head == j).nonzero()[:, 0]
             tiles = -(-len(pairs) * group // size)
             entry = [first_pair, first_pair + len(pairs), first_tile, first_tile + tiles]
-            assert sorted_.table[z, j].tolist() == entry
+            assert sorted_.table[z].view(N, 4)[j].tolist() == entry
             assert sorted_.pairs[first_pair : first_pair + len(pairs)].tolist() == pairs.tolist()
             assert (sorted_.block_of[z, first_tile : first_tile + tiles] == j).all()
             first_pair, first_tile = entry[1], entry[3]
