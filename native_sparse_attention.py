@@ -939,7 +939,7 @@ _SPAN = {2: 4096, 4: 512}
 
 # Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
 _DECODE_TILES = {
-    ("compressed", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("compressed", 2, 128): {"PROGRAMS": 1, "KEYS": 128, "STAGES": 3, "num_warps": 8},
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -947,7 +947,7 @@ _DECODE_TILES = {
     ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("selected", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 3, "num_warps": 4},
+    ("selected", 2, 128): {"PROGRAMS": 1, "KEYS": 64, "STAGES": 3, "num_warps": 4},
     ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("selected", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -2594,12 +2594,12 @@ def _triton_selective_backward(
 #
 # A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
 # (b·M + m)·K + k; the heads of its group are a tile. Its keys are split into parts, so many that all multiprocessors
-# read; a part writes an output and a log-sum-exp of its own, and the last kernel merges them:
+# read; a part writes an output and a log-sum-exp of its own:
 #
 #     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
 #     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
-#     selected    parts of the S slots
-#     merge       softmax over the parts of each branch, and the gates
+#     attend      parts of the S slots; the one of a row that is done last merges all: softmax over the parts of each
+#                 branch, and the gates
 #
 # How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
 # A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
@@ -2729,7 +2729,8 @@ def _decode_score(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, positions, o_part, lse_part, scores, lent, chosen, m0, n_tokens, n_compressed, n_parts, n_scores, scale,
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, arrived,
+    m0, n_tokens, n_compressed, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
@@ -2737,7 +2738,10 @@ def _decode_choose_kernel(
     WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
+    """Program 0 of a row: chosen[row] = its S highest blocks, arrived[row] = 0 for the next kernel.
+
+    The others: a part of softmax(q . k) v in its window.
+    """
     row, part = tl.program_id(0), tl.program_id(1) - 1
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     if part >= 0:
@@ -2754,6 +2758,7 @@ def _decode_choose_kernel(
             )  # fmt: skip
         _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
     elif tl.program_id(2) == 0:
+        tl.store(arrived + row, 0)
         tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
         score = _decode_score(
             lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
@@ -2765,15 +2770,49 @@ def _decode_choose_kernel(
         )  # fmt: skip
 
 
+@_kernel
+def _decode_merge(
+    o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, PARTS_PAD: tl.constexpr,
+):  # fmt: skip
+    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
+    part, after_local = tl.arange(0, PARTS_PAD)[None, :], n_compressed + n_local
+    for first_head in range(0, G, HEADS):
+        g = first_head + tl.arange(0, HEADS)
+        rows = row.to(tl.int64) * n_parts * G + g  # part 0; the next one is G further
+        exists = (g < G)[:, None] & (part < n_parts)
+        lse = tl.load(lse_part + rows[:, None] + part * G, mask=exists, other=float("-inf"))
+        gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + (h * G + g) * gate_strides[2]
+        weight = tl.zeros([HEADS, PARTS_PAD], tl.float32)
+        for c in tl.static_range(3):  # local, compressed, selective
+            first = n_compressed if c == 0 else (0 if c == 1 else after_local)
+            end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
+            lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
+            top = tl.max(lse_c, axis=1)
+            e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top)[:, None])
+            gate = tl.load(gate_base + c * gate_strides[3], mask=g < G, other=0.0).to(tl.float32)
+            gate /= tl.maximum(tl.sum(e, axis=1), 1.0)  # the sum is 0 or, as its largest term is 1, at least 1
+            weight += gate[:, None] * e
+        merged = tl.zeros([HEADS, DP], tl.float32)
+        for n in tl.range(0, n_parts, loop_unroll_factor=4):
+            of_part = tl.sum(tl.where(part == n, weight, 0.0), axis=1)
+            merged += of_part[:, None] * _load_tile(o_part, rows + n * G, D, g < G, D, DP)
+        _store_tile(o + b * o_strides[0] + m * o_strides[1], merged, h * G + g, o_strides[2], g < G, D, DP)
+
+
 @_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_selected_kernel(
-    q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
-    q_strides, k_strides, v_strides, position_strides,
+def _decode_attend_kernel(
+    q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
+    m0, n_tokens, n_compressed, n_local, n_parts, scale,
+    q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long."""
+    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
+
+    The part of a row that is done last writes o[row], all branches merged.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
@@ -2792,37 +2831,15 @@ def _decode_selected_kernel(
         acc, peak, total, _ = _decode_tile(
             acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-    part += n_parts - tl.num_programs(1)
+    part += n_compressed + n_local
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
-
-
-@_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_merge_kernel(
-    o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gate_strides, o_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
-):  # fmt: skip
-    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
-    row, g = tl.program_id(0) // G, tl.program_id(0) % G
-    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
-    head = row % K * G + g
-    part = tl.arange(0, PARTS_PAD)
-    offsets = (row.to(tl.int64) * n_parts + part) * G + g
-    lse = tl.load(lse_part + offsets, mask=part < n_parts, other=float("-inf"))
-    after_local = n_compressed + n_local
-    gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + head * gate_strides[2]
-    weight = tl.zeros([PARTS_PAD], tl.float32)
-    for c in tl.static_range(3):  # local, compressed, selective
-        first = n_compressed if c == 0 else (0 if c == 1 else after_local)
-        end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
-        lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
-        top = tl.max(lse_c, axis=0)
-        e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top))
-        gate = tl.load(gate_base + c * gate_strides[3]).to(tl.float32)
-        weight += gate / tl.maximum(tl.sum(e, axis=0), 1.0) * e  # the sum is 0 or, as its largest term is 1, at least 1
-    merged = tl.sum(weight[:, None] * _load_tile(o_part, offsets, D, part < n_parts, D, DP), axis=0)
-    d = tl.arange(0, DP)
-    out = o + b * o_strides[0] + m * o_strides[1] + head * o_strides[2]
-    tl.store(out + d, merged.to(o.dtype.element_ty), mask=d < D)
+    tl.debug_barrier()  # every thread has written
+    others = tl.num_programs(1) * tl.num_programs(2) - 1
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == others:  # what they wrote can be read
+        _decode_merge(
+            o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
+            G, D, DP, HEADS, PARTS_PAD,
+        )  # fmt: skip
 
 
 def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
@@ -2893,11 +2910,9 @@ def _triton_decode(
     o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
     lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
     scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
-    chosen = torch.empty(rows * S, dtype=torch.int32, device=q.device)
-    shape = {"K": K, "G": G, "D": D, "DP": _padded(D)}
-    attend = {**shape, "HEADS": heads, "PRECISION": _precision()}
+    chosen, arrived = (torch.empty(rows * n, dtype=torch.int32, device=q.device) for n in (S, 1))
+    attend = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
-    parts_pad = _power_of_2(n_parts)
     slots = {"S": S, "SP": _power_of_2(S)}
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
@@ -2908,21 +2923,19 @@ def _triton_decode(
             **attend, **blocked, PART=part, **tiles["compressed"],
         )  # fmt: skip
         _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, arrived,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
             SCORED=max(min(_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
             PARTS_PAD=_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
-        _decode_selected_kernel[(rows, n_selected, head_blocks)](
-            q, k, v, positions, o_part, lse_part, chosen, m0, n_tokens, n_parts, scale,
-            q.stride(), k.stride(), v.stride(), positions.stride(),
-            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, **tiles["selected"],
-        )  # fmt: skip
-        _decode_merge_kernel[(rows * G,)](
-            o_part, lse_part, gates, o, m0, n_tokens, n_compressed, n_local, n_parts, gates.stride(), o.stride(),
-            **shape, PARTS_PAD=parts_pad, num_warps=min(max(parts_pad * _padded(D) // 2048, 1), 8),
+        _decode_attend_kernel[(rows, n_selected, head_blocks)](
+            q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
+            m0, n_tokens, n_compressed, n_local, n_parts, scale,
+            q.stride(), k.stride(), v.stride(), positions.stride(), gates.stride(), o.stride(),
+            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, PARTS_PAD=_power_of_2(n_parts),
+            **tiles["selected"],
         )  # fmt: skip
     return o
 

@@ -130,6 +130,9 @@ class Settings:
     )
     fsdp: bool = setting(False, "several processes: shard weights and optimizer (FSDP2), for large models", free=True)
     compile: bool = setting(False, "compile the blocks and the loss (torch.compile)", free=True)
+    graphs: bool = setting(
+        False, "run what is compiled as CUDA graphs, so that no step waits for Python; in one process", free=True
+    )
     recompute: bool = setting(False, "compute each block again in the backward: slower, but less memory", free=True)
     seed: int = setting(1337, "seed of weights, batches, dropout and generated text", least=0)
 
@@ -915,6 +918,7 @@ class NSALanguageModel(nn.Module):
     """
 
     recompute = False  # True: blocks keep nothing for the backward, and run again there
+    graphs = False  # True: compiled blocks run as CUDA graphs, whose results last until the next forward
 
     def __init__(
         self, vocab_size: int, cfg: NSAConfig, layers: int, attention: str = "nsa", init_std: float = 0.02
@@ -968,6 +972,8 @@ class NSALanguageModel(nn.Module):
         length = tokens.shape[1]
         if length > self.cfg.seq_len:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the longest sequence is {self.cfg.seq_len}")
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         x = self.token_embedding(tokens)  # (B, T, dim)
         if self.position_embedding is not None:
             positions = torch.arange(length, device=tokens.device)
@@ -1120,11 +1126,23 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_graphs(settings: Settings, runtime: Runtime) -> None:
+    """Whether CUDA graphs can be had: their gradients lie where the next backward puts its own."""
+    if not settings.compile or runtime.device.type != "cuda":
+        raise Stop(f"graphs: they are of what --compile compiles, on a CUDA device; this one is {runtime.device}")
+    if settings.recompute or settings.accumulate > 1 or runtime.world > 1:
+        raise Stop("graphs: cannot be had together with recompute, accumulate above 1 or several processes")
+
+
 def place(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> None:
     """Puts the model where it trains: on this process's device, whole or its shard of it."""
+    if settings.graphs:
+        check_graphs(settings, runtime)
+        model.graphs = True
     if settings.compile:
+        options = {"mode": "reduce-overhead"} if settings.graphs else {}
         for module in (*model.blocks, model.loss):  # one compilation serves all blocks, and each may be a shard
-            module.compile()
+            module.compile(**options)
     if not settings.fsdp:
         model.to(runtime.device)
         return

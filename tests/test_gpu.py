@@ -5,6 +5,7 @@ Outputs are held to float64 on the same GPU: at most twice the error of plain Py
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -27,6 +28,7 @@ from test_decode_kernels import assert_as_exact_as_plain as assert_step_as_exact
 from test_kernels import CASES, LAYOUTS
 from test_packed import GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, NO_BLOCK, SPILL, EachAlone, Packed, Packing
 from torch import Tensor, nn
+from training_runs import TINY, flags
 
 import native_sparse_attention as nsa
 from nsa_gpt_training import NSALanguageModel
@@ -599,3 +601,24 @@ def test_compiled_training(fresh_compiler: None) -> None:
     actual, expected = losses(compile=True), losses(compile=False)
     assert expected[-1] < expected[0] - 0.1, "it learns"
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.0)
+
+
+@on_hopper
+def test_training_script_in_cuda_graphs(tmp_path: Path) -> None:
+    """From its start to the text that it writes: steps, evaluations and a sample, the same as without graphs."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question; " * 200, encoding="utf-8")
+
+    def losses(graphs: bool) -> list[float]:
+        log = tmp_path / f"{graphs}.jsonl"
+        changes = {"data": text, "log": log, "out": tmp_path / "out", "attention": "nsa", "compile": True}
+        settings = replace(TINY, **changes, graphs=graphs, iterations=20, dropout=0.0, value_dropout=0.0)
+        command = [sys.executable, str(Path(nsa.__file__).with_name("nsa_gpt_training.py")), *flags(settings)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        return [line["loss"] if "loss" in line else line["val"] for line in lines if {"loss", "val"} & line.keys()]
+
+    actual, expected = losses(graphs=True), losses(graphs=False)
+    assert len(actual) > 20 and expected[-1] < expected[0] - 0.1, "it learns"
+    assert actual == pytest.approx(expected, rel=0.02)

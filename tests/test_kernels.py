@@ -463,7 +463,7 @@ PRODUCTS = {
 }
 PRODUCTS |= {f"{name}_packed": kernels for name, kernels in PRODUCTS.items() if f"{name}_packed" in BUILDS}
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
-STEP = ("compressed", "choose", "selected", "merge")
+STEP = ("compressed", "choose", "attend")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {

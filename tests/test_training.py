@@ -108,6 +108,7 @@ def test_every_setting_has_a_flag_that_reaches_it(settings: script.Settings) -> 
         growth=0.25,
         accumulate=2,
         compile=True,
+        graphs=True,
         recompute=True,
         log=Path("a.jsonl"),
         plot_layer=1,
@@ -166,6 +167,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--branches", "local", "global"], "global"),
         (["--batch-size", "6", "--accumulate", "4"], "batch_size = 6"),
         (["--fsdp"], "torchrun"),
+        (["--graphs"], "--compile"),
         (["--resume"], "nothing to resume"),
         (["--quick", "--task", "recall"], "--quick"),
         (["--task", "recall", "--pairs", "33"], "pairs = 33"),
@@ -185,6 +187,20 @@ def test_a_bad_flag_is_turned_down_in_one_line(
     out = tmp_path / "out"
     assert names in complaint(capsys, [f"--data={text_file}", f"--out={out}", *arguments])
     assert not out.exists(), "nothing is written before everything is known to be in order"
+
+
+@pytest.mark.parametrize(
+    "change, device, processes",
+    [({"recompute": True}, "cuda", 1), ({"accumulate": 2}, "cuda", 1), ({}, "cuda", 2), ({}, "cpu", 1)],
+)
+def test_graphs_are_turned_down_where_their_gradients_would_be_overwritten(
+    change: dict[str, object], device: str, processes: int, settings: script.Settings
+) -> None:
+    settings = dataclasses.replace(settings, compile=True, graphs=True)
+    script.check_graphs(settings, script.Runtime(torch.device("cuda"), torch.bfloat16))
+    runtime = script.Runtime(torch.device(device), torch.bfloat16, world=processes)
+    with pytest.raises(script.Stop, match="graphs: "):
+        script.check_graphs(dataclasses.replace(settings, **change), runtime)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

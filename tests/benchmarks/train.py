@@ -2,6 +2,7 @@
 
     python tests/benchmarks/train.py                                    # context 2k, 8k and 32k, eager
     python tests/benchmarks/train.py --compile                          # both compiled
+    python tests/benchmarks/train.py --compile --graphs                 # and both in CUDA graphs
     python tests/benchmarks/train.py --contexts 32768 --recompute       # activation checkpointing
     python tests/benchmarks/train.py --paper                            # the paper's block sizes and window
     python tests/benchmarks/train.py --kv-heads 4                       # grouped queries, for both
@@ -39,7 +40,8 @@ LONG = {"local_window": 256, "block_size": 64, "topk_blocks": 8}
 
 def settings_for(context: int, args: argparse.Namespace) -> script.Settings:
     """As many sequences as make up --tokens, at least one."""
-    given = {name: getattr(args, name) for name in ("kv_heads", "compression", "compile", "recompute", "accumulate")}
+    names = ("kv_heads", "compression", "compile", "graphs", "recompute", "accumulate")
+    given = {name: getattr(args, name) for name in names}
     rows = max(args.accumulate, args.tokens // context)
     sizes = PAPER if args.paper else LONG if context >= 4096 else MEDIUM
     return dataclasses.replace(MODEL, context=context, batch_size=rows, **sizes, **given)
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--compression", default=MODEL.compression)
     parser.add_argument("--paper", action="store_true", help="NSA's settings are those of the paper")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of what is compiled")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
     parser.add_argument("--repeats", type=int, default=10)
