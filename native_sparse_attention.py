@@ -943,7 +943,7 @@ _DECODE_TILES = {
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 4},
+    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3, "num_warps": 4},
     ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -955,7 +955,6 @@ _DECODE_TILES = {
 _DECODE_MAX_KEYS = 128  # the most keys in a tile
 _DECODE_MAX_PARTS = 32  # the most parts of a row in each branch
 _DECODE_HEADS = {2: 64, 4: 16}  # the most heads of a group in a tile, by bytes of a number
-_DECODE_LANE = 2048  # the most numbers of the output, heads by head dim, that a warp keeps: 64 a thread
 _DECODE_BYTES = 256 << 20  # partial results of one chunk of new tokens take at most this much memory
 
 
@@ -2618,15 +2617,14 @@ def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
 @_kernel
 def _decode_begin(
     q, k, v, q_strides, k_strides, v_strides, b, m, h,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """What a part starts from: heads of the group, their queries, where the keys and values lie, an empty softmax."""
     g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     queries = _load_tile(q + b * q_strides[0] + m * q_strides[1] + h * G * q_strides[2], g, q_strides[2], g < G, D, DP)
-    queries = tl.broadcast_to(queries[None, :, :], [LANES, HEADS, DP])
     k_base, v_base = k + b * k_strides[0] + h * k_strides[2], v + b * v_strides[0] + h * v_strides[2]
-    acc, total = tl.zeros([LANES, HEADS, DP], tl.float32), tl.zeros([LANES, HEADS], tl.float32)
-    return g, queries, k_base, v_base, acc, tl.full([LANES, HEADS], float("-inf"), tl.float32), total
+    acc = tl.zeros([HEADS, DP], tl.float32)
+    return g, queries, k_base, v_base, acc, tl.full([HEADS], float("-inf"), tl.float32), tl.zeros([HEADS], tl.float32)
 
 
 @_kernel
@@ -2636,50 +2634,21 @@ def _decode_share(tiles, part, parts):
 
 
 @_kernel
-def _decode_keys(tile, LANES: tl.constexpr, KEYS: tl.constexpr):
-    """The numbers of a tile's keys by lane: (LANES, KEYS // LANES)."""
-    N: tl.constexpr = KEYS // LANES
-    return tile * KEYS + tl.arange(0, LANES)[:, None] * N + tl.arange(0, N)[None, :]
-
-
-@_kernel
-def _load_lanes(base, key, stride, seen, D: tl.constexpr, DP: tl.constexpr):
-    """base[key, :D] as a (lanes, keys, DP) tile, zero where it is not seen."""
-    d = tl.arange(0, DP)[None, None, :]
-    return tl.load(base + key.to(tl.int64)[:, :, None] * stride + d, mask=seen[:, :, None] & (d < D), other=0.0)
-
-
-@_kernel
-def _dot_lanes(x, y, acc, PRECISION: tl.constexpr):
-    """x y + acc of every lane. A single one is a plain product, which all warps share."""
-    if x.shape[0] == 1:
-        flat = tl.dot(
-            tl.reshape(x, [x.shape[1], x.shape[2]]), tl.reshape(y, [y.shape[1], y.shape[2]]),
-            tl.reshape(acc, [acc.shape[1], acc.shape[2]]), input_precision=PRECISION,
-        )  # fmt: skip
-        acc = flat[None, :, :]
-    else:
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-    return acc
-
-
-@_kernel
 def _decode_tile(
     acc, peak, total, queries, k_base, v_base, key, seen, stride_k, stride_v, scale,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of the online softmax: p = exp2(scale q.k - peak), acc += p.v, total += sum p; and p itself."""
-    keys = _load_lanes(k_base, key, stride_k, seen, D, DP)
-    s = tl.zeros([key.shape[0], queries.shape[1], key.shape[1]], tl.float32)
-    s = _dot_lanes(queries, tl.permute(keys, (0, 2, 1)), s, PRECISION) * (scale * _TL_LOG2E)
-    s = tl.where(seen[:, None, :], s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, axis=2))
+    keys = _load_tile(k_base, key, stride_k, seen, D, DP)
+    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
+    s = tl.where(seen[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, axis=1))
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s - shift[:, :, None])
+    p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
-    values = _load_lanes(v_base, key, stride_v, seen, D, DP)
-    acc = _dot_lanes(p.to(values.dtype), values, acc * fade[:, :, None], PRECISION)
-    return acc, new_peak, total * fade + tl.sum(p, axis=2), p
+    values = _load_tile(v_base, key, stride_v, seen, D, DP)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_peak, total * fade + tl.sum(p, axis=1), p
 
 
 @_kernel
@@ -2687,13 +2656,9 @@ def _decode_end(
     acc, peak, total, o_part, lse_part, row, part, parts, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """o_part[row, part, g] = acc / total, lse_part[row, part, g] = peak + log2 total: 0 and -inf where no key is."""
-    top = tl.max(peak, axis=0)
-    share = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top)[None, :])
-    total = tl.sum(total * share, axis=0)
-    acc = tl.sum(acc * share[:, :, None], axis=0) / tl.where(total > 0, total, 1.0)[:, None]
     out = (row.to(tl.int64) * parts + part) * G + g
-    _store_tile(o_part, acc, out, D, g < G, D, DP)
-    tl.store(lse_part + out, top + tl.log2(total), mask=g < G)
+    _store_tile(o_part, acc / tl.where(total > 0, total, 1.0)[:, None], out, D, g < G, D, DP)
+    tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
@@ -2702,38 +2667,35 @@ def _decode_compressed_kernel(
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
-    HEADS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
 
-    A lane has the keys of BLOCKS selection blocks. What its last ones lend to the next lane's first SPILL is in lent.
+    A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
     """
     r: tl.constexpr = SELECT // STRIDE
     row, part = tl.program_id(0), tl.program_id(1)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-        q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, LANES
+        q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
     end = _span_end(t, BLOCK, STRIDE)
-    begin_tile, end_tile = _decode_share(tl.cdiv(end, LANES * BLOCKS * r), part, tl.num_programs(1))
-    lane, jj = tl.arange(0, LANES)[:, None, None], tl.arange(0, BLOCKS)[None, None, :]
-    score_rows = ((row.to(tl.int64) * G + g) * n_scores)[None, :, None]
+    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
+    column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
+    score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        column = _decode_keys(tile, LANES, LANES * BLOCKS * PART)
-        i = column // PART * r + column % PART
+        i = (tile * BLOCKS + column // PART) * r + column % PART
         seen = (column % PART < r) & (i < end)
         acc, peak, total, p = _decode_tile(
             acc, peak, total, queries, k_base, v_base, i, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-        score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, LANES * HEADS, BLOCKS, PART, SPILL)
-        score = peak[:, :, None] + tl.log2(tl.reshape(score, [LANES, HEADS, BLOCKS]))
-        j = (tile * LANES + lane) * BLOCKS + jj
-        tl.store(scores + score_rows + j, score, mask=(g < G)[None, :, None])
+        score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
+        j = (tile * BLOCKS + jj)[None, :]
+        tl.store(scores + score_rows + j, peak[:, None] + tl.log2(score), mask=(g < G)[:, None])
         if SPILL > 0:
-            beyond = peak[:, :, None] + tl.log2(tl.reshape(beyond, [LANES, HEADS, BLOCKS]))
-            borrowers = (g < G)[None, :, None] & (jj < SPILL)
-            tl.store(lent + score_rows + BLOCKS + j, beyond, mask=borrowers)
+            borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
+            tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
 
 
@@ -2774,7 +2736,7 @@ def _decode_choose_kernel(
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
     WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
-    HEADS: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program 0 of a row: chosen[row] = its S highest blocks, arrived[row] = 0 for the next kernel.
 
@@ -2784,12 +2746,12 @@ def _decode_choose_kernel(
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     if part >= 0:
         g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, LANES
+            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
         )
         first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
         begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
         for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-            s = first + _decode_keys(tile, LANES, KEYS)
+            s = first + tile * KEYS + tl.arange(0, KEYS)
             acc, peak, total, _ = _decode_tile(
                 acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
                 D, DP, PRECISION,
@@ -2845,7 +2807,7 @@ def _decode_attend_kernel(
     q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
-    HEADS: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
 
@@ -2854,16 +2816,16 @@ def _decode_attend_kernel(
     row, part = tl.program_id(0), tl.program_id(1)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, LANES
+        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS
     )
     slot = tl.arange(0, SP)
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
     blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
     begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        n = _decode_keys(tile, LANES, KEYS)
-        of_slot = (n // SELECT_PAD)[:, :, None] == slot[None, None, :]
-        j = tl.max(tl.where(of_slot, blocks[None, None, :], -1), axis=2)  # no load: those of keys can run far ahead
+        n = tile * KEYS + tl.arange(0, KEYS)
+        of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
+        j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
         s = j * SELECT + n % SELECT_PAD
         seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
         acc, peak, total, _ = _decode_tile(
@@ -2891,16 +2853,6 @@ def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> st
 def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
     width = 128 if _padded(D) <= 128 else 256
     return dict(_DECODE_TILES[kernel, dtype.itemsize, width])
-
-
-def _decode_lanes(keys: int, least: int, warps: int, heads: int, D: int, dtype: torch.dtype) -> int:
-    """Into how many lanes a tile of keys is cut, `least` or more in each; 1 where warps share all.
-
-    A lane is a warp's own: its softmax waits for no other warp. But its output must fit in the warp's registers.
-    """
-    if dtype.itemsize > 2 or heads * _padded(D) > _DECODE_LANE:
-        return 1
-    return max(min(warps, keys // max(least, 16)), 1)
 
 
 def _triton_decode(
@@ -2936,18 +2888,12 @@ def _triton_decode(
     tiles = {name: _decode_tiles(name, D, q.dtype) for name in ("compressed", "local", "selected")}
     programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
 
-    # scores: lanes of BLOCKS selection blocks, each of PART compressed ones
+    # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
     ratio, spill = _spill(block_size, stride, select_block_size)
     part = _power_of_2(ratio)
-    least = part * _power_of_2(max(spill, 1))
-    tiles["compressed"]["KEYS"] = max(tiles["compressed"]["KEYS"], least)
-    for name, tile in tiles.items():
-        fewest = least if name == "compressed" else 1
-        tile["LANES"] = _decode_lanes(tile["KEYS"], fewest, tile["num_warps"], heads, D, q.dtype)
-    blocks = tiles["compressed"].pop("KEYS") // part  # of a tile
+    blocks = max(tiles["compressed"].pop("KEYS") // part, _power_of_2(max(spill, 1)))
     score_tiles = _cdiv(k_cmp.shape[1], blocks * ratio)
     n_scores = (score_tiles + 1) * blocks
-    blocks //= tiles["compressed"]["LANES"]
     select_pad = _power_of_2(select_block_size)
     most = (
         score_tiles,
