@@ -611,8 +611,8 @@ def test_training_script_in_cuda_graphs(tmp_path: Path) -> None:
 
     def losses(name: str, **changes: bool) -> list[float]:
         log, out = tmp_path / f"{name}.jsonl", tmp_path / "out"
-        settings = replace(TINY, data=text, log=log, out=out, attention="nsa", layers=1, iterations=20, eval_interval=10)
-        settings = replace(settings, dropout=0.0, value_dropout=0.0, **changes)
+        settings = replace(TINY, data=text, log=log, out=out, attention="nsa", layers=1, iterations=20)
+        settings = replace(settings, eval_interval=10, dropout=0.0, value_dropout=0.0, **changes)
         command = [sys.executable, str(Path(nsa.__file__).with_name("nsa_gpt_training.py")), *flags(settings)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
