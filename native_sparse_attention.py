@@ -1068,19 +1068,23 @@ def _fold_importance(
 ):  # fmt: skip
     """score[j] = sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, and what its left lends it.
 
-    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r).
+    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r). Beside
+    the score, what the tile lends to the first SPILL blocks of the next one.
     """
     p = tl.reshape(p, [TOKENS, BLOCKS, PART])
     i = part_first + tl.arange(0, PART)
     jj = tl.arange(0, BLOCKS)
     own = tl.minimum(i + m, r) - i
     score = tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
+    beyond = tl.zeros([TOKENS, BLOCKS], tl.float32)
     for right in tl.static_range(1, SPILL + 1):
         share = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
         lent = tl.sum(p * share.to(tl.float32)[None, None, :], axis=2)
         source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [TOKENS, BLOCKS])
         score += tl.where((jj >= right)[None, :], tl.gather(lent, source, axis=1), 0.0)
-    return score
+        source = tl.broadcast_to(tl.minimum(jj + (BLOCKS - right), BLOCKS - 1)[None, :], [TOKENS, BLOCKS])
+        beyond += tl.where((jj < right)[None, :], tl.gather(lent, source, axis=1), 0.0)
+    return score, beyond
 
 
 @_kernel
@@ -1146,11 +1150,11 @@ def _block_scores_kernel(
                 s_next = tl.dot(queries, keys_next, input_precision=PRECISION)
                 p_next += tl.exp2(s_next * (scale * _TL_LOG2E) - lse_g[:, None])
         visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
-        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
         if TILES == 2:
             visible = (inside < r)[None, :] & ((i_next * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
             p_next = tl.where(visible, p_next, 0.0)
-            score_next += _fold_importance(p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)
+            score_next += _fold_importance(p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
 
     jj = tl.arange(0, BLOCKS)
     row = scores + (z.to(tl.int64) * n_tokens + token) * n_blocks
@@ -2641,7 +2645,7 @@ def _decode_tile(
     keys = _load_tile(k_base, key, stride_k, seen, D, DP)
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
     s = tl.where(seen[None, :], s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, axis=1) - 12.0)  # p up to 2^12, as float16 has nothing below 2^-24
+    new_peak = tl.maximum(peak, tl.max(s, axis=1))
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
@@ -2661,38 +2665,18 @@ def _decode_end(
     tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
 
 
-@_kernel
-def _decode_importance(
-    p, dtype: tl.constexpr, m: tl.constexpr, r: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """log2 of score[g, j] = sum_i overlap(i, j) p[g, i] for COLUMNS selection blocks from the tile's first: a product.
-
-    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r).
-    """
-    column, j = tl.arange(0, p.shape[1])[:, None], tl.arange(0, COLUMNS)[None, :]
-    i = column // PART * r + column % PART
-    overlap = tl.maximum(tl.minimum(i + m, (j + 1) * r) - tl.maximum(i, j * r), 0)
-    overlap = tl.where(column % PART < r, overlap, 0).to(dtype)  # small numbers, which are exact
-    upper = p.to(dtype)
-    score = tl.dot(upper, overlap, input_precision=PRECISION)
-    if dtype != tl.float32:  # and what was rounded off: together more bits than the products that p is made of
-        score = tl.dot((p - upper.to(tl.float32)).to(dtype), overlap, score)
-    return tl.log2(score)
-
-
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_compressed_kernel(
-    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, m0, n_tokens, n_parts, n_scores, scale,
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
-    HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, SPILL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of softmax(q . k_cmp) v_cmp, and as scores[row, g, 0, j] log2 of sum_i overlap(i, j) exp(scale q . k_i).
+    """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
 
-    A tile has the keys of BLOCKS selection blocks; what it lends to the first SPILL of the next is scores[row, g, 1].
+    A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
     """
     r: tl.constexpr = SELECT // STRIDE
     row, part = tl.program_id(0), tl.program_id(1)
@@ -2702,33 +2686,36 @@ def _decode_compressed_kernel(
     )
     end = _span_end(t, BLOCK, STRIDE)
     begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
-    column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, COLUMNS)[None, :]
-    places = ((row.to(tl.int64) * G + g) * (2 * n_scores))[:, None] + tl.where(jj < BLOCKS, jj, n_scores + jj)
-    stored = (g < G)[:, None] & (jj < BLOCKS + SPILL)
+    column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
+    score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
         i = (tile * BLOCKS + column // PART) * r + column % PART
         seen = (column % PART < r) & (i < end)
         acc, peak, total, p = _decode_tile(
             acc, peak, total, queries, k_base, v_base, i, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-        score = _decode_importance(p, k_cmp.dtype.element_ty, BLOCK // STRIDE, r, PART, COLUMNS, PRECISION)
-        tl.store(scores + places + tile * BLOCKS, peak[:, None] + score, mask=stored)
+        score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
+        j = (tile * BLOCKS + jj)[None, :]
+        tl.store(scores + score_rows + j, peak[:, None] + tl.log2(score), mask=(g < G)[:, None])
+        if SPILL > 0:
+            borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
+            tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
 
 
 @_kernel
 def _decode_score(
-    lse_part, scores, row, tiles, n_compressed, n_parts, n_scores, G: tl.constexpr, PARTS_PAD: tl.constexpr,
+    lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G: tl.constexpr, PARTS_PAD: tl.constexpr,
     BLOCKS: tl.constexpr, SPILL: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """score[j] = sum_g exp2(scores[row, g, 0, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
+    """score[j] = sum_g exp2(scores[row, g, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
     j, part = tl.arange(0, NP)[None, :], tl.arange(0, PARTS_PAD)[None, :]
     NT: tl.constexpr = NP // BLOCKS  # tiles; the first one borrows nothing
     tile, jj = tl.arange(0, max(NT, 1))[None, :], tl.arange(0, BLOCKS)[None, :]
     score = tl.zeros([NP], tl.float32)
     for first in range(0, G, HEADS):
         g = first + tl.arange(0, HEADS)[:, None]
-        offsets = (row.to(tl.int64) * G + g) * (2 * n_scores)
+        offsets = (row.to(tl.int64) * G + g) * n_scores
         own = tl.load(scores + offsets + j, mask=(g < G) & (j < tiles * BLOCKS), other=float("-inf"))  # before it waits
         lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
         lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
@@ -2738,7 +2725,7 @@ def _decode_score(
         score += tl.sum(tl.where(own == float("-inf"), 0.0, tl.exp2(own - lse)), axis=0)
         for right in tl.static_range(SPILL if NT > 1 else 0):
             borrows = (g < G) & (tile > 0) & (tile <= tiles)
-            left = tl.load(scores + offsets + n_scores + tile * BLOCKS + right, mask=borrows, other=float("-inf"))
+            left = tl.load(lent + offsets + tile * BLOCKS + right, mask=borrows, other=float("-inf"))
             left = tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
             score += tl.reshape(tl.where(jj == right, left[:, None], 0.0), [NP])
     return score
@@ -2746,7 +2733,7 @@ def _decode_score(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, positions, o_part, lse_part, scores, chosen, arrived,
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, arrived,
     m0, n_tokens, n_compressed, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -2778,7 +2765,7 @@ def _decode_choose_kernel(
         tl.store(arrived + row, 0)
         tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
         score = _decode_score(
-            lse_part, scores, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
+            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
         )
         one = tl.arange(0, 1)
         _store_highest(
@@ -2926,7 +2913,7 @@ def _triton_decode(
     n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
     o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
     lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
-    scores = torch.empty(rows * G * 2 * n_scores, dtype=torch.float32, device=q.device)
+    scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
     chosen, arrived = (torch.empty(rows * n, dtype=torch.int32, device=q.device) for n in (S, 1))
     attend = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
@@ -2935,12 +2922,12 @@ def _triton_decode(
         n_tokens = min(chunk, M - m0)
         rows = B * n_tokens * K
         _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
-            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, m0, n_tokens, n_parts, n_scores, scale,
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
             q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
-            **attend, **blocked, PART=part, COLUMNS=max(_power_of_2(blocks + spill), 16), **tiles["compressed"],
+            **attend, **blocked, PART=part, **tiles["compressed"],
         )  # fmt: skip
         _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, chosen, arrived,
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, arrived,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
