@@ -222,8 +222,7 @@ def packed(setting: dict[str, int]) -> None:
 STEPS = [(batch, tokens) for batch in (16, 64) for tokens in (8192, 32768, 65536)]
 BANDWIDTH = 4.3e12  # bytes a second, as measured on an H200
 CACHES = 4
-VARIANTS = {"PROGRAMS": (1, 2, 3, 4, 6, 8, 16), "KEYS": (32, 64, 128), "STAGES": (1, 2, 3, 4, 5, 6),
-            "num_warps": (2, 4, 8)}  # fmt: skip
+VARIANTS = {"KEYS": (32, 64, 128), "STAGES": (2, 3, 4), "num_warps": (2, 4, 8), "PROGRAMS": (1, 2, 3, 4, 6, 8)}
 
 
 def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
@@ -302,23 +301,31 @@ def prefill(tokens: int = 65536) -> str:
 
 
 def sweep_decode(shapes: list[tuple[int, int]]) -> None:
-    """Each launch setting varied on its own: ms a step at each shape, the present setting first."""
-    steps = {shape: caches(*shape) for shape in shapes}
+    """All launch settings of a kernel together: µs a step at each shape, the best five first.
 
-    def times() -> str:
+    The best, by its ratios to the present ones, stays while the next kernel is varied. Minutes, most of them compiling.
+    """
+    steps = [caches(*shape) for shape in shapes]
+
+    def times() -> list[float]:
         try:
-            return "  ".join(f"{in_a_graph([lambda s=s: sparse_step(s) for s in x]):.4f}" for x in steps.values())
-        except Exception as error:  # a tile that does not fit
-            return f"{type(error).__name__}: {error}"[:90]
+            return [1e3 * in_a_graph([lambda s=s: sparse_step(s) for s in x]) for x in steps]
+        except Exception:  # a tile that does not fit
+            return [math.inf]
 
-    print("present", "  ".join(f"{batch} × {tokens // 1024}k" for batch, tokens in shapes), "\n", times(), flush=True)
-    for kernel, (name, values) in itertools.product(("compressed", "local", "selected"), VARIANTS.items()):
-        entry = nsa._DECODE_TILES[kernel, 2, 128]
-        present = entry[name]
-        for value in values:
-            entry[name] = value
-            print(f"{kernel:>10} {name:>9} {value:>3}{'*' if value == present else ' '} {times()}", flush=True)
-        entry[name] = present
+    present = times()
+    print("present:", " ".join(f"{t:.1f}" for t in present), "at (batch, tokens)", *shapes, flush=True)
+    for kernel in ("compressed", "selected", "local"):
+        entry, rows = nsa._DECODE_TILES[kernel, 2, 128], []
+        for values in itertools.product(*VARIANTS.values()):
+            entry.update(zip(VARIANTS, values, strict=True))
+            found = times()
+            rows.append((sum(t / at for t, at in zip(found, present, strict=False)), values, found))
+        rows.sort()
+        for _, values, found in rows[:5]:
+            settings = " ".join(f"{name} {value}" for name, value in zip(VARIANTS, values, strict=True))
+            print(f"{kernel:>10}: {settings}:", " ".join(f"{t:.1f}" for t in found), flush=True)
+        entry.update(zip(VARIANTS, rows[0][1], strict=True))
 
 
 def decode(sweep: bool) -> None:
