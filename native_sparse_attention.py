@@ -938,7 +938,7 @@ _FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
 _SPAN = {2: 4096, 4: 512}
 
 # Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
-# For 16-bit numbers and D up to 128 the best of `tests/benchmarks/gpu.py decode --sweep` on an H200; the rest is not tuned.
+# 16-bit numbers, D up to 128: the best of `tests/benchmarks/gpu.py decode --sweep` on an H200. The rest is not tuned.
 _DECODE_TILES = {
     ("compressed", 2, 128): {"PROGRAMS": 1, "KEYS": 128, "STAGES": 3, "num_warps": 8},
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
