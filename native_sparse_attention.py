@@ -1773,26 +1773,18 @@ def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | No
     return like.new_empty((*shape[:-1], _cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
 
 
-def _addressable(x: Tensor) -> bool:
-    """Whether a descriptor can address x: its last dimension is contiguous, strides and start multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
-
-
 def _aligned(x: Tensor) -> Tensor:
-    """x itself if a descriptor can address it, else a padded copy."""
-    return x if _addressable(x) else _empty_aligned(x.shape, x).copy_(x)
+    """x itself if a descriptor can address it (strides and start multiples of 16 bytes), else a padded copy."""
+    unit = 16 // x.element_size()
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1]):
+        return x
+    return _empty_aligned(x.shape, x).copy_(x)
 
 
 def _key_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
     """(B, C, K, D) as (B, K, C, D), in tiles of (keys, D)."""
     (B, C, K, D), (sb, sc, sk, sd) = x.shape, x.stride()
     return TensorDescriptor(x, [B, K, C, D], [sb, sk, sc, sd], [1, 1, keys, _padded(D)])
-
-
-def _token_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
-    """(B, C, K, D) as it is, in tiles of (keys, D)."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, keys, 1, _padded(x.shape[3])])
 
 
 def _row_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
@@ -2338,7 +2330,8 @@ def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_si
     """Launch the query-outer order: grid (token, key head), so that one key head at a time has the L2."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
-    k_desc, v_desc = _token_descriptor(k, tiles["KEYS"]), _token_descriptor(v, tiles["KEYS"])
+    tile = [1, tiles["KEYS"], 1, _padded(D)]
+    k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
     _selective_query_kernel[(T, B * K, _cdiv(H // K, tiles["HEADS"]))](
         q, k_desc, v_desc, block_indices, *outputs, places, scale, *q.stride()[:3], *block_indices.stride()[:3],
         K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size, PRECISION=_precision(), **tiles,
@@ -2347,7 +2340,8 @@ def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_si
 
 def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
     """The rule of the forward; the copy engine wants 16 bytes of alignment."""
-    return _large_group(q, G) and _addressable(k) and _addressable(v)
+    aligned = all(x.data_ptr() % 16 == 0 and all(s * x.itemsize % 16 == 0 for s in x.stride()[:3]) for x in (k, v))
+    return _large_group(q, G) and aligned
 
 
 def _launch_selective(
@@ -2641,23 +2635,22 @@ def _decode_share(tiles, part, parts):
 
 
 @_kernel
-def _load_box(desc, b, first, h, KEYS: tl.constexpr, DP: tl.constexpr):
-    """KEYS tokens of a sequence and head by the copy engine, zero behind the last one."""
-    return tl.reshape(desc.load([b.to(tl.int32), first, h, 0]), [KEYS, DP])
-
-
-@_kernel
-def _decode_tile(acc, peak, total, queries, keys, values, seen, scale, PRECISION: tl.constexpr):
+def _decode_tile(
+    acc, peak, total, queries, k_base, v_base, key, seen, stride_k, stride_v, scale,
+    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of keys of the online softmax: p = exp2(scale q.k - peak), acc += p.v, total += p; and p itself.
 
     `total` stays apart by the places of a tile's keys, as a sum over them would make the warps wait for each other.
     """
+    keys = _load_tile(k_base, key, stride_k, seen, D, DP)
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
     s = tl.where(seen[None, :], s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, axis=1))
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     p = tl.exp2(s - shift[:, None])
     fade = tl.exp2(peak - shift)
+    values = _load_tile(v_base, key, stride_v, seen, D, DP)
     acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
     return acc, new_peak, total * fade[:, None] + p, p
 
@@ -2675,7 +2668,7 @@ def _decode_end(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_compressed_kernel(
-    q, k_cmp, v_cmp, k_desc, v_desc, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
@@ -2699,13 +2692,9 @@ def _decode_compressed_kernel(
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
         i = (tile * BLOCKS + column // PART) * r + column % PART
         seen = (column % PART < r) & (i < end)
-        if k_desc is not None:  # by the copy engine, also what is not seen, which weighs 0
-            keys = _load_box(k_desc, b, tile * (BLOCKS * r), h, BLOCKS * PART, DP)
-            values = _load_box(v_desc, b, tile * (BLOCKS * r), h, BLOCKS * PART, DP)
-        else:
-            keys = _load_tile(k_base, i, k_strides[1], seen, D, DP)
-            values = _load_tile(v_base, i, v_strides[1], seen, D, DP)
-        acc, peak, total, p = _decode_tile(acc, peak, total, queries, keys, values, seen, scale, PRECISION)
+        acc, peak, total, p = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, i, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
         score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
         j = (tile * BLOCKS + jj)[None, :]
         tl.store(scores + score_rows + j, peak[:, None] + tl.log2(score), mask=(g < G)[:, None])
@@ -2745,7 +2734,7 @@ def _decode_score(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, k_desc, v_desc, positions, o_part, lse_part, scores, lent, chosen, arrived,
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen, arrived,
     m0, n_tokens, n_compressed, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -2768,13 +2757,10 @@ def _decode_choose_kernel(
         begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
         for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
             s = first + tile * KEYS + tl.arange(0, KEYS)
-            if k_desc is not None:
-                keys = _load_box(k_desc, b, first + tile * KEYS, h, KEYS, DP)
-                values = _load_box(v_desc, b, first + tile * KEYS, h, KEYS, DP)
-            else:
-                keys = _load_tile(k_base, s, k_strides[1], s < end, D, DP)
-                values = _load_tile(v_base, s, v_strides[1], s < end, D, DP)
-            acc, peak, total, _ = _decode_tile(acc, peak, total, queries, keys, values, s < end, scale, PRECISION)
+            acc, peak, total, _ = _decode_tile(
+                acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
+                D, DP, PRECISION,
+            )  # fmt: skip
         _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
     elif tl.program_id(2) == 0:
         tl.store(arrived + row, 0)
@@ -2821,7 +2807,7 @@ def _decode_merge(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_attend_kernel(
-    q, k, v, k_desc, v_desc, positions, o_part, lse_part, chosen, arrived, gates, o,
+    q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
     m0, n_tokens, n_compressed, n_local, n_parts, scale,
     q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -2842,22 +2828,14 @@ def _decode_attend_kernel(
     blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
     begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        # of the blocks in registers, not by a load, so that those of keys can run far ahead
-        if k_desc is not None:  # a tile lies in one block
-            j = tl.max(tl.where(slot == tile * KEYS // SELECT, blocks, -1), axis=0)
-            first = tl.maximum(j, 0) * SELECT + tile * KEYS % SELECT
-            s = first + tl.arange(0, KEYS)
-            seen = (j >= 0) & (s <= t)
-            keys = _load_box(k_desc, b, first, h, KEYS, DP)
-            values = _load_box(v_desc, b, first, h, KEYS, DP)
-        else:
-            n = tile * KEYS + tl.arange(0, KEYS)
-            j = tl.max(tl.where((n // SELECT_PAD)[:, None] == slot[None, :], blocks[None, :], -1), axis=1)
-            s = j * SELECT + n % SELECT_PAD
-            seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
-            keys = _load_tile(k_base, s, k_strides[1], seen, D, DP)
-            values = _load_tile(v_base, s, v_strides[1], seen, D, DP)
-        acc, peak, total, _ = _decode_tile(acc, peak, total, queries, keys, values, seen, scale, PRECISION)
+        n = tile * KEYS + tl.arange(0, KEYS)
+        of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
+        j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
+        s = j * SELECT + n % SELECT_PAD
+        seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
+        acc, peak, total, _ = _decode_tile(
+            acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        )
     part += n_compressed + n_local
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
     tl.debug_barrier()  # every thread has written
@@ -2941,24 +2919,16 @@ def _triton_decode(
     attend = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
     slots = {"S": S, "SP": _power_of_2(S)}
-    # the copy engine brings whole tiles of tokens: where they have no holes
-    boxes = lambda k, v, keys, whole: tuple(  # noqa: E731
-        _token_descriptor(x, keys) if whole and _addressable(k) and _addressable(v) else None for x in (k, v)
-    )
-    cmp_boxes = boxes(k_cmp, v_cmp, blocks * ratio, part == ratio)
-    local_boxes = boxes(k_local, v_local, tiles["local"]["KEYS"], True)
-    selected_boxes = boxes(k, v, tiles["selected"]["KEYS"], select_block_size % tiles["selected"]["KEYS"] == 0)
     for m0 in range(0, M, chunk):
         n_tokens = min(chunk, M - m0)
         rows = B * n_tokens * K
         _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
-            q, k_cmp, v_cmp, *cmp_boxes, positions, o_part, lse_part, scores, lent,
-            m0, n_tokens, n_parts, n_scores, scale,
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
             q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
             **attend, **blocked, PART=part, **tiles["compressed"],
         )  # fmt: skip
         _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
-            q, k_local, v_local, *local_boxes, positions, o_part, lse_part, scores, lent, chosen, arrived,
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, arrived,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
@@ -2966,7 +2936,7 @@ def _triton_decode(
             PARTS_PAD=_power_of_2(n_compressed), **tiles["local"],
         )  # fmt: skip
         _decode_attend_kernel[(rows, n_selected, head_blocks)](
-            q, k, v, *selected_boxes, positions, o_part, lse_part, chosen, arrived, gates, o,
+            q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
             m0, n_tokens, n_compressed, n_local, n_parts, scale,
             q.stride(), k.stride(), v.stride(), positions.stride(), gates.stride(), o.stride(),
             **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, PARTS_PAD=_power_of_2(n_parts),
