@@ -219,14 +219,16 @@ def test_pairs_in_order_of_their_block(
     [*((name, torch.float16) for name in SMALL_PIECES), ("chunks_of_64_queries", torch.float32)],
     ids=str,
 )
+@pytest.mark.parametrize("branch", [selective, whole], ids=["selective", "whole"])
 def test_selective_attention_in_small_pieces(
-    pieces: str, dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch
+    branch: Branch, pieces: str, dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By itself, and as the last branch of the whole, which adds to the other branches' gradients."""
     for name, value in SMALL_PIECES[pieces].items():
         monkeypatch.setattr(nsa, name, value)
     case = replace(MIDDLE, T=81, B=1, K=1, D=16)
-    x = draw(selective, case, random, dtype)
-    assert_as_exact_as_plain(selective, case, x, run(selective, TRITON, case, x, dtype))
+    x = draw(branch, case, random, dtype)
+    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, dtype))
 
 
 @interpreted
