@@ -203,6 +203,23 @@ def test_graphs_are_turned_down_where_their_gradients_would_be_overwritten(
         script.check_graphs(dataclasses.replace(settings, **change), runtime)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_graphs_are_of_what_is_compiled(
+    graphs: bool, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, marks = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, mode=None: modes.append((type(module).__name__, mode)))
+    monkeypatch.setattr(nn.Module, "to", lambda model, device: model)  # there may be no such device
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    settings = dataclasses.replace(settings, compile=True, graphs=graphs)
+    model = script.NSALanguageModel(9, settings.nsa_config(), layers=2)
+    script.place(model, settings, script.Runtime(torch.device("cuda"), torch.bfloat16))
+    mode = "reduce-overhead" if graphs else None
+    assert modes == [("NSABlock", mode), ("NSABlock", mode), ("TokenLoss", mode)]
+    model(torch.randint(9, (1, 5)))
+    assert len(marks) == graphs, "what a forward left in a graph's memory lasts until the next one"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_is_turned_down_where_there_is_none(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'cuda'" in complaint(capsys, [f"--data={text_file}", "--device=cuda"])
