@@ -1773,12 +1773,15 @@ def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | No
     return like.new_empty((*shape[:-1], _cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x itself if a descriptor can address it (strides and start multiples of 16 bytes), else a padded copy."""
+def _addressable(x: Tensor) -> bool:
+    """Whether a descriptor can address x: its last dimension is contiguous, strides and start multiples of 16 bytes."""
     unit = 16 // x.element_size()
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1]):
-        return x
-    return _empty_aligned(x.shape, x).copy_(x)
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself if a descriptor can address it, else a padded copy."""
+    return x if _addressable(x) else _empty_aligned(x.shape, x).copy_(x)
 
 
 def _key_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
@@ -1943,7 +1946,8 @@ def _triton_compressed_backward(
 # it are inside. Pairs are put in order of their block; a program takes one block and a tile of rows (pair, head of the
 # group), and a second kernel merges the S partial results of each query. So a block's keys are read once a tile, and no
 # query gathers keys. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. For large
-# groups, whose heads fill a tile by themselves, the forward keeps the query outside.
+# groups, whose heads fill a tile by themselves, the forward keeps the query outside. Where both passes exchange loops
+# and one chunk takes all queries, pairs are sorted once: the forward of the whole keeps them for its backward.
 #
 # The blocks of packed sequences are numbered on from one sequence to the next, and cut their tokens into runs as well.
 # Two tables: `places` has the position of every query in its sequence and the number of that sequence's first block,
@@ -2339,9 +2343,8 @@ def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_si
 
 
 def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
-    """The rule of the forward; the copy engine wants 16 bytes of alignment."""
-    aligned = all(x.data_ptr() % 16 == 0 and all(s * x.itemsize % 16 == 0 for s in x.stride()[:3]) for x in (k, v))
-    return _large_group(q, G) and aligned
+    """Whether the forward keeps the query outside; it reads keys and values by descriptors."""
+    return _large_group(q, G) and _addressable(k) and _addressable(v)
 
 
 def _launch_selective(
@@ -2971,7 +2974,7 @@ class _Backend(NamedTuple):
     selective: _Branch
     select: Callable[..., Tensor]
     gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
-    kept_pairs: Callable[..., list[tuple[int, ...]]]
+    kept_pairs: Callable[..., list[tuple[int, ...]]]  # shapes of what the former returns last, for the backward
     row_terms: Callable[..., _RowTerms]
     gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
     decode: Callable[..., Tensor]
