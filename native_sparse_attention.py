@@ -944,7 +944,7 @@ _DECODE_TILES = {
     ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 2, 128): {"PROGRAMS": 2, "KEYS": 32, "STAGES": 3, "num_warps": 4},
+    ("local", 2, 128): {"PROGRAMS": 1, "KEYS": 32, "STAGES": 3, "num_warps": 4},
     ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
     ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
     ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
@@ -2608,7 +2608,7 @@ def _triton_selective_backward(
 # How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
 # A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
 
-_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "n_local", "n_parts"]  # no new kernel for each number of rows
+_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "first_part", "n_parts"]  # no new kernel for each number of rows
 
 
 @_kernel
@@ -2669,9 +2669,15 @@ def _decode_end(
     tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
 
 
+@_kernel
+def _lent(lent, row, tile, right, g, n_scores, G: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr):
+    """Where a tile lends to block `right` of the next one: heads side by side, as lone numbers are slow to write."""
+    return lent + ((row.to(tl.int64) * (n_scores // BLOCKS) + tile) * SPILL + right) * G + g
+
+
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_compressed_kernel(
-    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, arrived, m0, n_tokens, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
@@ -2681,9 +2687,12 @@ def _decode_compressed_kernel(
     """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
 
     A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
+    For the last kernel, arrived is 0 yet.
     """
     r: tl.constexpr = SELECT // STRIDE
     row, part = tl.program_id(0), tl.program_id(1)
+    if part == 0:
+        tl.store(arrived + row * tl.num_programs(2) + tl.program_id(2), 0)
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     g, queries, k_base, v_base, acc, peak, total = _decode_begin(
         q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, BLOCKS * PART
@@ -2700,10 +2709,12 @@ def _decode_compressed_kernel(
         )
         score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
         j = (tile * BLOCKS + jj)[None, :]
-        tl.store(scores + score_rows + j, peak[:, None] + tl.log2(score), mask=(g < G)[:, None])
+        score = peak[:, None] + tl.log2(score)  # to stay in the L2 for the next kernel while keys pass by
+        tl.store(scores + score_rows + j, score, mask=(g < G)[:, None], eviction_policy="evict_last")
         if SPILL > 0:
-            borrowers = (g < G)[:, None] & (jj < SPILL)[None, :]
-            tl.store(lent + score_rows + BLOCKS + j, peak[:, None] + tl.log2(beyond), mask=borrowers)
+            to_lend = _lent(lent, row, tile, jj[None, :], g[:, None], n_scores, G, BLOCKS, SPILL)
+            beyond, mask = peak[:, None] + tl.log2(beyond), (g < G)[:, None] & (jj < SPILL)[None, :]
+            tl.store(to_lend, beyond, mask=mask, eviction_policy="evict_last")
     _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
 
 
@@ -2719,8 +2730,9 @@ def _decode_score(
     score = tl.zeros([NP], tl.float32)
     for first in range(0, G, HEADS):
         g = first + tl.arange(0, HEADS)[:, None]
-        offsets = (row.to(tl.int64) * G + g) * n_scores
-        own = tl.load(scores + offsets + j, mask=(g < G) & (j < tiles * BLOCKS), other=float("-inf"))  # before it waits
+        mask = (g < G) & (j < tiles * BLOCKS)
+        own = scores + (row.to(tl.int64) * G + g) * n_scores + j
+        own = tl.load(own, mask=mask, other=float("-inf"), eviction_policy="evict_first")  # before it waits for lse
         lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
         lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
         top = tl.max(lse, axis=1)
@@ -2729,7 +2741,8 @@ def _decode_score(
         score += tl.sum(tl.where(own == float("-inf"), 0.0, tl.exp2(own - lse)), axis=0)
         for right in tl.static_range(SPILL if NT > 1 else 0):
             borrows = (g < G) & (tile > 0) & (tile <= tiles)
-            left = tl.load(lent + offsets + tile * BLOCKS + right, mask=borrows, other=float("-inf"))
+            left = _lent(lent, row, tile - 1, right, g, n_scores, G, BLOCKS, SPILL)
+            left = tl.load(left, mask=borrows, other=float("-inf"), eviction_policy="evict_first")
             left = tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
             score += tl.reshape(tl.where(jj == right, left[:, None], 0.0), [NP])
     return score
@@ -2737,7 +2750,7 @@ def _decode_score(
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, positions, o_part, lse_part, scores, lent, chosen, arrived,
+    q, k, v, positions, o_part, lse_part, scores, lent, chosen,
     m0, n_tokens, n_compressed, n_parts, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -2746,10 +2759,7 @@ def _decode_choose_kernel(
     WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of a row: chosen[row] = its S highest blocks, arrived[row] = 0 for the next kernel.
-
-    The others: a part of softmax(q . k) v in its window.
-    """
+    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
     row, part = tl.program_id(0), tl.program_id(1) - 1
     b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     if part >= 0:
@@ -2766,11 +2776,11 @@ def _decode_choose_kernel(
             )  # fmt: skip
         _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
     elif tl.program_id(2) == 0:
-        tl.store(arrived + row, 0)
         tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
         score = _decode_score(
-            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP
-        )
+            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores,
+            G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP,
+        )  # fmt: skip
         one = tl.arange(0, 1)
         _store_highest(
             score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
@@ -2779,39 +2789,42 @@ def _decode_choose_kernel(
 
 
 @_kernel
+def _decode_gates(gates, strides, b, m, heads, exists):
+    """The gates of the local, the compressed and the selective branch."""
+    base = gates + b * strides[0] + m * strides[1] + heads * strides[2]
+    local = tl.load(base, mask=exists, other=0.0).to(tl.float32)
+    compressed = tl.load(base + strides[3], mask=exists, other=0.0).to(tl.float32)
+    return local, compressed, tl.load(base + 2 * strides[3], mask=exists, other=0.0).to(tl.float32)
+
+
+@_kernel
+def _decode_weights(lse_part, rows, first, end, gate, exists, G: tl.constexpr, PARTS_PAD: tl.constexpr):
+    """weight[g, n] = gate exp2(lse_part[n] - lse) for the parts [first, end) of a branch, lse their log-sum; else 0."""
+    part = tl.arange(0, PARTS_PAD)[None, :]
+    mask = exists[:, None] & (part >= first) & (part < end)
+    lse = tl.load(lse_part + rows[:, None] + part * G, mask=mask, other=float("-inf"))
+    top = tl.max(lse, axis=1)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    # the sum is 0 or, as its largest term is 1, at least 1
+    return weight * (gate / tl.maximum(tl.sum(weight, axis=1), 1.0))[:, None]
+
+
+@_kernel
 def _decode_merge(
-    o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, PARTS_PAD: tl.constexpr,
+    merged, o_part, weight, rows, first, end, exists,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """o = sum_c gate_c sum_n exp2(lse_part[n] - lse_c) o_part[n] over the parts n of branch c; lse_c their log-sum."""
-    part, after_local = tl.arange(0, PARTS_PAD)[None, :], n_compressed + n_local
-    for first_head in range(0, G, HEADS):
-        g = first_head + tl.arange(0, HEADS)
-        rows = row.to(tl.int64) * n_parts * G + g  # part 0; the next one is G further
-        exists = (g < G)[:, None] & (part < n_parts)
-        lse = tl.load(lse_part + rows[:, None] + part * G, mask=exists, other=float("-inf"))
-        gate_base = gates + b * gate_strides[0] + m * gate_strides[1] + (h * G + g) * gate_strides[2]
-        weight = tl.zeros([HEADS, PARTS_PAD], tl.float32)
-        for c in tl.static_range(3):  # local, compressed, selective
-            first = n_compressed if c == 0 else (0 if c == 1 else after_local)
-            end = after_local if c == 0 else (n_compressed if c == 1 else n_parts)
-            lse_c = tl.where((part >= first) & (part < end), lse, float("-inf"))
-            top = tl.max(lse_c, axis=1)
-            e = tl.exp2(lse_c - tl.where(top == float("-inf"), 0.0, top)[:, None])
-            gate = tl.load(gate_base + c * gate_strides[3], mask=g < G, other=0.0).to(tl.float32)
-            gate /= tl.maximum(tl.sum(e, axis=1), 1.0)  # the sum is 0 or, as its largest term is 1, at least 1
-            weight += gate[:, None] * e
-        merged = tl.zeros([HEADS, DP], tl.float32)
-        for n in tl.range(0, n_parts, loop_unroll_factor=4):
-            of_part = tl.sum(tl.where(part == n, weight, 0.0), axis=1)
-            merged += of_part[:, None] * _load_tile(o_part, rows + n * G, D, g < G, D, DP)
-        _store_tile(o + b * o_strides[0] + m * o_strides[1], merged, h * G + g, o_strides[2], g < G, D, DP)
+    """merged + sum_n weight[g, n] o_part[n] over the parts [first, end)."""
+    for n in tl.range(first, end, loop_unroll_factor=4):
+        of_part = tl.sum(tl.where(tl.arange(0, PARTS_PAD)[None, :] == n, weight, 0.0), axis=1)
+        merged += of_part[:, None] * _load_tile(o_part, rows + n * G, D, exists, D, DP)
+    return merged
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_attend_kernel(
     q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
-    m0, n_tokens, n_compressed, n_local, n_parts, scale,
+    m0, n_tokens, n_compressed, first_part, n_parts, scale,
     q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
@@ -2830,6 +2843,13 @@ def _decode_attend_kernel(
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
     blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
     begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
+    # the other branches meanwhile
+    rows, exists = row.to(tl.int64) * n_parts * G + g, g < G  # of part 0; the next one is G further
+    local, compressed, gate = _decode_gates(gates, gate_strides, b, m, h * G + g, exists)
+    weight = _decode_weights(lse_part, rows, 0, n_compressed, compressed, exists, G, PARTS_PAD)
+    weight += _decode_weights(lse_part, rows, n_compressed, first_part, local, exists, G, PARTS_PAD)
+    merged = tl.zeros([HEADS, DP], tl.float32)
+    merged = _decode_merge(merged, o_part, weight, rows, 0, first_part, exists, G, D, DP, PARTS_PAD)
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
         n = tile * KEYS + tl.arange(0, KEYS)
         of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
@@ -2839,15 +2859,20 @@ def _decode_attend_kernel(
         acc, peak, total, _ = _decode_tile(
             acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
         )
-    part += n_compressed + n_local
-    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
-    tl.debug_barrier()  # every thread has written
-    others = tl.num_programs(1) * tl.num_programs(2) - 1
-    if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == others:  # what they wrote can be read
-        _decode_merge(
-            o_part, lse_part, gates, o, row, b, m, h, n_compressed, n_local, n_parts, gate_strides, o_strides,
-            G, D, DP, HEADS, PARTS_PAD,
-        )  # fmt: skip
+    o_base = o + b * o_strides[0] + m * o_strides[1]
+    parts = tl.num_programs(1)
+    if parts == 1:
+        sums = tl.sum(total, axis=1)
+        merged += acc * (gate / tl.where(sums > 0, sums, 1.0))[:, None]
+        _store_tile(o_base, merged, h * G + g, o_strides[2], exists, D, DP)
+    else:
+        _decode_end(acc, peak, total, o_part, lse_part, row, first_part + part, n_parts, g, G, D, DP)
+        tl.debug_barrier()  # every thread has written
+        place = arrived + row * tl.num_programs(2) + tl.program_id(2)
+        if tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == parts - 1:  # what the others wrote can be read
+            weight = _decode_weights(lse_part, rows, first_part, n_parts, gate, exists, G, PARTS_PAD)
+            merged = _decode_merge(merged, o_part, weight, rows, first_part, n_parts, exists, G, D, DP, PARTS_PAD)
+            _store_tile(o_base, merged, h * G + g, o_strides[2], exists, D, DP)
 
 
 def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
@@ -2901,7 +2926,7 @@ def _triton_decode(
     part = _power_of_2(ratio)
     blocks = max(tiles["compressed"].pop("KEYS") // part, _power_of_2(max(spill, 1)))
     score_tiles = _cdiv(k_cmp.shape[1], blocks * ratio)
-    n_scores = (score_tiles + 1) * blocks
+    n_scores = score_tiles * blocks
     select_pad = _power_of_2(select_block_size)
     most = (
         score_tiles,
@@ -2917,8 +2942,9 @@ def _triton_decode(
     n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
     o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
     lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
-    scores, lent = torch.empty(2, rows * G * n_scores, dtype=torch.float32, device=q.device)
-    chosen, arrived = (torch.empty(rows * n, dtype=torch.int32, device=q.device) for n in (S, 1))
+    scores = torch.empty(rows * G * n_scores, dtype=torch.float32, device=q.device)
+    lent = torch.empty(rows * G * score_tiles * spill, dtype=torch.float32, device=q.device)
+    chosen, arrived = (torch.empty(rows * n, dtype=torch.int32, device=q.device) for n in (S, head_blocks))
     attend = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "PRECISION": _precision()}
     blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
     slots = {"S": S, "SP": _power_of_2(S)}
@@ -2926,12 +2952,12 @@ def _triton_decode(
         n_tokens = min(chunk, M - m0)
         rows = B * n_tokens * K
         _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
-            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, m0, n_tokens, n_parts, n_scores, scale,
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, arrived, m0, n_tokens, n_parts, n_scores, scale,
             q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
             **attend, **blocked, PART=part, **tiles["compressed"],
         )  # fmt: skip
         _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen, arrived,
+            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
             m0, n_tokens, n_compressed, n_parts, n_scores, scale,
             q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
             **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
@@ -2940,7 +2966,7 @@ def _triton_decode(
         )  # fmt: skip
         _decode_attend_kernel[(rows, n_selected, head_blocks)](
             q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
-            m0, n_tokens, n_compressed, n_local, n_parts, scale,
+            m0, n_tokens, n_compressed, n_compressed + n_local, n_parts, scale,
             q.stride(), k.stride(), v.stride(), positions.stride(), gates.stride(), o.stride(),
             **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, PARTS_PAD=_power_of_2(n_parts),
             **tiles["selected"],
