@@ -2602,8 +2602,8 @@ def _triton_selective_backward(
 #
 #     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
 #     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
-#     attend      parts of the S slots; the one of a row that is done last merges all: softmax over the parts of each
-#                 branch, and the gates
+#     attend      parts of the S slots; each merges the other branches' parts while its blocks are on their way, and the
+#                 one of a row that is done last adds those of the slots: a softmax in each branch, and the gates
 #
 # How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
 # A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
