@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,8 +63,75 @@ def patch_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
 
 
+def spans(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """The addresses [begin, end) of the tensors among a kernel's arguments, also in tuples and descriptors."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from spans(argument)
+        elif hasattr(argument, "base"):
+            yield from spans([argument.base])
+        elif isinstance(argument, Tensor) and argument.numel() > 0:
+            last = sum((n - 1) * stride for n, stride in zip(argument.shape, argument.stride(), strict=True))
+            yield argument.data_ptr(), argument.data_ptr() + (last + 1) * argument.element_size()
+
+
+def stay_within_arguments() -> None:
+    """A kernel that reads or writes outside the tensors that it was given fails: IndexError.
+
+    Between two tensors that it was given there is no telling which one it meant.
+    """
+    try:
+        import numpy as np
+        from triton.runtime import interpreter
+
+        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+        load, store, update = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+        copy_arguments = executor._init_args_hst
+    except (ImportError, AttributeError):
+        return
+    begins, ends = [np.zeros(0, np.uint64)] * 2
+
+    def note_arguments(self: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        nonlocal begins, ends
+        copies = copy_arguments(self, arguments, named)
+        together: list[list[int]] = []
+        for begin, end in sorted(spans([*copies[0], *copies[1].values()])):
+            if together and begin <= together[-1][1]:
+                together[-1][1] = max(together[-1][1], end)
+            else:
+                together.append([begin, end])
+        begins, ends = np.array(together, np.uint64).reshape(-1, 2).T
+        return copies
+
+    def check(pointers: Any, mask: Any, what: str) -> None:
+        first = pointers.data[mask.data]
+        if first.size == 0:
+            return
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        place = np.searchsorted(begins, first, side="right")
+        outside = (place == 0) | (first + np.uint64(size) > ends[place - 1])
+        if outside.any():
+            raise IndexError(f"{outside.sum()} of {first.size} {what} outside the kernel's arguments")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask, "reads")
+        return load(self, pointers, mask, *rest, **options)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask, "writes")
+        return store(self, pointers, value, mask, *rest, **options)
+
+    def checked_update(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask, "updates")
+        return update(self, operation, pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_atomic_rmw, executor._init_args_hst = checked_update, note_arguments
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_once_a_launch()
+    stay_within_arguments()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparisons

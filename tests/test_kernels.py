@@ -103,6 +103,31 @@ def assert_as_exact_as_plain(
 # Values and gradients, by the interpreter
 # ---------------------------------------------------------------------------------------------------------------------
 
+tl = nsa.tl
+
+
+@nsa._kernel
+def copy_kernel(source, target, reads, writes, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(target + i, tl.load(source + i, mask=i < reads), mask=i < writes)
+
+
+@interpreted
+@pytest.mark.parametrize("reads, writes, outside", [(5, 3, None), (6, 3, "1 of 6 reads"), (5, 5, "2 of 5 writes")])
+def test_access_outside_the_arguments_is_an_error(reads: int, writes: int, outside: str | None) -> None:
+    """As in every kernel that the interpreter runs: `conftest.stay_within_arguments`."""
+    between = torch.arange(16.0)
+    source, target = between[:5], between[8:11]
+    launch = lambda: copy_kernel[(1,)](source, target, reads, writes, N=8)  # noqa: E731
+    if outside is None:
+        launch()
+        assert target.tolist() == [0, 1, 2]
+    else:
+        with pytest.raises(Exception, match=outside):
+            launch()
+        assert between[11:].tolist() == [11, 12, 13, 14, 15]
+
+
 
 @interpreted
 @pytest.mark.parametrize("branch", [local, compressed, selective], ids=lambda branch: branch.__name__)
