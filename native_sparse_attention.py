@@ -2687,7 +2687,7 @@ def _decode_compressed_kernel(
     """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
 
     A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
-    For the last kernel, arrived is 0 yet.
+    It also sets arrived to 0, where the last kernel counts.
     """
     r: tl.constexpr = SELECT // STRIDE
     row, part = tl.program_id(0), tl.program_id(1)
