@@ -3801,6 +3801,8 @@ class _Compressor(nn.Module):
         """(b, T, dim) → (b, C, l, dim), a view."""
         if x.shape[1] < self.block:
             return x.new_empty(x.shape[0], 0, self.block, self.dim)
+        if self.stride == self.block:  # a gradient that is a view, too, where that of unfold is a sum
+            return x[:, : x.shape[1] // self.block * self.block].unflatten(1, (-1, self.block))
         return x.unfold(1, self.block, self.stride).transpose(2, 3)  # unfold puts l last
 
     def extra_repr(self) -> str:

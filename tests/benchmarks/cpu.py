@@ -40,7 +40,7 @@ def inputs(tokens: int) -> list[Tensor]:
 
 def sparse(q: Tensor, k: Tensor, v: Tensor, stride: int = BLOCK) -> Tensor:
     pool = nsa.AvgPoolCompressor(DIM, stride)
-    k_cmp, v_cmp = (pool(x[0].transpose(0, 1)).transpose(0, 1)[None] for x in (k, v))
+    k_cmp, v_cmp = (pool(x.squeeze(0).transpose(0, 1)).transpose(0, 1)[None] for x in (k, v))
     gates = torch.full((*q.shape[:3], 3), 0.5)
     sizes = {"block_size": stride, "stride": stride, "select_block_size": BLOCK, "topk_blocks": TOPK}
     return nsa.nsa_attention(q, k, v, k_cmp, v_cmp, gates, local_window=WINDOW, **sizes)
