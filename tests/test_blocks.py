@@ -222,7 +222,15 @@ def test_without_forced_blocks_even_the_own_block_must_earn_its_place() -> None:
     assert choose(importance, 2, topk_blocks=2, local_blocks=0)[5] == [0, 1]
 
 
-@pytest.mark.parametrize("blocks", [5, 300, 5000])
+@pytest.mark.parametrize("blocks", [4, 90, 100, 255, 256, 300])
+def test_rows_of_any_length(blocks: int, random: Random) -> None:
+    """torch.topk has several algorithms, by the length of a row and the number of places; here 4."""
+    importance = random.integers(0, blocks // 2, (40, blocks)).double()
+    ranked = importance.sort(dim=-1, descending=True, stable=True).indices[:, :4].sort(dim=-1).values
+    assert torch.equal(_choose_blocks(importance, torch.full((40,), blocks - 1), 1, 4, 0, 0).long(), ranked)
+
+
+@pytest.mark.parametrize("blocks", [5, 200, 300, 5000])
 def test_ties_go_to_the_lower_index(blocks: int) -> None:
     """Also where rows are so long that sorting algorithms change, and where the tie is of some blocks only."""
     tied = torch.ones(1, blocks)
