@@ -225,9 +225,11 @@ def test_without_forced_blocks_even_the_own_block_must_earn_its_place() -> None:
 @pytest.mark.parametrize("blocks", [4, 90, 100, 255, 256, 300])
 def test_rows_of_any_length(blocks: int, random: Random) -> None:
     """torch.topk has several algorithms, by the length of a row and the number of places; here 4."""
-    importance = random.integers(0, blocks // 2, (40, blocks)).double()
-    ranked = importance.sort(dim=-1, descending=True, stable=True).indices[:, :4].sort(dim=-1).values
-    assert torch.equal(_choose_blocks(importance, torch.full((40,), blocks - 1), 1, 4, 0, 0).long(), ranked)
+    importance = 1e-3 * random.integers(0, blocks // 2, (40, blocks)).double()
+    query = random.integers(3, blocks, (40,))
+    behind = torch.arange(blocks) > query[:, None]
+    ranked = importance.masked_fill(behind, -1.0).sort(dim=-1, descending=True, stable=True).indices[:, :4]
+    assert torch.equal(_choose_blocks(importance, query, 1, 4, 0, 0).long(), ranked.sort(dim=-1).values)
 
 
 @pytest.mark.parametrize("blocks", [5, 200, 300, 5000])
