@@ -900,18 +900,19 @@ _SELECT_TILES = {
     (4, 256, False): {"TILES": 1, "TOKENS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1},
 }
 
-# (pass, bytes of a number, padded D up to): tiles of rows (query, head) and keys. Each comparison was one run on an
-# H200, bf16, ms. Forward, 16/16 heads, D 64, 32k: 1.73 (2 stages 1.85, 128 rows 2.1); 32/8, D 128, 64k: 9.8 (2 stages
-# 10.0, 3 stages 11.4, 128 rows 13.3). Backward, 16/16: 3.3 (2 stages 3.6, 1 stage 4.0); 32/8: 17.2 (32 rows 18.6,
-# 1 stage 19.4, 3 stages 22.0), 17.1 (8 warps 22.0). D above 128 and float32 are right but not tuned.
+# (pass, bytes of a number, padded D up to): tiles of rows (query, head) and keys. Each comparison is of the kernel in
+# one run on an H200, bf16, ms. Forward, 16/16 heads, D 64, 32k: 0.70 (1 stage 0.73, 3 stages 0.78, 128 rows 1.4); 32/8,
+# D 128, 64k: 5.6 (1 stage 6.2, 3 stages 7.0, 128 rows 9.0). Backward, 16/16: 1.65 (3 stages 1.8, 32 rows 1.7); 32/8:
+# 10.0 (3 stages 11.2, 64 rows and 2 stages 12.5, with 3 and 8 warps 17.2, with 3 stages 31). What spills in the loop
+# loses: two sums of 64 × 128 numbers leave few registers. D above 128 and float32 are right but not tuned.
 _SELECTIVE_TILES = {
-    ("forward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1},
-    ("forward", 2, 128): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1},
+    ("forward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
+    ("forward", 2, 128): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
     ("forward", 2, 256): {"ROWS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 1},
     ("forward", 4, 64): {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
     ("forward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
-    ("backward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3},
-    ("backward", 2, 128): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
+    ("backward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
+    ("backward", 2, 128): {"ROWS": 32, "KEYS": 64, "num_warps": 4, "num_stages": 4},
     ("backward", 2, 256): {"ROWS": 16, "KEYS": 32, "num_warps": 8, "num_stages": 1},
     ("backward", 4, 64): {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
     ("backward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
@@ -926,8 +927,8 @@ _COUNT_BYTES = 64 << 20
 _PLACE = {"TILE": 32, "num_warps": 1}
 _CUT = 2048  # blocks that are cut into tiles at a time
 
-# Heads in a group from which on the query is the outer loop, in the forward. In the backward they change the tiles:
-# their rows lie side by side, and one more stage pays. 64/4 heads, D 128, 8k: 3.43 ms (2 stages 3.61).
+# Heads in a group from which on the query is the outer loop, in the forward. In the backward their rows lie side by
+# side, and one stage less will do. 64/4 heads, D 128, 64k: 18.6 ms (4 stages 20.0).
 _QUERY_OUTER_GROUP = 16
 _LARGE_GROUP_STAGES = 3
 # A warp for every 16 heads. 64/4 heads, D 128, 64k: 13.6 ms (2 warps 14.0, 3 stages 14.6, 4 warps and 3 stages 15.2).
@@ -1145,9 +1146,12 @@ def _block_scores_kernel(
             keys_next = tl.trans(_load_tile(k_base, i_next, stride_kt, exists_next, D, DP))
             p_next = tl.zeros([TOKENS, BLOCKS * PART], tl.float32)
         # probabilities, summed over the group; masked once, after the sum
+        lse_row = lse_base + t.to(tl.int64) * stride_lt
+        lse_next = tl.load(lse_row, mask=in_chunk, other=0.0)
         for g in range(G):
             queries = _load_tile(q_base + g * stride_qh, t, stride_qt, in_chunk, D, DP)
-            lse_g = tl.load(lse_base + t.to(tl.int64) * stride_lt + g * stride_lh, mask=in_chunk, other=0.0) * _TL_LOG2E
+            lse_g = lse_next * _TL_LOG2E
+            lse_next = tl.load(lse_row + (g + 1) * stride_lh, mask=in_chunk & (g + 1 < G), other=0.0)
             s = tl.dot(queries, keys, input_precision=PRECISION)
             p += tl.exp2(s * (scale * _TL_LOG2E) - lse_g[:, None])
             if TILES == 2:
@@ -2191,11 +2195,12 @@ def _selective_partial_kernel(
     exists = (n < SELECT) & (token < end)
     keys = tl.trans(_load_tile(k_base, token, stride_kt, exists, D, DP))  # here, so that it stays in shared memory
     values = _load_tile(v_base, token, stride_vt, exists, D, DP)
+    row = row_first + tl.arange(0, ROWS)
+    pair = tl.load(pairs + first + row // G, mask=row < row_last, other=0)
     for r in tl.range(row_first, row_last, ROWS):
         # the queries that chose this block, by the heads of the group
         row = r + tl.arange(0, ROWS)
         row_mask = row < row_last
-        pair = tl.load(pairs + first + row // G, mask=row_mask, other=0)
         t = tl.where(row_mask, t0 + pair // S, -1)
         queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
 
@@ -2225,6 +2230,8 @@ def _selective_partial_kernel(
         out = (z.to(tl.int64) * n_pairs + pair) * G + row % G
         _store_tile(o_part, o, out, D, row_mask, D, DP)
         tl.store(lse_part + out, top + tl.log2(total), mask=row_mask)
+        # early: rows that are gathered by numbers of the same round would wait for them
+        pair = tl.load(pairs + first + (row + ROWS) // G, mask=row + ROWS < row_last, other=0)
 
 
 @_kernel
@@ -2312,8 +2319,8 @@ def _selective_query_kernel(
     total = tl.zeros([HEADS], tl.float32)
     merged = tl.zeros([HEADS, DP], tl.float32)
     parts: tl.constexpr = (SELECT + KEYS - 1) // KEYS
+    j = tl.load(blocks)
     for step in tl.range(0, S * parts, num_stages=STAGES):
-        j = tl.load(blocks + step // parts)
         first = tl.maximum(j, 0) * SELECT + step % parts * KEYS + (t - position)
         n = step % parts * KEYS + tl.arange(0, KEYS)
         keys = tl.reshape(k_desc.load([b, first, h, 0]), [KEYS, DP])
@@ -2328,6 +2335,7 @@ def _selective_query_kernel(
         total = total * shrink + tl.sum(p, axis=1)
         merged = merged * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         top = new_top
+        j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
     merged = merged / tl.where(total > 0, total, 1.0)[:, None]
     row = _output_rows(b, t, z, g, tl.num_programs(0), K, G)
     _store_selective(merged, top + tl.log2(total), o, lse, mixed, gates, local, compressed, row, g < G, D, DP)
@@ -2446,11 +2454,12 @@ def _selective_gradient_kernel(
     shift_base, delta_base = shift + z.to(tl.int64) * rows_pad, delta + z.to(tl.int64) * rows_pad
     dk = tl.zeros([KEYS, DP], tl.float32)
     dv = tl.zeros([KEYS, DP], tl.float32)
+    row = row_first + tl.arange(0, ROWS)
+    pair = tl.load(pairs + first + row // G, mask=row < row_last, other=0)
     for r in range(row_first, row_last, ROWS):
         # the queries that chose this block
         row = r + tl.arange(0, ROWS)
         row_mask = row < row_last
-        pair = tl.load(pairs + first + row // G, mask=row_mask, other=0)
         t = tl.where(row_mask, t0 + pair // S, -1)
         term = (t0 + pair // S) * GROUP_PAD + row % G
         queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
@@ -2466,9 +2475,11 @@ def _selective_gradient_kernel(
         dp = tl.dot(values, tl.trans(d_out), input_precision=PRECISION)
         ds = (p * (dp - delta_t[None, :])).to(queries.dtype)
         dk += tl.dot(ds, queries, input_precision=PRECISION)
-        dq = tl.dot(tl.trans(ds), keys, input_precision=PRECISION) * scale
+        dq = tl.trans(tl.dot(tl.trans(keys), ds, input_precision=PRECISION)) * scale
         out = ((z.to(tl.int64) * n_pairs + pair) * PARTS + part) * G + row % G
         _store_tile(dq_part, dq, out, D, row_mask, D, DP)
+        # early: rows that are gathered by numbers of the same round would wait for them
+        pair = tl.load(pairs + first + (row + ROWS) // G, mask=row + ROWS < row_last, other=0)
 
     out = ((z.to(tl.int64) * n_tiles + tile) * PARTS + part) * KEYS + tl.arange(0, KEYS)
     _store_tile(dk_part, dk * scale, out, D, exists, D, DP)
