@@ -281,6 +281,28 @@ class _Staircase(NamedTuple):
         return block * self.stride + self.block_size - 1, torch.full_like(block, torch.iinfo(block.dtype).max)
 
 
+class _Recent(NamedTuple):
+    """The last blocks of each query, up to its own, which it chooses whatever their scores (§3.3.2)."""
+
+    select_block_size: int
+    blocks: int
+
+    def others(self, block_indices: Tensor) -> Tensor:
+        """The slots, ascending, without those that only recent blocks take."""
+        return block_indices[..., : block_indices.shape[-1] - self.blocks]
+
+    def first(self, query: Tensor) -> Tensor:
+        """The first key of each query's recent blocks."""
+        return ((query // self.select_block_size - self.blocks + 1) * self.select_block_size).clamp(min=0)
+
+    def end(self, key: Tensor) -> Tensor:
+        """The first query that no longer has each key in its recent blocks."""
+        return (key // self.select_block_size + self.blocks) * self.select_block_size
+
+
+_NOTHING_RECENT = _Recent(1, 0)
+
+
 def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size: int, blocks: int) -> Tensor:
     """Paper eq. 9: probabilities of compressed blocks → importance of selection blocks.
 
@@ -872,15 +894,16 @@ _TL_FORCED = _constexpr(0x7F800000)  # the bits of infinity
 # Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
 
 # (query rows, keys, warps, stages) of each kernel's tile by padded head dim. Head dims 64 and 128 are the best of a
-# sweep on an H200 in bf16 (G = 1 and 16); 256 and float32 are right but not tuned. Two programs of 4 warps on a
-# multiprocessor overlap one's softmax with the other's products, which mostly beats one program of 8 warps.
+# sweep on an H200 in bf16 (G = 1 and 16; the local ones with recent blocks, G = 4 as well); 256 and float32 are right
+# but not tuned. Two programs of 4 warps on a multiprocessor overlap one's softmax with the other's products, which
+# mostly beats one program of 8 warps.
 _SPAN_TILES = {
     "compressed_forward": {64: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
     "compressed_dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     "compressed_dkv": {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 2)},
-    "local_forward": {64: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
-    "local_dq": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-    "local_dkv": {64: (32, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 64, 8, 2)},
+    "local_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (128, 64, 8, 2)},
+    "local_dq": {64: (64, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+    "local_dkv": {64: (32, 64, 4, 3), 128: (32, 64, 4, 4), 256: (32, 64, 8, 2)},
     "float32": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 _FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
@@ -996,6 +1019,11 @@ def _chunk_tokens(bytes_per_token: int, T: int) -> int:
 def _merge_rows(D: int) -> int:
     """Rows that a program of a merge takes: 16 numbers a thread."""
     return max(2048 // _padded(D), 1)
+
+
+def _unroll(slots: int) -> int:
+    """How many slots to read at a time, so that none are left over."""
+    return max(n for n in range(1, 8) if slots % n == 0)
 
 
 def _key_tile(keys: int, select_block_size: int) -> int:
@@ -1430,80 +1458,106 @@ def _triton_gated_row_terms(
 # A tile of query rows packs tokens × G heads, so that the heads of a group share every key that is loaded: row n of key
 # head k is token n // Gp, head k·G + n % Gp, where Gp is G rounded up to a power of two.
 #
-# Packed sequences bring tables in place of the arithmetic: `spans` has first(t) and end(t) of every query, `seen` the
-# first query that sees a key and one past the last. Both ascend from sequence to sequence, so a tile may straddle them.
+# Each query chooses its own block and the local_blocks − 1 before it, whatever their scores: its recent blocks. Where
+# the window holds them (and both branches have the same keys), the local branch does them for the selective one, since
+# a tile of queries has nearly all of their keys in common, and the products q·k and do·v are the same:
+#
+#     recent(t) = (t//l' − local_blocks + 1)·l', at least 0, is the first of their keys; without any it is end(t)
+#
+# The forward takes the recent keys first and writes their o and lse, a part that the selective branch merges. The
+# backward adds what both branches give: ds = p_local·(do·v − delta_local) + p_selective·(do·v − delta_selective).
+#
+# Packed sequences bring tables in place of the arithmetic: `spans` has first(t), recent(t) and end(t) of every query,
+# `seen` the first query that sees a key, one past the last to which it is recent, and one past the last that sees it.
+# All ascend from sequence to sequence, so a tile may straddle them.
 
 
 @_kernel
-def _span_first(t, WINDOW: tl.constexpr, spans=None):
+def _span_first(t, WINDOW: tl.constexpr):
     """first(t): the first key that query t sees."""
-    if spans is not None:
-        first = tl.load(spans + 2 * t)
-    elif WINDOW == 0:
-        first = t * 0
-    else:
+    first = t * 0
+    if WINDOW > 0:
         first = tl.maximum(t + 1 - WINDOW, 0)
     return first
 
 
 @_kernel
-def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, spans=None):
+def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """end(t): one past the last key that query t sees."""
+    return tl.maximum(t + 1 - BLOCK_SIZE + STRIDE, 0) // STRIDE
+
+
+@_kernel
+def _sees(
+    t, spans, exists, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    SELECT: tl.constexpr, RECENT: tl.constexpr,
+):  # fmt: skip
+    """(first, recent, end): query t sees the keys [first, end), and from `recent` on they are in its recent blocks."""
     if spans is not None:
-        end = tl.load(spans + 2 * t + 1)
+        first = tl.load(spans + 3 * t, mask=exists, other=0)
+        recent = tl.load(spans + 3 * t + 1, mask=exists, other=0)
+        end = tl.load(spans + 3 * t + 2, mask=exists, other=0)
     else:
-        end = tl.maximum(t + 1 - BLOCK_SIZE + STRIDE, 0) // STRIDE
-    return end
+        first, end = _span_first(t, WINDOW), _span_end(t, BLOCK_SIZE, STRIDE)
+        recent = end
+        if RECENT > 0:
+            recent = tl.maximum(t // SELECT - (RECENT - 1), 0) * SELECT
+    return first, recent, end
 
 
 @_kernel
-def _span_mask(t, key, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether query t sees the key."""
-    seen = key * STRIDE + (BLOCK_SIZE - 1) <= t
-    if WINDOW > 0:
-        seen = seen & (key > t - WINDOW)
-    return seen
-
-
-@_kernel
-def _bounds(table, i, exists):
-    """[low, high) of `spans` or `seen` for what stays during a program, empty where it does not exist."""
-    low, high = i, i
-    if table is not None:
-        low = tl.load(table + 2 * i, mask=exists, other=0)
-        high = tl.load(table + 2 * i + 1, mask=exists, other=0)
-    return low, high
+def _seen_by(
+    key, T, seen, exists, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    SELECT: tl.constexpr, RECENT: tl.constexpr,
+):  # fmt: skip
+    """(first, recent, end): the queries [first, end) see the key, and up to `recent` it is in their recent blocks."""
+    if seen is not None:
+        first = tl.load(seen + 3 * key, mask=exists, other=0)
+        recent = tl.load(seen + 3 * key + 1, mask=exists, other=0)
+        end = tl.load(seen + 3 * key + 2, mask=exists, other=0)
+    else:
+        first = key * STRIDE + (BLOCK_SIZE - 1)
+        recent, end = first, first * 0 + T
+        if RECENT > 0:
+            recent = (key // SELECT + RECENT) * SELECT
+        if WINDOW > 0:
+            end = tl.minimum(key + WINDOW, T)
+    return first, recent, end
 
 
 @_kernel
 def _key_tiles(
-    t_low, t_high, spans, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr
-):
-    """Tiles of keys that the queries t_low..t_high see: (first key, tiles before the full ones, full ones, all)."""
+    t_low, t_high, spans, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    SELECT: tl.constexpr, RECENT: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys that the queries t_low..t_high see: (first key, tiles before the full ones, full ones, the first
+    that has recent keys, one past the last that has others, all). Of a full one all see all keys, and none is recent.
+    """
     if spans is not None:
         t_low = tl.minimum(t_low, t_high)  # the last tile may begin behind the last query, of which there is no span
-    first, end = _span_first(t_low, WINDOW, spans), _span_end(t_high, BLOCK_SIZE, STRIDE, spans)
-    before = tl.cdiv(_span_first(t_high, WINDOW, spans) - first, KEYS)  # some have moved past the tile's first keys
-    full = tl.maximum((_span_end(t_low, BLOCK_SIZE, STRIDE, spans) - first) // KEYS - before, 0)
-    return first, before, full, tl.cdiv(end - first, KEYS)
+    first, recent, _ = _sees(t_low, spans, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
+    first_seen_by_all, recent_of_some, end = _sees(t_high, spans, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
+    if RECENT > 0:
+        first = first // KEYS * KEYS  # so that tiles end where blocks do
+    before = tl.cdiv(first_seen_by_all - first, KEYS)  # some have moved past the tile's first keys
+    recent_tile, others = (recent - first) // KEYS, tl.cdiv(recent_of_some - first, KEYS)
+    full = tl.maximum(recent_tile - before, 0)
+    return first, before, full, recent_tile, others, tl.cdiv(end - first, KEYS)
 
 
 @_kernel
 def _row_tiles(
-    key_low, key_high, T, C, seen, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    key_low, key_high, T, C, seen, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, WINDOW: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of query rows that see any of the keys key_low..key_high: (first, first full, end of full, end)."""
+    """Tiles of query rows that see any of the keys key_low..key_high: (first, first full, end of full, end).
+
+    Of a full one all rows see all keys, and have none of them in their recent blocks.
+    """
     if seen is not None:
         key_high = tl.minimum(key_high, C - 1)
-        t_first, t_full_end = tl.load(seen + 2 * key_low), tl.load(seen + 2 * key_low + 1)
-        t_full, t_end = tl.load(seen + 2 * key_high), tl.load(seen + 2 * key_high + 1)
-    else:
-        t_first, t_end = key_low * STRIDE + (BLOCK_SIZE - 1), T
-        t_full, t_full_end = key_high * STRIDE + (BLOCK_SIZE - 1), T
-        if WINDOW > 0:
-            t_end = tl.minimum(T, key_high + WINDOW)
-            t_full_end = tl.minimum(T, key_low + WINDOW)
+    t_first, _, t_full_end = _seen_by(key_low, T, seen, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
+    _, t_full, t_end = _seen_by(key_high, T, seen, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
     first, end = tl.minimum(t_first, T) * GROUP_PAD // ROWS, tl.cdiv(t_end * GROUP_PAD, ROWS)
     full = tl.minimum(tl.cdiv(tl.minimum(t_full, T) * GROUP_PAD, ROWS), end)
     full_end = tl.maximum(t_full_end * GROUP_PAD // ROWS, full)
@@ -1559,19 +1613,18 @@ def _load_keys(desc, b, k, start, KEYS: tl.constexpr, DIM: tl.constexpr):
 
 @_kernel
 def _forward_tile(
-    acc, peak, total, q, k_desc, v_desc, b, k, start, t, low, high, spans, scale,
-    MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    acc, peak, total, q, k_desc, v_desc, b, k, start, low, high, scale,
+    MASKED: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of the online softmax: s = scale*q.k, p = exp2(s - peak), acc += p.v, total += sum p."""
+    """One tile of keys of the online softmax: s = scale*q.k, p = exp2(s - peak), acc += p.v, total += sum p.
+
+    Where it is masked, a row sees the keys [low, high).
+    """
     keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
     s = tl.dot(q, keys.T, input_precision=PRECISION)
     if MASKED:
-        key = start + tl.arange(0, KEYS)
-        seen = _span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW)
-        if spans is not None:
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        s = tl.where(seen, s, float("-inf"))
+        key = (start + tl.arange(0, KEYS))[None, :]
+        s = tl.where((key >= low[:, None]) & (key < high[:, None]), s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
     shift = new_peak
     if MASKED:  # a row without a visible key so far: any finite shift keeps its exponentials at exactly 0
@@ -1583,14 +1636,26 @@ def _forward_tile(
     return acc, new_peak, total * fade + tl.sum(p, 1)
 
 
+@_kernel
+def _store_attention(
+    acc, peak, total, o_ptr, o_strides, lse_ptr, b, head, t, exists, T, H, D, DIM: tl.constexpr
+):
+    """Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf."""
+    _store_rows(o_ptr, o_strides, acc / tl.where(total == 0.0, 1.0, total)[:, None], b, head, t, exists, D, DIM)
+    tl.store(lse_ptr + (b.to(tl.int64) * T + t) * H + head, (peak + tl.log2(total)) * _TL_LN2, mask=exists)
+
+
 @_kernel(do_not_specialize=["T"])
 def _span_forward_kernel(
-    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, spans, T, H, K, D, scale,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, o_recent_ptr, lse_recent_ptr, spans, T, H, K, D, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    SELECT: tl.constexpr, RECENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o_t = sum_i p_ti v_i, p_ti = exp(scale*q_t.k_i - lse_t), lse_t = log sum_i exp(scale*q_t.k_i), i in span(t)."""
+    """o_t = sum_i p_ti v_i, p_ti = exp(scale*q_t.k_i - lse_t), lse_t = log sum_i exp(scale*q_t.k_i), i in span(t).
+
+    Where RECENT, o_recent and lse_recent are the same over the keys in the recent blocks alone.
+    """
     # Which tile: the last tokens see the most keys and go first, so that no long program starts late.
     heads = tl.num_programs(0) // tl.cdiv(T * GROUP_PAD, ROWS)  # B * K
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
@@ -1600,60 +1665,71 @@ def _span_forward_kernel(
     q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    # Tiles that every row sees whole, then the ones at both edges of the span.
-    low, high = _bounds(spans, t, exists)
-    first, before, full, tiles = _key_tiles(t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
+    low, recent, high = _sees(t, spans, exists, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
+    first, before, full, recent_tiles, tiles, end = _key_tiles(
+        t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT
+    )
+    # The recent keys, whose sum is a result by itself; on top of it tiles that every row sees whole, then the ones at
+    # both edges of what is left.
+    if RECENT > 0:
+        for j in range(recent_tiles, end):
+            acc, peak, total = _forward_tile(
+                acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, recent, high, scale * _TL_LOG2E,
+                True, KEYS, DIM, PRECISION,
+            )  # fmt: skip
+        _store_attention(
+            acc, peak, total, o_recent_ptr, o_strides, lse_recent_ptr, b, k * GROUP + g, t, exists, T, H, D, DIM
+        )
     for j in range(before, before + full):
         acc, peak, total = _forward_tile(
-            acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, t, low, high, spans, scale * _TL_LOG2E,
-            False, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+            acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, low, recent, scale * _TL_LOG2E,
+            False, KEYS, DIM, PRECISION,
         )  # fmt: skip
     for j in range(tiles - full):
         start = first + tl.where(j < before, j, j + full) * KEYS
         acc, peak, total = _forward_tile(
-            acc, peak, total, q, k_desc, v_desc, b, k, start, t, low, high, spans, scale * _TL_LOG2E,
-            True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+            acc, peak, total, q, k_desc, v_desc, b, k, start, low, recent, scale * _TL_LOG2E,
+            True, KEYS, DIM, PRECISION,
         )  # fmt: skip
-    # Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf.
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    _store_rows(o_ptr, o_strides, acc, b, k * GROUP + g, t, exists, D, DIM)
-    row = (b.to(tl.int64) * T + t) * H + k * GROUP + g
-    tl.store(lse_ptr + row, (peak + tl.log2(total)) * _TL_LN2, mask=exists)
+    _store_attention(acc, peak, total, o_ptr, o_strides, lse_ptr, b, k * GROUP + g, t, exists, T, H, D, DIM)
 
 
 @_kernel
 def _dq_tile(
-    dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, low, high, spans, scale,
-    MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, do, shift, delta, selected_shift, selected_delta, k_desc, v_desc, b, k, start, low, recent, high, scale,
+    MASKED: tl.constexpr, RECENT: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: p = exp2(scale*q.k - shift), ds = p * (do.v - delta), dq += ds.k."""
+    """One tile of keys: p = exp2(scale*q.k - shift), ds = p * (do.v - delta), dq += ds.k.
+
+    Where it is masked, a row sees the keys [low, high); those from `recent` on in the selective branch as well.
+    """
     keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
     values = _load_keys(v_desc, b, k, start, KEYS, DIM)
     s = tl.dot(q, keys.T, input_precision=PRECISION)
     dp = tl.dot(do, values.T, input_precision=PRECISION)
     p = tl.exp2(s * scale - shift[:, None])
     if MASKED:
-        key = start + tl.arange(0, KEYS)
-        seen = _span_mask(t[:, None], key[None, :], BLOCK_SIZE, STRIDE, WINDOW)
-        if spans is not None:
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-        p = tl.where(seen, p, 0.0)
+        key = (start + tl.arange(0, KEYS))[None, :]
+        p = tl.where((key >= low[:, None]) & (key < high[:, None]), p, 0.0)
     ds = p * (dp - delta[:, None])
+    if MASKED and RECENT > 0:
+        p = tl.exp2(s * scale - selected_shift[:, None])
+        p = tl.where((key >= recent[:, None]) & (key < high[:, None]), p, 0.0)
+        ds += p * (dp - selected_delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
 
 @_kernel(do_not_specialize=["T"])
 def _span_dq_kernel(
-    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, shift_ptr, delta_ptr, dq_ptr, dq_strides,
-    spans, T, K, D, rows_pad, scale,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
+    dq_ptr, dq_strides, spans, T, K, D, rows_pad, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ADD: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    WINDOW: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), p_ti = exp(scale*q_t.k_i - shift_t).
 
-    Added to what dq holds, where ADD.
+    Added to what dq holds, where ADD. Where RECENT, ds_ti of the selective branch is added for the recent keys.
     """
     heads = tl.num_programs(0) // (rows_pad // ROWS)  # B * K
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
@@ -1664,20 +1740,25 @@ def _span_dq_kernel(
     q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
     n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
     shift, delta = tl.load(shift_ptr + n), tl.load(delta_ptr + n)
+    selected_shift, selected_delta = shift, delta
+    if RECENT > 0:
+        selected_shift, selected_delta = tl.load(selected_shift_ptr + n), tl.load(selected_delta_ptr + n)
     dq = tl.zeros((ROWS, DIM), tl.float32)
     # Tiles that every row sees whole, then the ones at both edges of the span.
-    low, high = _bounds(spans, t, exists)
-    first, before, full, tiles = _key_tiles(t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW)
+    low, recent, high = _sees(t, spans, exists, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
+    first, before, full, _, _, end = _key_tiles(
+        t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT
+    )
     for j in range(before, before + full):
         dq = _dq_tile(
-            dq, q, do, shift, delta, k_desc, v_desc, b, k, first + j * KEYS, t, low, high, spans, scale * _TL_LOG2E,
-            False, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+            dq, q, do, shift, delta, selected_shift, selected_delta, k_desc, v_desc, b, k, first + j * KEYS,
+            low, recent, high, scale * _TL_LOG2E, False, RECENT, KEYS, DIM, PRECISION,
         )  # fmt: skip
-    for j in range(tiles - full):
+    for j in range(end - full):
         start = first + tl.where(j < before, j, j + full) * KEYS
         dq = _dq_tile(
-            dq, q, do, shift, delta, k_desc, v_desc, b, k, start, t, low, high, spans, scale * _TL_LOG2E,
-            True, BLOCK_SIZE, STRIDE, WINDOW, KEYS, DIM, PRECISION,
+            dq, q, do, shift, delta, selected_shift, selected_delta, k_desc, v_desc, b, k, start,
+            low, recent, high, scale * _TL_LOG2E, True, RECENT, KEYS, DIM, PRECISION,
         )  # fmt: skip
     dq *= scale
     if ADD:
@@ -1687,12 +1768,15 @@ def _span_dq_kernel(
 
 @_kernel
 def _dkv_tile(
-    dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, low, high, seen, scale,
-    MASKED: tl.constexpr, GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
+    b, k, tile, low, recent, high, scale,
+    MASKED: tl.constexpr, RECENT: tl.constexpr, GROUP_PAD: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows, transposed so that p is an operand as it stands: dv += p'.do, dk += ds'.q."""
+    """One tile of query rows, transposed so that p is an operand as it stands: dv += p'.do, dk += ds'.q.
+
+    Where it is masked, the queries [low, high) see a key; those up to `recent` in the selective branch as well.
+    """
     n = tile * ROWS + tl.arange(0, ROWS)
     shift = tl.load(shift_ptr + n)
     delta = tl.load(delta_ptr + n)
@@ -1703,24 +1787,31 @@ def _dkv_tile(
     p = tl.exp2(s * scale - shift[None, :])
     if MASKED:
         t = (n // GROUP_PAD)[None, :]
-        sees = _span_mask(t, key[:, None], BLOCK_SIZE, STRIDE, WINDOW)
-        if seen is not None:
-            sees = (t >= low[:, None]) & (t < high[:, None])
-        p = tl.where(sees, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        p = tl.where((t >= low[:, None]) & (t < high[:, None]), p, 0.0)
+    p_sum = p
+    if MASKED and RECENT > 0:
+        selected = tl.exp2(s * scale - tl.load(selected_shift_ptr + n)[None, :])
+        selected = tl.where((t >= low[:, None]) & (t < recent[:, None]), selected, 0.0)
+        p_sum += selected
+    dv = tl.dot(p_sum.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
+    if MASKED and RECENT > 0:
+        ds += selected * (dp - tl.load(selected_delta_ptr + n)[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @_kernel(do_not_specialize=["T", "C", "B", "row_tiles_per_part"])
 def _span_dkv_kernel(
-    do_desc, q_desc, k_desc, v_desc, shift_ptr, delta_ptr, dk_desc, dv_desc,
-    seen, T, K, C, B, rows_pad, row_tiles_per_part, scale, GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    do_desc, q_desc, k_desc, v_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr, dk_desc, dv_desc,
+    seen, T, K, C, B, rows_pad, row_tiles_per_part, scale, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, WINDOW: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv_i = sum_t p_ti do_t and dk_i = scale * sum_t ds_ti q_t over one part of the query rows."""
+    """dv_i = sum_t p_ti do_t and dk_i = scale * sum_t ds_ti q_t over one part of the query rows.
+
+    Where RECENT, p_ti and ds_ti of the selective branch are added for the queries in whose recent blocks the key is.
+    """
     # Which part of the rows and which keys: later parts are seen by more keys and go first.
     heads = B * K
     key_tiles = tl.cdiv(C, KEYS)
@@ -1728,7 +1819,7 @@ def _span_dkv_kernel(
     start = tl.program_id(0) // heads % key_tiles * KEYS
     b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
     first, full, full_end, end = _row_tiles(
-        start, start + KEYS - 1, T, C, seen, ROWS, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW
+        start, start + KEYS - 1, T, C, seen, ROWS, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT
     )
     low, high = part * row_tiles_per_part, (part + 1) * row_tiles_per_part
     if seen is not None:  # few of all rows see the tile, and it is those that are split
@@ -1741,20 +1832,24 @@ def _span_dkv_kernel(
     keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
     values = _load_keys(v_desc, b, k, start, KEYS, DIM)
     key = start + tl.arange(0, KEYS)
-    t_low, t_high = _bounds(seen, key, key < C)
-    shift_ptr += (b.to(tl.int64) * K + k) * rows_pad
-    delta_ptr += (b.to(tl.int64) * K + k) * rows_pad
+    t_low, t_recent, t_high = _seen_by(key, T, seen, key < C, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
+    row = (b.to(tl.int64) * K + k) * rows_pad
+    shift_ptr += row
+    delta_ptr += row
+    if RECENT > 0:
+        selected_shift_ptr += row
+        selected_delta_ptr += row
     dk, dv = tl.zeros((KEYS, DIM), tl.float32), tl.zeros((KEYS, DIM), tl.float32)
     for tile in range(full, full_end):
         dk, dv = _dkv_tile(
-            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, t_low, t_high, seen,
-            scale * _TL_LOG2E, False, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
+            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
+            b, k, tile, t_low, t_recent, t_high, scale * _TL_LOG2E, False, RECENT, GROUP_PAD, ROWS, DIM, PRECISION,
         )  # fmt: skip
     for j in range(first, end - full_end + full):
         tile = tl.where(j < full, j, j - full + full_end)
         dk, dv = _dkv_tile(
-            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, b, k, tile, key, t_low, t_high, seen,
-            scale * _TL_LOG2E, True, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, ROWS, DIM, PRECISION,
+            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
+            b, k, tile, t_low, t_recent, t_high, scale * _TL_LOG2E, True, RECENT, GROUP_PAD, ROWS, DIM, PRECISION,
         )  # fmt: skip
     dk_desc.store([part * B + b, k, start, 0], (dk * scale).to(dk_desc.dtype).reshape(1, 1, KEYS, DIM))
     dv_desc.store([part * B + b, k, start, 0], dv.to(dv_desc.dtype).reshape(1, 1, KEYS, DIM))
@@ -1813,43 +1908,46 @@ def _processors(device: torch.device) -> int:
 
 
 def _span_tables(
-    packing: _Packing | None, keys: int, BLOCK_SIZE: int, STRIDE: int, WINDOW: int
+    packing: _Packing | None, keys: int, BLOCK_SIZE: int, STRIDE: int, WINDOW: int, SELECT: int, RECENT: int
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`spans` (T, 2) and `seen` (keys, 2) of packed sequences."""
+    """`spans` (T, 3) and `seen` (keys, 3) of packed sequences."""
     if packing is None:
         return None, None
-    rule = _Window(WINDOW) if WINDOW > 0 else _Staircase(BLOCK_SIZE, STRIDE)
+    rule, recent = _Window(WINDOW) if WINDOW > 0 else _Staircase(BLOCK_SIZE, STRIDE), _Recent(SELECT, RECENT)
     counts = rule.span(packing.lengths - 1)[1]  # a sequence's last query sees its last key
     sequence, query = packing.tokens
-    spans = torch.stack(rule.span(query), 1) + _edges(counts)[sequence, None]
+    first, end = rule.span(query)
+    spans = torch.stack([first, recent.first(query) if RECENT else end, end], 1) + _edges(counts)[sequence, None]
     sequence, key = _runs(counts, keys)
     first, end = rule.seen_by(key)
-    seen = torch.stack([first, end.minimum(packing.lengths[sequence])], 1) + packing.edges[sequence, None]
+    seen = torch.stack([first, recent.end(key) if RECENT else first, end], 1)
+    seen = seen.minimum(packing.lengths[sequence, None]) + packing.edges[sequence, None]
     return spans, seen
 
 
 def _span_forward(
     branch: str, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: _Packing | None, **span: int
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of the queries over their spans of keys."""
+) -> tuple[Tensor, ...]:
+    """Output and log-sum-exp of the queries over their spans of keys; then over recent blocks, if there are any."""
     B, T, H, D = q.shape
     C, K = k.shape[1:3]
-    lse = q.new_empty((B, T, H), dtype=torch.float32)
+    of_one = lambda: [q.new_empty(q.shape), q.new_empty((B, T, H), dtype=torch.float32)]  # noqa: E731
+    results = of_one() + (of_one() if span["RECENT"] else [])
     if q.numel() == 0 or C == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse.fill_(float("-inf"))
-    q, k, v, o = _unit_stride(q), _aligned(k), _aligned(v), q.new_empty(q.shape)
+        return tuple(x.fill_(float("-inf") if i % 2 else 0.0) for i, x in enumerate(results))
+    q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
     rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
     grid = (_cdiv(T * options["GROUP_PAD"], rows) * B * K,)
     spans, _ = _span_tables(packing, C, **span)
     _span_forward_kernel[grid](
-        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), o, o.stride(),
-        lse, spans, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), results[0], results[0].stride(),
+        results[1], *results[-2:], spans, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
-    return o, lse
+    return tuple(results)
 
 
 def _span_dq(
-    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
     spans: Tensor | None, **span: int,
 ) -> Tensor:  # fmt: skip
     """dq, added to what is there."""
@@ -1857,9 +1955,10 @@ def _span_dq(
     K = k.shape[2]
     rows, keys, options = _tile_sizes(f"{branch}_dq", q, K)
     out = q.new_empty(q.shape) if dq is None else dq
-    _span_dq_kernel[(terms.shift.numel() // rows,)](
-        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms,
-        out, out.stride(), spans, T, K, D, terms.shift.shape[-1], scale,
+    rows_pad = terms[0].shift.shape[-1]
+    _span_dq_kernel[(rows_pad // rows * q.shape[0] * K,)](
+        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms[0], *terms[-1],
+        out, out.stride(), spans, T, K, D, rows_pad, scale,
         GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return out
@@ -1876,7 +1975,7 @@ def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
 
 
 def _span_dkv(
-    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float,
+    branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float,
     seen: Tensor | None, longest: int, **span: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
@@ -1889,8 +1988,8 @@ def _span_dkv(
     dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
     _span_dkv_kernel[(parts * key_tiles * B * K,)](
         _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
-        *terms, _key_descriptor(dk, keys), _key_descriptor(dv, keys), seen,
-        T, K, C, B, terms.shift.shape[-1], _cdiv(row_tiles, parts), scale,
+        *terms[0], *terms[-1], _key_descriptor(dk, keys), _key_descriptor(dv, keys), seen,
+        T, K, C, B, terms[0].shift.shape[-1], _cdiv(row_tiles, parts), scale,
         **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
@@ -1899,10 +1998,10 @@ def _span_dkv(
 
 
 def _span_backward(
-    branch: str, do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
+    branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
     packing: _Packing | None, **span: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values."""
+    """Gradients of queries, keys and values; the last terms are those of the selective branch, if blocks are recent."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
@@ -1912,30 +2011,46 @@ def _span_backward(
     return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
 
 
+def _taken_over(window: int, select_block_size: int, topk_blocks: int, local_blocks: int) -> _Recent:
+    """The recent blocks, if the local branch does them for the selective one: it sees their keys anyway, at once for
+    all queries. The window must hold them, and other blocks must be left to choose.
+    """
+    holds = local_blocks * select_block_size <= window and local_blocks < topk_blocks
+    return _Recent(select_block_size, local_blocks) if holds else _NOTHING_RECENT
+
+
+def _local_span(window: int, recent: _Recent) -> dict[str, int]:
+    constants = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
+    return constants | {"SELECT": recent.select_block_size, "RECENT": recent.blocks}
+
+
+def _compressed_span(block_size: int, stride: int) -> dict[str, int]:
+    return {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0, "SELECT": 1, "RECENT": 0}
+
+
 def _triton_local_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, packing: _Packing | None = None
-) -> tuple[Tensor, Tensor]:
-    """Local branch: o (B, T, H, D) and lse (B, T, H)."""
-    span = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
-    return _span_forward("local", q, k, v, scale, packing, **span)
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, recent: _Recent = _NOTHING_RECENT,
+    packing: _Packing | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Local branch: o (B, T, H, D) and lse (B, T, H); then the same over the recent blocks alone, if there are any."""
+    return _span_forward("local", q, k, v, scale, packing, **_local_span(window, recent))
 
 
 def _triton_local_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None,
-    packing: _Packing | None = None,
+    selective_terms: _RowTerms | None = None, recent: _Recent = _NOTHING_RECENT, packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Local branch: dq, dk, dv."""
-    span = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
-    return _span_backward("local", do, terms, q, k, v, scale, dq, packing, **span)
+    """Local branch: dq, dk, dv; with what the selective branch adds to them in the recent blocks, if there are any."""
+    terms = [terms, selective_terms or terms]
+    return _span_backward("local", do, terms, q, k, v, scale, dq, packing, **_local_span(window, recent))
 
 
 def _triton_compressed_forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, stride: int, scale: float,
     packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Compressed branch: o (B, T, H, D) and lse (B, T, H)."""
-    span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
-    return _span_forward("compressed", q, k_cmp, v_cmp, scale, packing, **span)
+    return _span_forward("compressed", q, k_cmp, v_cmp, scale, packing, **_compressed_span(block_size, stride))
 
 
 def _triton_compressed_backward(
@@ -1943,8 +2058,8 @@ def _triton_compressed_backward(
     block_size: int, stride: int, scale: float, dq: Tensor | None, packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compressed branch: dq, dk_cmp, dv_cmp."""
-    span = {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0}
-    return _span_backward("compressed", do, terms, q, k_cmp, v_cmp, scale, dq, packing, **span)
+    span = _compressed_span(block_size, stride)
+    return _span_backward("compressed", do, [terms], q, k_cmp, v_cmp, scale, dq, packing, **span)
 
 
 # Selective: pairs in order of their block ─────────────────────────────────────────────────────────────────────────────
@@ -1955,6 +2070,8 @@ def _triton_compressed_backward(
 # query gathers keys. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. For large
 # groups, whose heads fill a tile by themselves, the forward keeps the query outside. Where both passes exchange loops
 # and one chunk takes all queries, pairs are sorted once: the forward of the whole keeps them for its backward.
+#
+# Where the local branch does the recent blocks, they and the slots that only they take are left out here.
 #
 # The blocks of packed sequences are numbered on from one sequence to the next, and cut their tokens into runs as well.
 # Two tables: `places` has the position of every query in its sequence and the number of that sequence's first block,
@@ -1981,11 +2098,19 @@ def _block_tokens(j, edges, T, SELECT: tl.constexpr):
 
 
 @_kernel
-def _load_pair_block(blocks, pair, in_range, places, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr):
-    """The block of each pair, and whether it counts: free slots and blocks after the query do not."""
+def _counts(j, position, SELECT: tl.constexpr, RECENT: tl.constexpr):
+    """Whether a slot holds a block that counts: free slots, blocks after the query, and recent blocks do not."""
+    return (j >= 0) & (j <= position // SELECT - RECENT)
+
+
+@_kernel
+def _load_pair_block(
+    blocks, pair, in_range, places, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr
+):
+    """The block of each pair, and whether it counts."""
     t = t0 + pair // S
     j = tl.load(blocks + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
-    valid = in_range & (j >= 0) & (j <= _position(t, places, in_range) // SELECT)
+    valid = in_range & _counts(j, _position(t, places, in_range), SELECT, RECENT)
     if places is not None:
         j += tl.load(places + 2 * t + 1, mask=in_range, other=0)
     return j, valid
@@ -1994,13 +2119,13 @@ def _load_pair_block(blocks, pair, in_range, places, t0, stride_t, S: tl.constex
 @_kernel
 def _count_pairs_kernel(
     block_indices, counts, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
-    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """counts[z, j, run] = how many pairs of this run of RUN pairs chose block j."""
     run, z = tl.program_id(0), tl.program_id(1)
     blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
     pair = run * RUN + tl.arange(0, RUN)
-    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT)
+    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT, RECENT)
     cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
     tl.atomic_add(counts + cell, 1, mask=valid, sem="relaxed")
 
@@ -2008,7 +2133,8 @@ def _count_pairs_kernel(
 @_kernel
 def _place_pairs_kernel(
     block_indices, left, ends, pairs, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
-    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr, RUN: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """pairs[ends[z, j, run] - left[z, j, run] + rank] = pair, of the pairs of this run that chose j: a stable sort.
 
@@ -2020,11 +2146,11 @@ def _place_pairs_kernel(
     lane = tl.arange(0, TILE)
     weight = tl.where(lane[:, None] < lane[None, :], 1, 1 << 16)  # low half: before me; high half: me and after me
     pair = run * RUN + lane
-    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT)
+    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT, RECENT)
     for first in range(TILE, RUN + TILE, TILE):
         next_pair = run * RUN + first + lane  # asked for early; the round after the last is empty
         in_run = (next_pair < n_pairs) & (first < RUN)
-        next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, places, t0, stride_t, S, SELECT)
+        next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, places, t0, stride_t, S, SELECT, RECENT)
         cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
         waiting = tl.load(left + cell, mask=valid, other=0)
         place = tl.load(ends + cell, mask=valid, other=0) - waiting
@@ -2070,21 +2196,23 @@ def _cut_tiles_kernel(
 class _BlockTables(NamedTuple):
     """All that the kernels need to know of selection blocks; the tables are those of packed sequences."""
 
+    size: int  # l'
+    recent: int  # of each query's last blocks so many are left to the local branch
     count: int  # N
     places: Tensor | None  # (T, 2)
     edges: Tensor | None  # (N + 1,)
 
 
-def _block_tables(tokens: int, select_block_size: int, packing: _Packing | None) -> _BlockTables:
+def _block_tables(tokens: int, select_block_size: int, recent: int, packing: _Packing | None) -> _BlockTables:
     if packing is None:
-        return _BlockTables(_selection_count(tokens, select_block_size), None, None)
+        return _BlockTables(select_block_size, recent, _selection_count(tokens, select_block_size), None, None)
     count = sum(_selection_count(length, select_block_size) for length in packing.on_host)
     counts = _selection_count(packing.lengths, select_block_size)
     sequence, position = packing.tokens
     places = torch.stack([position, _edges(counts)[sequence]], 1)
     sequence, block = _runs(counts, count)
     first = packing.edges[sequence] + block * select_block_size
-    return _BlockTables(count, places, torch.cat([first, packing.edges[-1:]]))
+    return _BlockTables(select_block_size, recent, count, places, torch.cat([first, packing.edges[-1:]]))
 
 
 class _Pairs(NamedTuple):
@@ -2108,7 +2236,7 @@ class _Tiles(NamedTuple):
     bound: int  # of the number of tiles, known without looking at the data
 
 
-def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables, select_block_size: int) -> _Pairs:
+def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables) -> _Pairs:
     """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place."""
     B, _, K, S = block_indices.shape
     Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
@@ -2118,7 +2246,7 @@ def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTab
     n_runs = _cdiv(n_pairs, run)
     counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
     shape = (blocks.places, n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
-    constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
+    constants = {"K": K, "S": S, "SELECT": blocks.size, "RECENT": blocks.recent, "RUN": run}
     _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *shape, **constants, num_warps=4)
     ends = counts.cumsum(0, dtype=torch.int32)
     pairs = torch.zeros(Z * n_pairs, dtype=torch.int32, device=device)  # free slots are no pairs; what is left stays 0
@@ -2175,7 +2303,7 @@ def _selective_partial_kernel(
     T, n_blocks, n_tiles, n_pairs, t0, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    RECENT: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o_part[t, s] = softmax(scale q[t] . k) v over the tokens <= t of the block in slot s; lse_part in base 2.
 
@@ -2206,7 +2334,10 @@ def _selective_partial_kernel(
 
         # softmax over the block's first tile of keys, which holds a visible one; a longer block goes on online
         s = tl.dot(queries, keys, input_precision=PRECISION) * (scale * _TL_LOG2E)
-        s = tl.where(exists[None, :] & (token[None, :] <= t[:, None]), s, float("-inf"))
+        visible = exists[None, :]
+        if RECENT == 0:  # else all of the block lies before its queries
+            visible &= token[None, :] <= t[:, None]
+        s = tl.where(visible, s, float("-inf"))
         top = tl.where(row_mask, tl.max(s, axis=1), 0.0)
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, axis=1)
@@ -2262,12 +2393,15 @@ def _store_selective(
 
 @_kernel
 def _selective_merge_kernel(
-    o_part, lse_part, block_indices, o, lse, mixed, gates, local, compressed, places, T, n_tokens, t0,
-    stride_ib, stride_it, stride_ik,
+    o_part, lse_part, o_recent, lse_recent, block_indices, o, lse, mixed, gates, local, compressed, places,
+    T, n_tokens, t0, stride_ib, stride_it, stride_ik,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    SP: tl.constexpr, ROWS: tl.constexpr,
+    RECENT: tl.constexpr, SP: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] - lse[t]) o_part[t, s]."""
+    """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] - lse[t]) o_part[t, s].
+
+    Where RECENT, o_recent and lse_recent are one more part.
+    """
     z = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
     row_mask = row < n_tokens * G
@@ -2281,33 +2415,45 @@ def _selective_merge_kernel(
     s = tl.arange(0, SP)[None, :]
     slot_mask = row_mask[:, None] & (s < S)
     j = tl.load(blocks + t.to(tl.int64)[:, None] * stride_it + s, mask=slot_mask, other=-1)
-    taken = (j >= 0) & (j <= (position // SELECT)[:, None])
+    taken = _counts(j, position[:, None], SELECT, RECENT)
     lse_s = tl.load(lse_part + part[:, None] + s * G, mask=taken, other=float("-inf"))
     top = tl.max(lse_s, axis=1)
-    total = tl.sum(tl.exp2(lse_s - tl.where(top == float("-inf"), 0.0, top)[:, None]), axis=1)
+    out = _output_rows(z // K, t, z, row % G, T, K, G)
+    if RECENT > 0:
+        lse_r = tl.load(lse_recent + out, mask=row_mask, other=float("-inf")) * _TL_LOG2E
+        top = tl.maximum(top, lse_r)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lse_s - finite[:, None]), axis=1)
+    if RECENT > 0:
+        total += tl.exp2(lse_r - finite)
     lse_t = top + tl.log2(total)
 
     # weighted sum, slot by slot
     merged = tl.zeros([ROWS, DP], tl.float32)
-    for slot in tl.range(0, S, loop_unroll_factor=4):
+    if RECENT > 0:
+        w = tl.where(row_mask, tl.exp2(lse_r - lse_t), 0.0)
+        merged += w[:, None] * _load_tile(o_recent, out, D, row_mask, D, DP).to(tl.float32)
+    for slot in tl.range(0, S, loop_unroll_factor=UNROLL):
         block = tl.load(blocks + t.to(tl.int64) * stride_it + slot, mask=row_mask, other=-1)
-        used = (block >= 0) & (block <= position // SELECT)
+        used = _counts(block, position, SELECT, RECENT)
         w = tl.exp2(tl.load(lse_part + part + slot * G, mask=used, other=float("-inf")) - lse_t)
         mask = used[:, None] & (d < D)[None, :]
         o_slot = tl.load(o_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
         merged += tl.where(used, w, 0.0)[:, None] * o_slot.to(tl.float32)
-    out = _output_rows(z // K, t, z, row % G, T, K, G)
     _store_selective(merged, lse_t, o, lse, mixed, gates, local, compressed, out, row_mask, D, DP)
 
 
 @_kernel
 def _selective_query_kernel(
-    q, k_desc, v_desc, block_indices, o, lse, mixed, gates, local, compressed, places, scale,
+    q, k_desc, v_desc, o_recent, lse_recent, block_indices, o, lse, mixed, gates, local, compressed, places, scale,
     stride_qb, stride_qt, stride_qh, stride_ib, stride_it, stride_ik,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    RECENT: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o[t] = softmax(scale q[t] . k) v over the tokens <= t of the blocks that t chose; one token, its whole group."""
+    """o[t] = softmax(scale q[t] . k) v over the tokens <= t of the blocks that t chose; one token, its whole group.
+
+    Where RECENT, o_recent and lse_recent are a part of it.
+    """
     t, z = tl.program_id(0), tl.program_id(1)
     position = _position(t, places, True)
     b, h = z // K, z % K
@@ -2326,7 +2472,7 @@ def _selective_query_kernel(
         keys = tl.reshape(k_desc.load([b, first, h, 0]), [KEYS, DP])
         values = tl.reshape(v_desc.load([b, first, h, 0]), [KEYS, DP])
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
-        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= position)
+        visible = _counts(j, position, SELECT, RECENT) & (n < SELECT) & (j * SELECT + n <= position)
         s = tl.where(visible[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -2336,20 +2482,28 @@ def _selective_query_kernel(
         merged = merged * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         top = new_top
         j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
-    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
     row = _output_rows(b, t, z, g, tl.num_programs(0), K, G)
+    if RECENT > 0:
+        lse_r = tl.load(lse_recent + row, mask=g < G, other=0.0) * _TL_LOG2E
+        new_top = tl.maximum(top, lse_r)
+        shrink, share = tl.exp2(top - new_top), tl.exp2(lse_r - new_top)
+        recent = _load_tile(o_recent, row, D, g < G, D, DP).to(tl.float32)
+        total, merged, top = total * shrink + share, merged * shrink[:, None] + share[:, None] * recent, new_top
+    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
     _store_selective(merged, top + tl.log2(total), o, lse, mixed, gates, local, compressed, row, g < G, D, DP)
 
 
-def _selective_by_query(q, k, v, block_indices, outputs, places, select_block_size, scale, tiles) -> None:
+def _selective_by_query(q, k, v, recent, block_indices, outputs, blocks, scale, tiles) -> None:
     """Launch the query-outer order: grid (token, key head), so that one key head at a time has the L2."""
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     tile = [1, tiles["KEYS"], 1, _padded(D)]
     k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
     _selective_query_kernel[(T, B * K, _cdiv(H // K, tiles["HEADS"]))](
-        q, k_desc, v_desc, block_indices, *outputs, places, scale, *q.stride()[:3], *block_indices.stride()[:3],
-        K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=select_block_size, PRECISION=_precision(), **tiles,
+        q, k_desc, v_desc, *recent, block_indices, *outputs, blocks.places, scale,
+        *q.stride()[:3], *block_indices.stride()[:3],
+        K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=blocks.size, RECENT=blocks.recent, PRECISION=_precision(),
+        **tiles,
     )  # fmt: skip
 
 
@@ -2360,35 +2514,37 @@ def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
 
 def _launch_selective(
     gated: list[Tensor], q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
-    packing: _Packing | None,
+    recent: _Recent, recent_part: tuple[Tensor, ...], packing: _Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """o (B, T, H, D) and lse (B, T, H) of the branch; with [gates, o of local, of compressed] the gated sum, and
-    what is kept for the backward.
+    what is kept for the backward. Of recent blocks, `recent_part` has the o and lse.
     """
+    block_indices = recent.others(block_indices)
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z = H // K, B * K
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
+    recent_part = recent_part or (None, None)  # its o and lse
     o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
     mixed = torch.empty_like(o) if gated else None
     outputs = (o, lse, mixed, *(x.contiguous() for x in gated)) if gated else (o, lse, *[None] * 4)
-    blocks = _block_tables(T, select_block_size, packing)
+    blocks = _block_tables(T, select_block_size, recent.blocks, packing)
     if _query_outer(q, k, v, G):
         heads = min(max(_power_of_2(G), 16), 64)
         tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
         tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
-        _selective_by_query(q, k, v, block_indices, outputs, blocks.places, select_block_size, scale, tiles)
+        _selective_by_query(q, k, v, recent_part, block_indices, outputs, blocks, scale, tiles)
         return o, lse, mixed, []
     tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
     chunk = _chunk_tokens(B * H * S * D * q.element_size(), T)
     o_part = torch.empty(Z * chunk * S * G, D, dtype=q.dtype, device=q.device)
     lse_part = torch.empty(Z * chunk * S * G, dtype=torch.float32, device=q.device)
     merge_rows = _merge_rows(D)
-    constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": select_block_size}
+    constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": blocks.size, "RECENT": blocks.recent}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
+        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks)
         cut = _cut_tiles(pairs, Z, blocks.count, G, _FORWARD_SPAN)
         _selective_partial_kernel[(cut.bound, Z)](
             q, k, v, *cut[:3], o_part, lse_part, blocks.edges,
@@ -2397,8 +2553,8 @@ def _launch_selective(
             **tiles,
         )  # fmt: skip
         _selective_merge_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
-            o_part, lse_part, block_indices, *outputs, blocks.places, T, n_tokens, t0, *block_indices.stride()[:3],
-            **constants, SP=_power_of_2(S), ROWS=merge_rows,
+            o_part, lse_part, *recent_part, block_indices, *outputs, blocks.places, T, n_tokens, t0,
+            *block_indices.stride()[:3], **constants, SP=_power_of_2(S), ROWS=merge_rows, UNROLL=_unroll(S),
         )  # fmt: skip
     keeps = _kept_pairs(q, K, S, select_block_size, [] if packing is None else packing.on_host)
     return o, lse, mixed, list(cut[:2]) if keeps else []
@@ -2409,14 +2565,17 @@ def _triton_selective_forward(
     packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D) and lse (B, T, H): softmax over the tokens up to t of the blocks that t chose."""
-    return _launch_selective([], q, k, v, block_indices, select_block_size, scale, packing)[:2]
+    return _launch_selective([], q, k, v, block_indices, select_block_size, scale, _NOTHING_RECENT, (), packing)[:2]
 
 
 def _triton_gated_selective(
-    gates: Tensor, o_local: Tensor, o_compressed: Tensor, *selective: Any, packing: _Packing | None = None
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    gates: Tensor, o_local: Tensor, o_compressed: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
+    select_block_size: int, scale: float, *recent_part: Tensor, recent: _Recent = _NOTHING_RECENT,
+    packing: _Packing | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Gates where the last branch is written: the outputs of the others are read once, its own not at all."""
-    o, lse, mixed, kept = _launch_selective([gates, o_local, o_compressed], *selective, packing)
+    selective = (q, k, v, block_indices, select_block_size, scale, recent, recent_part, packing)
+    o, lse, mixed, kept = _launch_selective([gates, o_local, o_compressed], *selective)
     return mixed, o, lse, kept
 
 
@@ -2452,6 +2611,7 @@ def _selective_gradient_kernel(
     q_base = q + b * stride_qb + h * G * stride_qh
     do_base = do + b * stride_db + h * G * stride_dh
     shift_base, delta_base = shift + z.to(tl.int64) * rows_pad, delta + z.to(tl.int64) * rows_pad
+    dq_base = dq_part + (z.to(tl.int64) * n_pairs * PARTS + part) * G * D
     dk = tl.zeros([KEYS, DP], tl.float32)
     dv = tl.zeros([KEYS, DP], tl.float32)
     row = row_first + tl.arange(0, ROWS)
@@ -2476,8 +2636,7 @@ def _selective_gradient_kernel(
         ds = (p * (dp - delta_t[None, :])).to(queries.dtype)
         dk += tl.dot(ds, queries, input_precision=PRECISION)
         dq = tl.trans(tl.dot(tl.trans(keys), ds, input_precision=PRECISION)) * scale
-        out = ((z.to(tl.int64) * n_pairs + pair) * PARTS + part) * G + row % G
-        _store_tile(dq_part, dq, out, D, row_mask, D, DP)
+        _store_tile(dq_base, dq, pair * (PARTS * G) + row % G, D, row_mask, D, DP)
         # early: rows that are gathered by numbers of the same round would wait for them
         pair = tl.load(pairs + first + (row + ROWS) // G, mask=row + ROWS < row_last, other=0)
 
@@ -2518,7 +2677,7 @@ def _sum_over_tiles_kernel(
 def _sum_over_slots_kernel(
     dq_part, block_indices, dq, places, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    RECENT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; added to what dq holds, where ADD."""
     z = tl.program_id(1)
@@ -2535,9 +2694,9 @@ def _sum_over_slots_kernel(
     total = tl.zeros([ROWS, DP], tl.float32)
     if ADD:
         total += tl.load(dq + out[:, None] + d[None, :], mask=out_mask, other=0.0).to(tl.float32)
-    for slot in tl.range(0, S * PARTS, loop_unroll_factor=4):
+    for slot in tl.range(0, S * PARTS, loop_unroll_factor=UNROLL):
         block = tl.load(blocks + t.to(tl.int64) * stride_it + slot // PARTS, mask=row_mask, other=-1)
-        mask = ((block >= 0) & (block <= position // SELECT))[:, None] & (d < D)[None, :]
+        mask = _counts(block, position, SELECT, RECENT)[:, None] & (d < D)[None, :]
         dq_slot = tl.load(dq_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
         total += dq_slot.to(tl.float32)
     tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=out_mask)
@@ -2556,19 +2715,22 @@ def _triton_selective_backward(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
     sorted_pairs: list[Tensor] | None = None,
+    recent: _Recent = _NOTHING_RECENT,
     packing: _Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order.
 
     They are added to what is given, in place where that is possible. `sorted_pairs` are those that the forward kept.
+    Recent blocks are left out: the local branch does them.
     """
+    block_indices = recent.others(block_indices)
     B, T, H, D = q.shape
     K, S = block_indices.shape[2:]
     G, Z, DP = H // K, B * K, _padded(D)
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
     add_dq, add_dk = dq is not None, dk is not None
     dq = dq if add_dq else torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    blocks = _block_tables(T, select_block_size, packing)
+    blocks = _block_tables(T, select_block_size, recent.blocks, packing)
     tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
     if _large_group(q, G) and DP <= 128:
         tiles["num_stages"] = _LARGE_GROUP_STAGES
@@ -2587,7 +2749,7 @@ def _triton_selective_backward(
         if sorted_pairs:
             pairs = _Pairs(*sorted_pairs, stride=4, column=1)  # the forward's table
         else:
-            pairs = _sort_pairs(block_indices, t0, n_tokens, blocks, select_block_size)
+            pairs = _sort_pairs(block_indices, t0, n_tokens, blocks)
         cut = _cut_tiles(pairs, Z, blocks.count, G, span)
         rows = Z * cut.bound * parts * tiles["KEYS"]
         dk_part, dv_part = torch.empty(2, rows, D, dtype=torch.float32, device=q.device)
@@ -2603,7 +2765,7 @@ def _triton_selective_backward(
         )  # fmt: skip
         _sum_over_slots_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
             dq_part, block_indices, dq, blocks.places, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
-            **constants, G=G, S=S, ROWS=merge_rows, ADD=add_dq,
+            **constants, G=G, S=S, RECENT=blocks.recent, ROWS=merge_rows, ADD=add_dq, UNROLL=_unroll(S * parts),
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -2999,10 +3161,12 @@ class _Branch(NamedTuple):
     forward(q, k, v[, block_indices], *sizes, scale) → o, lse
     backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
 
-    The selective branch adds to dk and dv as well where they are given, and takes the pairs that its forward kept.
+    The selective branch adds to dk and dv as well where they are given, and takes the pairs that its forward kept. The
+    local branch's forward returns o and lse over recent blocks as well, if it does any for the selective branch, whose
+    terms its backward then takes, too.
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -3013,6 +3177,7 @@ class _Backend(NamedTuple):
     compressed: _Branch
     selective: _Branch
     select: Callable[..., Tensor]
+    taken_over: Callable[[int, int, int, int], _Recent]  # what the local branch does for the selective one
     gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
     kept_pairs: Callable[..., list[tuple[int, ...]]]  # shapes of what the former returns last, for the backward
     row_terms: Callable[..., _RowTerms]
@@ -3026,6 +3191,7 @@ _BACKENDS = {
         _Branch(_torch_compressed_forward, _torch_compressed_backward),
         _Branch(_torch_selective_forward, _torch_selective_backward),
         _torch_select,
+        lambda *_: _NOTHING_RECENT,
         _torch_gated_selective,
         lambda *_: [],
         _torch_row_terms,
@@ -3037,6 +3203,7 @@ _BACKENDS = {
         _Branch(_triton_compressed_forward, _triton_compressed_backward),
         _Branch(_triton_selective_forward, _triton_selective_backward),
         _triton_select,
+        _taken_over,
         _triton_gated_selective,
         _kept_pairs,
         _triton_row_terms,
@@ -3046,16 +3213,25 @@ _BACKENDS = {
 }
 
 
-def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> _Backend:
-    """The backend, for packed sequences where there are any; PyTorch's is given one sequence at a time."""
+def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int], recent: _Recent = _NOTHING_RECENT) -> _Backend:
+    """The backend, for packed sequences and for recent blocks that the local branch does, where there are any.
+
+    PyTorch's is given one sequence at a time, and its selective branch all blocks.
+    """
     on = _BACKENDS[backend]
-    if not lengths:
-        return on
-    packing = _Packing(cu_seqlens, lengths)
-    packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
-    local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
-    branches = {"local": local, "compressed": compressed, "selective": selective}
-    return on._replace(**branches, select=packed(on.select), gated_selective=packed(on.gated_selective))
+    if recent.blocks:
+        apart = lambda function: functools.partial(function, recent=recent)  # noqa: E731
+        selective = _Branch(on.selective.forward, apart(on.selective.backward))
+        on = on._replace(
+            local=_Branch(*map(apart, on.local)), selective=selective, gated_selective=apart(on.gated_selective)
+        )
+    if lengths:
+        packing = _Packing(cu_seqlens, lengths)
+        packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
+        local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
+        branches = {"local": local, "compressed": compressed, "selective": selective}
+        on = on._replace(**branches, select=packed(on.select), gated_selective=packed(on.gated_selective))
+    return on
 
 
 # Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
@@ -3092,6 +3268,14 @@ def _operator(function: Callable[..., Any]) -> Any:
 def _fake_output(q: Tensor) -> list[Tensor]:
     """Shapes of o and lse."""
     return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
+
+
+def _recent_blocks(backend: str, own_local_keys: bool, window: int, sizes: list[int]) -> _Recent:
+    """Those that the local branch does, which must have the selective one's keys; the sizes are those of `_select`."""
+    _, _, select_block_size, topk_blocks, _, local_blocks = sizes
+    if own_local_keys:
+        return _NOTHING_RECENT
+    return _BACKENDS[backend].taken_over(window, select_block_size, topk_blocks, local_blocks)
 
 
 def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
@@ -3164,23 +3348,25 @@ def _attention_forward(
     scale: float,
 ) -> list[Tensor]:
     """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, o and lse of each branch, block_indices, and kept pairs."""
-    (q, k, v, k_cmp, v_cmp, gates, *local), on = tensors, _on(backend, cu_seqlens, lengths)
-    o_local, lse_local = on.local.forward(q, *(local or (k, v)), window, scale)
+    q, k, v, k_cmp, v_cmp, gates, *local = tensors
+    on = _on(backend, cu_seqlens, lengths, _recent_blocks(backend, bool(local), window, sizes))
+    o_local, lse_local, *recent_part = on.local.forward(q, *(local or (k, v)), window, scale)
     o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
     chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
     selective = (q, k, v, chosen, sizes[2], scale)
-    o, o_selective, lse_selective, kept = on.gated_selective(gates, o_local, o_compressed, *selective)
+    o, o_selective, lse_selective, kept = on.gated_selective(gates, o_local, o_compressed, *selective, *recent_part)
     outputs, lses = (o_local, o_compressed, o_selective), (lse_local, lse_compressed, lse_selective)
     return [o.contiguous(), *outputs, *lses, chosen, *kept]
 
 
 @_attention_forward.register_fake
 def _(
-    tensors: list[Tensor], _: Tensor | None, lengths: list[int], backend: str, __: int, sizes: list[int], ___: float
+    tensors: list[Tensor], _: Tensor | None, lengths: list[int], backend: str, window: int, sizes: list[int], __: float
 ) -> list[Tensor]:
     q, k = tensors[:2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3], sizes[2], lengths)
+    recent = _recent_blocks(backend, len(tensors) > 6, window, sizes)
+    kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3] - recent.blocks, sizes[2], lengths)
     kept = [q.new_empty(shape, dtype=torch.int32) for shape in kept]
     return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, sizes), *kept]
 
@@ -3201,9 +3387,12 @@ def _attention_backward(
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
     do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
-    (k_local, v_local), on = tensors[14:] or (k, v), _on(backend, cu_seqlens, lengths)
+    k_local, v_local = tensors[14:] or (k, v)
+    recent = _recent_blocks(backend, bool(tensors[14:]), window, sizes)
+    on = _on(backend, cu_seqlens, lengths, recent)
     dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
-    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None)
+    also = terms[2:] if recent.blocks else []
+    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None, *also)
     dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
     shared = (None, None) if tensors[14:] else (dk_local, dv_local)
     dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq, *shared, kept)

@@ -25,8 +25,8 @@ from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every
 from conftest import assert_within_budget
 from test_decode_kernels import Step, at, decode, inputs, of_every_length
 from test_decode_kernels import assert_as_exact_as_plain as assert_step_as_exact_as_plain
-from test_kernels import CASES, LAYOUTS
-from test_packed import GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, NO_BLOCK, SPILL, EachAlone, Packed, Packing
+from test_kernels import CASES, LAYOUTS, RECENT
+from test_packed import IN_KERNELS, EachAlone, Packed, Packing
 from torch import Tensor, nn
 from training_runs import TINY, flags
 
@@ -93,7 +93,7 @@ SWEEP = (
     *((real(G, D), torch.bfloat16) for G, D in ((1, 64), (2, 192), (3, 80), (4, 128), (7, 16), (16, 256), (64, 96))),
     *((real(G, D, T=1027), torch.float16) for G, D in ((1, 128), (3, 192), (16, 64))),
     *((real(G, D, T=777), torch.float32) for G, D in ((1, 64), (4, 80), (7, 256), (16, 128))),
-    *((case, torch.bfloat16) for case in CASES),
+    *((case, torch.bfloat16) for case in (*CASES, *RECENT)),
 )
 LAYOUT_CASE = replace(real(2, 64), T=500)
 LONG = Case("64k", T=65536, H=64, K=4, D=128, block_size=32, stride=16, select_block_size=64, topk_blocks=16,
@@ -105,7 +105,7 @@ PACKED = (
     *((Packing(real(G, D), LENGTHS), torch.bfloat16) for G, D in ((1, 64), (3, 80), (4, 128), (16, 128), (64, 96))),
     *((Packing(real(G, D), LENGTHS), torch.float16) for G, D in ((1, 128), (16, 64))),
     *((Packing(real(G, D), LENGTHS), torch.float32) for G, D in ((2, 64), (16, 128))),
-    *((packing, torch.bfloat16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, NO_BLOCK, SPILL)),
+    *((packing, torch.bfloat16) for packing in dict.fromkeys(packing for packing, _ in IN_KERNELS)),
 )
 
 

@@ -73,6 +73,20 @@ CASES = (
          init_blocks=1, local_blocks=2, window=33),
     Case("everything_one", T=33, D=16, block_size=1, stride=1, select_block_size=1, topk_blocks=5, window=2),
 )  # fmt: skip
+# Blocks that the local branch does for the selective one: the window just holds them, or more; a tile of queries has
+# the same recent blocks, or several; blocks are shorter and longer than a tile of keys.
+RECENT = (
+    Case("recent_just_held", T=97, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=4,
+         init_blocks=1, local_blocks=2, window=32),
+    Case("recent_3_of_4", T=59, B=2, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8, topk_blocks=4,
+         local_blocks=3, window=30),
+    Case("recent_group_16", T=75, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=4,
+         local_blocks=2, window=40),
+    Case("recent_tiles", T=210, H=4, K=1, D=16, block_size=32, stride=16, select_block_size=64, topk_blocks=2,
+         window=70),
+    Case("recent_longer_than_a_tile", T=230, H=3, K=1, D=16, block_size=24, stride=8, select_block_size=72,
+         topk_blocks=2, window=72),
+)  # fmt: skip
 MIDDLE = replace(CASES[1], name="middle", T=41, B=2, D=17)
 # (case, dtype): all in float16, and in float32 those that bring a path of their own to it.
 IN_BOTH = [*((case, torch.float16) for case in CASES), *((case, torch.float32) for case in CASES[1:5])]
@@ -139,11 +153,54 @@ def test_each_branch_and_gradient(branch: Branch, case: Case, dtype: torch.dtype
 
 @interpreted
 @pytest.mark.parametrize(
-    "case, dtype", [*((case, torch.float16) for case in (CASES[0], MIDDLE, CASES[5])), (MIDDLE, torch.float32)], ids=str
+    "case, dtype",
+    [
+        *((case, torch.float16) for case in (CASES[0], MIDDLE, CASES[5], *RECENT)),
+        *((case, torch.float32) for case in (MIDDLE, RECENT[1], RECENT[2])),
+    ],
+    ids=str,
 )
 def test_the_whole_with_gates(case: Case, dtype: torch.dtype, random: Random) -> None:
     x = draw(whole, case, random, dtype)
     assert_as_exact_as_plain(whole, case, x, run(whole, TRITON, case, x, dtype))
+
+
+def choice_sizes(case: Case) -> list[int]:
+    """The sizes that the operators take."""
+    return list(case.choice.values())
+
+
+@pytest.mark.parametrize("case", RECENT, ids=str)
+def test_what_the_local_branch_does_for_the_selective_one(case: Case) -> None:
+    """The blocks left to the selective branch, and the keys from the first recent one on, are what was chosen."""
+    recent, position = nsa._recent_blocks("triton", False, case.window, choice_sizes(case)), torch.arange(case.T)
+    assert recent.blocks == case.local_blocks
+    own = position // case.select_block_size
+    importance = torch.rand(case.T, int(own[-1]) + 1, generator=torch.Generator().manual_seed(0))
+    chosen = nsa._choose_blocks(importance, position, *choice_sizes(case)[2:])
+    others = recent.others(chosen)
+    others = others.masked_fill(others > (own - recent.blocks)[:, None], -1)
+    key, query = position[None, :], position[:, None]
+    causal = key <= query
+    is_recent = causal & (key >= recent.first(query))
+    seen_in = lambda blocks: causal & (blocks[:, :, None] == (key // case.select_block_size)[:, None]).any(1)  # noqa: E731
+    assert torch.equal(is_recent, causal & (query < recent.end(key)))
+    assert not (seen_in(others) & is_recent).any()
+    assert torch.equal(seen_in(others) | is_recent, seen_in(chosen))
+
+
+@pytest.mark.parametrize(
+    "backend, own_local_keys, change",
+    [
+        ("torch", False, {}),
+        ("triton", True, {}),
+        ("triton", False, {"window": RECENT[1].window - 7}),  # one token short of three blocks of 8
+        ("triton", False, {"topk_blocks": 3}),  # nothing else to choose
+    ],
+)
+def test_when_the_local_branch_does_nothing_for_it(backend: str, own_local_keys: bool, change: dict[str, int]) -> None:
+    case = replace(RECENT[1], **change)
+    assert nsa._recent_blocks(backend, own_local_keys, case.window, choice_sizes(case)) == nsa._NOTHING_RECENT
 
 
 @interpreted
@@ -218,7 +275,7 @@ def test_pairs_in_order_of_their_block(
     case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
     chosen = random.block_indices(case)  # (B, T, K, S)
     N = -(-case.T // case.select_block_size)
-    in_order = nsa._sort_pairs(chosen, t0, n_tokens, nsa._block_tables(case.T, 8, None), 8)
+    in_order = nsa._sort_pairs(chosen, t0, n_tokens, nsa._block_tables(case.T, 8, 0, None))
     sorted_ = nsa._cut_tiles(in_order, case.B * case.K, N, group, size)
     again = nsa._cut_tiles(nsa._Pairs(in_order.pairs, sorted_.table, 4, 1), case.B * case.K, N, group, size)
     assert again.table.equal(sorted_.table) and again.block_of.equal(sorted_.block_of)
@@ -470,36 +527,41 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # differ in the selective branch. Decoding knows nothing of packing, and it is head dim 128 that leaves the fewest
 # registers for it.
 BRANCHES_AND_CHOICE = ("local", "compressed", "selective", "select")
-EVERYTHING = (*BRANCHES_AND_CHOICE, "gates", "decode")
+EVERYTHING = (*BRANCHES_AND_CHOICE, "whole", "decode")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
-    "4_heads_a_group_of_128": (4, 128, ("selective",), [1024]),
+    "4_heads_a_group_of_128": (4, 128, ("selective", "whole"), [1024]),
     "1_head_a_group_of_64": (1, 64, EVERYTHING, [1024]),
-    "16_heads_a_group_of_128_packed": (16, 128, BRANCHES_AND_CHOICE, [600, 0, 1, 423]),
+    "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "whole"), [600, 0, 1, 423]),
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
 SPANS = tuple(f"{branch}_{kernel}" for branch in ("local", "compressed") for kernel in ("forward", "dq", "dkv"))
-BY_BLOCK = (*SPANS, "selective_partial", "selective_gradient", "block_scores")
-BY_QUERY = (*SPANS, "selective_gradient", "block_scores")
-PRODUCTS = {
-    "16_heads_a_group_of_128": BY_QUERY,
-    "4_heads_a_group_of_128": ("selective_partial", "selective_gradient"),
-    "1_head_a_group_of_64": BY_BLOCK,
-}
-PRODUCTS |= {f"{name}_packed": kernels for name, kernels in PRODUCTS.items() if f"{name}_packed" in BUILDS}
+BY_BLOCK, BY_QUERY = ("selective_partial", "selective_gradient"), ("selective_gradient",)
+
+
+def with_products(name: str) -> tuple[str, ...]:
+    """What a build multiplies matrices with; in the whole the local branch does recent blocks for the selective one."""
+    G, _, launched, _ = BUILDS[name]
+    selective = BY_QUERY if G >= 16 else BY_BLOCK
+    kernels = (*SPANS, "block_scores") * ("local" in launched or "whole" in launched) + selective
+    recent = (*(kernel for kernel in SPANS if kernel.startswith("local")), *selective) * ("whole" in launched)
+    alone = tuple(kernel for kernel in kernels if "local" in launched or not kernel.startswith("local"))
+    return (*alone, *(f"{kernel}_recent" for kernel in recent))
+
+
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
 STEP = ("compressed", "choose", "attend")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
-    "local_forward": (53, 64),
-    "compressed_forward": (53, 64),
-    "compressed_dkv": (15, 24),
-    "selective_query": (11, 16),
-    "selective_gradient": (35, 48),
-    "block_scores": (24, 32),
+    "compressed_forward": (54, 64),
+    "compressed_dkv": (21, 24),
+    "selective_query": (28, 40),
+    "selective_gradient": (23, 32),
+    "sum_over_tiles": (1, 4),
+    "block_scores": (9, 16),
 }
 
 
@@ -525,9 +587,12 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
         branch.backward(q, terms, *inputs, *sizes, scale, q)
     if "select" in launched:
         kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
-    if "gates" in launched:
-        kernels.gated_selective(gates, q, q, q, k, k, chosen, 64, scale)
-        kernels.gated_row_terms(q, gates, [q] * 3, [lse] * 3, K)
+    if "whole" in launched:
+        edges, lengths = (torch.tensor([0, *lengths]).cumsum(0).int(), lengths) if len(lengths) > 1 else (None, [])
+        settings = (512, [32, 16, 64, S, 1, 2], scale)
+        inputs = (q, k, k, compressed_keys, compressed_keys, gates)
+        _, *saved = nsa._attention_forward(list(inputs), edges, lengths, "triton", *settings)
+        nsa._attention_backward([q, *saved[:7], *inputs], edges, lengths, "triton", saved[7:], *settings)
     if "decode" in launched:
         settings = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": S}
         keys, positions = (k, k, k, k, compressed_keys, compressed_keys), torch.zeros(1, 1, dtype=torch.int32)
@@ -545,8 +610,8 @@ def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
     path.write_bytes(cubin)
     code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "STL", "LDL")}
-    before_products, _, _ = code.rpartition("HGMMA")  # what follows only writes results
-    return counts | {"operands in registers": len(re.findall(r"\bLDSM\b", before_products))}
+    before, _, after = code.rpartition("HGMMA")  # what follows only writes results
+    return counts | {"loads": len(re.findall(r"\bLDSM\b", before)), "loads after": len(re.findall(r"\bLDSM\b", after))}
 
 
 def build(names: list[str], folder: str) -> None:
@@ -571,6 +636,8 @@ def build(names: list[str], folder: str) -> None:
         if label.startswith("span"):
             label = label.replace("span", "local" if options["WINDOW"] else "compressed")
         machine = disassemble(kernel.asm["cubin"], Path(folder) / "kernel.cubin")
+        fewer_slots = options.get("S", 16) < 16  # the gradient is told of recent blocks by nothing else
+        label += "_recent" * (options.get("RECENT", 0) > 0 or fewer_slots)
         built[label] = {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "machine": machine}
 
     JITFunction.run = compile_only
@@ -607,8 +674,8 @@ def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
     everything = {"choose", "row_terms", *(f"decode_{kernel}" for kernel in STEP)}
     rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_over_slots"}
-    assert set(PRODUCTS[name]) | rest <= set(kernels), f"only these were built: {list(kernels)}"
-    for kernel in PRODUCTS[name]:
+    assert set(with_products(name)) | rest <= set(kernels), f"only these were built: {list(kernels)}"
+    for kernel in with_products(name):
         assert kernels[kernel]["wgmma"] > 0, f"{kernel} does without Hopper's matrix unit"
 
 
@@ -619,9 +686,10 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
     if None in kernels.values():
         pytest.skip("needs cuobjdump, which some packages of Triton leave out")
     for kernel, machine in kernels.items():
-        _, limit = SPILLS.get(kernel, (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
+        _, limit = SPILLS.get(kernel.removesuffix("_recent"), (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
-        assert (machine["HGMMA"] > 0) == (kernel in PRODUCTS[name]), f"{kernel}: {machine}"
+        assert (machine["HGMMA"] > 0) == (kernel in with_products(name)), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
-    for kernel in set(SPANS) & set(kernels):
-        assert kernels[kernel]["operands in registers"] == 0, f"{kernel} keeps an operand of its products in registers"
+    for kernel in {kernel for kernel in kernels if kernel.removesuffix("_recent") in SPANS}:
+        writes = kernels[kernel]["loads after"] if kernel == "local_forward_recent" else 0  # it writes two results
+        assert kernels[kernel]["loads"] == writes, f"{kernel} keeps an operand of its products in registers"

@@ -361,9 +361,14 @@ SPILL = Packing(
          local_blocks=2, window=33),
     (30, 17, 3, 15),
 )  # fmt: skip
+RECENT_PACKED = Packing(
+    Case("recent_3_of_4", T=0, H=3, K=1, D=16, block_size=4, stride=4, select_block_size=8, topk_blocks=4,
+         local_blocks=3, window=24),
+    (50, 0, 7, 1, 29),
+)  # fmt: skip
 NO_BLOCK = Packing(OVERLAPPING, (3, 7, 1))
 IN_KERNELS = [*((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, SPILL)),
-              *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, NO_BLOCK))]  # fmt: skip
+              *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, RECENT_PACKED, NO_BLOCK))]  # fmt: skip
 every_kernel_packing = pytest.mark.parametrize("packing, dtype", IN_KERNELS, ids=str)
 
 
@@ -388,7 +393,7 @@ def test_kernels(branch: Branch, packing: Packing, dtype: torch.dtype, random: R
 
 
 @interpreted
-@pytest.mark.parametrize("packing", [GROUP_3, GROUP_16, NO_BLOCK], ids=str)
+@pytest.mark.parametrize("packing", [GROUP_1, GROUP_3, GROUP_16, RECENT_PACKED, NO_BLOCK], ids=str)
 def test_kernels_of_the_whole(packing: Packing, random: Random) -> None:
     assert_kernels_as_exact_as_plain(whole, packing, torch.float16, random)
 
