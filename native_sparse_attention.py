@@ -1459,8 +1459,8 @@ def _triton_gated_row_terms(
 # head k is token n // Gp, head k·G + n % Gp, where Gp is G rounded up to a power of two.
 #
 # Each query chooses its own block and the local_blocks − 1 before it, whatever their scores: its recent blocks. Where
-# the window holds them (and both branches have the same keys), the local branch does them for the selective one, since
-# a tile of queries has nearly all of their keys in common, and the products q·k and do·v are the same:
+# the window holds them (and both branches have the same keys), the local branch does them for the selective one: it
+# reads these keys anyway, for a whole tile of queries, and the products q·k and do·v are the same.
 #
 #     recent(t) = (t//l' − local_blocks + 1)·l', at least 0, is the first of their keys; without any it is end(t)
 #
@@ -2011,12 +2011,14 @@ def _span_backward(
     return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
 
 
-def _taken_over(window: int, select_block_size: int, topk_blocks: int, local_blocks: int) -> _Recent:
-    """The recent blocks, if the local branch does them for the selective one: it sees their keys anyway, at once for
-    all queries. The window must hold them, and other blocks must be left to choose.
+def _taken_over(q: Tensor, window: int, select_block_size: int, topk_blocks: int, local_blocks: int) -> _Recent:
+    """The recent blocks, if the local branch does them for the selective one.
+
+    The window must hold them, and other blocks must be left to choose. Not in float32: the sums over queries in dk and
+    dv are longer here than those of _SPAN, and one of larger numbers lost more than its error budget.
     """
     holds = local_blocks * select_block_size <= window and local_blocks < topk_blocks
-    return _Recent(select_block_size, local_blocks) if holds else _NOTHING_RECENT
+    return _Recent(select_block_size, local_blocks) if holds and q.dtype.itemsize == 2 else _NOTHING_RECENT
 
 
 def _local_span(window: int, recent: _Recent) -> dict[str, int]:
@@ -3177,7 +3179,7 @@ class _Backend(NamedTuple):
     compressed: _Branch
     selective: _Branch
     select: Callable[..., Tensor]
-    taken_over: Callable[[int, int, int, int], _Recent]  # what the local branch does for the selective one
+    taken_over: Callable[..., _Recent]  # what the local branch does for the selective one
     gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
     kept_pairs: Callable[..., list[tuple[int, ...]]]  # shapes of what the former returns last, for the backward
     row_terms: Callable[..., _RowTerms]
@@ -3270,12 +3272,12 @@ def _fake_output(q: Tensor) -> list[Tensor]:
     return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
 
 
-def _recent_blocks(backend: str, own_local_keys: bool, window: int, sizes: list[int]) -> _Recent:
+def _recent_blocks(backend: str, q: Tensor, own_local_keys: bool, window: int, sizes: list[int]) -> _Recent:
     """Those that the local branch does, which must have the selective one's keys; the sizes are those of `_select`."""
     _, _, select_block_size, topk_blocks, _, local_blocks = sizes
     if own_local_keys:
         return _NOTHING_RECENT
-    return _BACKENDS[backend].taken_over(window, select_block_size, topk_blocks, local_blocks)
+    return _BACKENDS[backend].taken_over(q, window, select_block_size, topk_blocks, local_blocks)
 
 
 def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
@@ -3349,7 +3351,7 @@ def _attention_forward(
 ) -> list[Tensor]:
     """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, o and lse of each branch, block_indices, and kept pairs."""
     q, k, v, k_cmp, v_cmp, gates, *local = tensors
-    on = _on(backend, cu_seqlens, lengths, _recent_blocks(backend, bool(local), window, sizes))
+    on = _on(backend, cu_seqlens, lengths, _recent_blocks(backend, q, bool(local), window, sizes))
     o_local, lse_local, *recent_part = on.local.forward(q, *(local or (k, v)), window, scale)
     o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
     chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
@@ -3365,7 +3367,7 @@ def _(
 ) -> list[Tensor]:
     q, k = tensors[:2]
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    recent = _recent_blocks(backend, len(tensors) > 6, window, sizes)
+    recent = _recent_blocks(backend, q, len(tensors) > 6, window, sizes)
     kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3] - recent.blocks, sizes[2], lengths)
     kept = [q.new_empty(shape, dtype=torch.int32) for shape in kept]
     return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, sizes), *kept]
@@ -3388,7 +3390,7 @@ def _attention_backward(
     """
     do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
     k_local, v_local = tensors[14:] or (k, v)
-    recent = _recent_blocks(backend, bool(tensors[14:]), window, sizes)
+    recent = _recent_blocks(backend, q, bool(tensors[14:]), window, sizes)
     on = _on(backend, cu_seqlens, lengths, recent)
     dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
     also = terms[2:] if recent.blocks else []

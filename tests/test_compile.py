@@ -349,12 +349,16 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with infinities
-@pytest.mark.parametrize("window", [CASE.window, CASE.select_block_size], ids=["window", "window_with_recent_blocks"])
-def test_opcheck_of_the_kernels(window: int) -> None:
+@pytest.mark.parametrize(
+    "window, dtype",
+    [(CASE.window, torch.float32), (CASE.select_block_size, torch.float16)],
+    ids=["shorter_than_a_block", "with_recent_blocks"],
+)
+def test_opcheck_of_the_kernels(window: int, dtype: torch.dtype) -> None:
     """Dtypes, shapes and strides; what else opcheck looks at does not depend on the backend."""
     if nsa.triton is None or not (nsa._INTERPRETED or torch.cuda.is_available()):
         pytest.skip("needs Triton, and its interpreter or a CUDA device")
-    made = calls(replace(CASE, T=9, B=1, window=window), "triton", torch.float32)
+    made = calls(replace(CASE, T=9, B=1, window=window), "triton", dtype)
     for name in ("select", "compressed backward", "attention forward", "attention backward"):
         operator, arguments = made[name]
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")

@@ -367,8 +367,10 @@ RECENT_PACKED = Packing(
     (50, 0, 7, 1, 29),
 )  # fmt: skip
 NO_BLOCK = Packing(OVERLAPPING, (3, 7, 1))
-IN_KERNELS = [*((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, SPILL)),
-              *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, RECENT_PACKED, NO_BLOCK))]  # fmt: skip
+IN_KERNELS = [
+    *((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, RECENT_PACKED, SPILL)),
+    *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, NO_BLOCK)),
+]
 every_kernel_packing = pytest.mark.parametrize("packing, dtype", IN_KERNELS, ids=str)
 
 
