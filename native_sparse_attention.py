@@ -1488,15 +1488,22 @@ def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @_kernel
+def _bounds(table, i, exists):
+    """(first, recent, end) of `spans` or `seen`, all 0 for what does not exist."""
+    first = tl.load(table + 3 * i, mask=exists, other=0)
+    recent = tl.load(table + 3 * i + 1, mask=exists, other=0)
+    end = tl.load(table + 3 * i + 2, mask=exists, other=0)
+    return first, recent, end
+
+
+@_kernel
 def _sees(
     t, spans, exists, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
     SELECT: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
     """(first, recent, end): query t sees the keys [first, end), and from `recent` on they are in its recent blocks."""
     if spans is not None:
-        first = tl.load(spans + 3 * t, mask=exists, other=0)
-        recent = tl.load(spans + 3 * t + 1, mask=exists, other=0)
-        end = tl.load(spans + 3 * t + 2, mask=exists, other=0)
+        first, recent, end = _bounds(spans, t, exists)
     else:
         first, end = _span_first(t, WINDOW), _span_end(t, BLOCK_SIZE, STRIDE)
         recent = end
@@ -1512,9 +1519,7 @@ def _seen_by(
 ):  # fmt: skip
     """(first, recent, end): the queries [first, end) see the key, and up to `recent` it is in their recent blocks."""
     if seen is not None:
-        first = tl.load(seen + 3 * key, mask=exists, other=0)
-        recent = tl.load(seen + 3 * key + 1, mask=exists, other=0)
-        end = tl.load(seen + 3 * key + 2, mask=exists, other=0)
+        first, recent, end = _bounds(seen, key, exists)
     else:
         first = key * STRIDE + (BLOCK_SIZE - 1)
         recent, end = first, first * 0 + T
