@@ -1057,11 +1057,19 @@ class _Packing:
     def __init__(self, cu_seqlens: Tensor, lengths: list[int]) -> None:
         self.edges, self.on_host = cu_seqlens.contiguous(), lengths
         self.lengths = self.edges.diff()
+        self.known: dict[_Staircase, tuple[Tensor, Tensor]] = {}
 
     @functools.cached_property
     def tokens(self) -> tuple[Tensor, Tensor]:
         """The sequence of every token, and the token's position there."""
         return _runs(self.lengths, sum(self.on_host))
+
+    def compressed(self, rule: _Staircase) -> tuple[Tensor, Tensor]:
+        """How many compressed keys each sequence has, and their edges."""
+        if rule not in self.known:
+            counts = rule.span(self.lengths - 1)[1]  # a sequence's last query sees its last key
+            self.known[rule] = counts, _edges(counts)
+        return self.known[rule]
 
 
 # Choice of blocks ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1307,8 +1315,8 @@ def _query_tiles(packing: _Packing, tokens: int, block_size: int, stride: int) -
 
     The position of the first query; the sequence's first token, its length, its first compressed key, their number.
     """
-    keys = _Staircase(block_size, stride).span(packing.lengths - 1)[1]
-    sequences = torch.stack([packing.edges[:-1], packing.lengths, _edges(keys)[:-1], keys], 1)
+    keys, edges = packing.compressed(_Staircase(block_size, stride))
+    sequences = torch.stack([packing.edges[:-1], packing.lengths, edges[:-1], keys], 1)
     tiles = sum(_cdiv(length, tokens) for length in packing.on_host)
     sequence, tile = _runs((packing.lengths + (tokens - 1)) // tokens, tiles)
     return torch.cat([tile[:, None] * tokens, sequences[sequence]], 1)
@@ -1912,22 +1920,36 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _span_tables(
-    packing: _Packing | None, keys: int, BLOCK_SIZE: int, STRIDE: int, WINDOW: int, SELECT: int, RECENT: int
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`spans` (T, 3) and `seen` (keys, 3) of packed sequences."""
+def _spans(
+    packing: _Packing | None, BLOCK_SIZE: int, STRIDE: int, WINDOW: int, SELECT: int, RECENT: int
+) -> Tensor | None:
+    """`spans` of packed sequences, (T, 3)."""
     if packing is None:
-        return None, None
-    rule, recent = _Window(WINDOW) if WINDOW > 0 else _Staircase(BLOCK_SIZE, STRIDE), _Recent(SELECT, RECENT)
-    counts = rule.span(packing.lengths - 1)[1]  # a sequence's last query sees its last key
+        return None
     sequence, query = packing.tokens
+    rule, edges = _Window(WINDOW), packing.edges
+    if WINDOW == 0:
+        rule = _Staircase(BLOCK_SIZE, STRIDE)
+        _, edges = packing.compressed(rule)
     first, end = rule.span(query)
-    spans = torch.stack([first, recent.first(query) if RECENT else end, end], 1) + _edges(counts)[sequence, None]
-    sequence, key = _runs(counts, keys)
+    recent = _Recent(SELECT, RECENT).first(query) if RECENT else end
+    return torch.stack([first, recent, end], 1) + edges[sequence, None]
+
+
+def _seen(
+    packing: _Packing | None, keys: int, BLOCK_SIZE: int, STRIDE: int, WINDOW: int, SELECT: int, RECENT: int
+) -> Tensor | None:
+    """`seen` of packed sequences, (keys, 3)."""
+    if packing is None:
+        return None
+    rule, (sequence, key) = _Window(WINDOW), packing.tokens
+    if WINDOW == 0:
+        rule = _Staircase(BLOCK_SIZE, STRIDE)
+        sequence, key = _runs(packing.compressed(rule)[0], keys)
     first, end = rule.seen_by(key)
-    seen = torch.stack([first, recent.end(key) if RECENT else first, end], 1)
-    seen = seen.minimum(packing.lengths[sequence, None]) + packing.edges[sequence, None]
-    return spans, seen
+    recent = _Recent(SELECT, RECENT).end(key) if RECENT else first
+    seen = torch.stack([first, recent, end], 1)
+    return seen.minimum(packing.lengths[sequence, None]) + packing.edges[sequence, None]
 
 
 def _span_forward(
@@ -1943,17 +1965,17 @@ def _span_forward(
     q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
     rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
     grid = (_cdiv(T * options["GROUP_PAD"], rows) * B * K,)
-    spans, _ = _span_tables(packing, C, **span)
     _span_forward_kernel[grid](
         q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), results[0], results[0].stride(),
-        results[1], *results[-2:], spans, T, H, K, D, scale, GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
+        results[1], *results[-2:], _spans(packing, **span), T, H, K, D, scale,
+        GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return tuple(results)
 
 
 def _span_dq(
     branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    spans: Tensor | None, **span: int,
+    packing: _Packing | None, **span: int,
 ) -> Tensor:  # fmt: skip
     """dq, added to what is there."""
     T, H, D = q.shape[1:]
@@ -1963,7 +1985,7 @@ def _span_dq(
     rows_pad = terms[0].shift.shape[-1]
     _span_dq_kernel[(rows_pad // rows * q.shape[0] * K,)](
         do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms[0], *terms[-1],
-        out, out.stride(), spans, T, K, D, rows_pad, scale,
+        out, out.stride(), _spans(packing, **span), T, K, D, rows_pad, scale,
         GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     return out
@@ -1981,20 +2003,21 @@ def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
 
 def _span_dkv(
     branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float,
-    seen: Tensor | None, longest: int, **span: int,
+    packing: _Packing | None, **span: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
     B, T, _, D = q.shape
     C, K = k.shape[1:3]
     rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
+    longest = T if packing is None else max(packing.on_host)
     row_tiles, key_tiles = _cdiv(longest * options["GROUP_PAD"], rows), _cdiv(C, keys)
     parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
     dtype = k.dtype if parts == 1 else torch.float32
     dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
     _span_dkv_kernel[(parts * key_tiles * B * K,)](
         _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
-        *terms[0], *terms[-1], _key_descriptor(dk, keys), _key_descriptor(dv, keys), seen,
-        T, K, C, B, terms[0].shift.shape[-1], _cdiv(row_tiles, parts), scale,
+        *terms[0], *terms[-1], _key_descriptor(dk, keys), _key_descriptor(dv, keys),
+        _seen(packing, C, **span), T, K, C, B, terms[0].shift.shape[-1], _cdiv(row_tiles, parts), scale,
         **span, ROWS=rows, KEYS=keys, **options,
     )  # fmt: skip
     if parts > 1:
@@ -2010,10 +2033,8 @@ def _span_backward(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    spans, seen = _span_tables(packing, k.shape[1], **span)
-    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, spans, **span)
-    longest = q.shape[1] if packing is None else max(packing.on_host)
-    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, seen, longest, **span)
+    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, packing, **span)
+    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, packing, **span)
 
 
 def _taken_over(q: Tensor, window: int, select_block_size: int, topk_blocks: int, local_blocks: int) -> _Recent:
