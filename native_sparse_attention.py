@@ -2048,11 +2048,13 @@ def _taken_over(q: Tensor, window: int, select_block_size: int, topk_blocks: int
 
 
 def _local_span(window: int, recent: _Recent) -> dict[str, int]:
+    """What the kernels above must know of the branch."""
     constants = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
     return constants | {"SELECT": recent.select_block_size, "RECENT": recent.blocks}
 
 
 def _compressed_span(block_size: int, stride: int) -> dict[str, int]:
+    """Likewise; nothing is recent here."""
     return {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0, "SELECT": 1, "RECENT": 0}
 
 

@@ -541,18 +541,22 @@ BUILDS = {
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
-SPANS = tuple(f"{branch}_{kernel}" for branch in ("local", "compressed") for kernel in ("forward", "dq", "dkv"))
-BY_BLOCK, BY_QUERY = ("selective_partial", "selective_gradient"), ("selective_gradient",)
+LOCAL, COMPRESSED = ([f"{branch}_{part}" for part in ("forward", "dq", "dkv")] for branch in ("local", "compressed"))
+BY_BLOCK, BY_QUERY = ["selective_partial", "selective_gradient"], ["selective_gradient"]
 
 
-def with_products(name: str) -> tuple[str, ...]:
+def with_products(name: str) -> list[str]:
     """What a build multiplies matrices with; in the whole the local branch does recent blocks for the selective one."""
     G, _, launched, _ = BUILDS[name]
     selective = BY_QUERY if G >= 16 else BY_BLOCK
-    kernels = (*SPANS, "block_scores") * ("local" in launched or "whole" in launched) + selective
-    recent = (*(kernel for kernel in SPANS if kernel.startswith("local")), *selective) * ("whole" in launched)
-    alone = tuple(kernel for kernel in kernels if "local" in launched or not kernel.startswith("local"))
-    return (*alone, *(f"{kernel}_recent" for kernel in recent))
+    kernels = list(selective)
+    if "local" in launched:
+        kernels += LOCAL
+    if "compressed" in launched or "whole" in launched:
+        kernels += [*COMPRESSED, "block_scores"]
+    if "whole" in launched:
+        kernels += [f"{kernel}_recent" for kernel in (*LOCAL, *selective)]
+    return kernels
 
 
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
@@ -694,6 +698,6 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
         assert (machine["HGMMA"] > 0) == (kernel in with_products(name)), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
-    for kernel in {kernel for kernel in kernels if kernel.removesuffix("_recent") in SPANS}:
+    for kernel in {kernel for kernel in kernels if kernel.removesuffix("_recent") in (*LOCAL, *COMPRESSED)}:
         writes = kernels[kernel]["loads after"] if kernel == "local_forward_recent" else 0  # it writes two results
         assert kernels[kernel]["loads"] == writes, f"{kernel} keeps an operand of its products in registers"
