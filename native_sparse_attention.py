@@ -382,18 +382,22 @@ def _wide_zeros(x: Tensor) -> Tensor:
 
 
 def _hide(hidden: Tensor, like: Tensor) -> Tensor:
-    """True → −1e30, False → 0: added to scores, hides them. Finite, so that a row that sees nothing makes no NaN."""
-    return hidden.to(_accumulation_dtype(like)).mul_(_HIDDEN)
+    """Ceiling of the scores: −1e30 hides one, whatever it was; +∞ leaves it.
+
+    Finite, so that a row that sees nothing makes no NaN. A minimum hides an overflow too, which a sum would not.
+    """
+    ceiling = torch.full(hidden.shape, math.inf, dtype=_accumulation_dtype(like), device=hidden.device)
+    return ceiling.masked_fill_(hidden, _HIDDEN)
 
 
 def _tile_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, offset: Tensor) -> Tensor:
-    """offset + scale·q·kᵀ + mask, (b, M·G, n).
+    """min(offset + scale·q·kᵀ, mask), (b, M·G, n).
 
     q: (b, M·G, D), k: (b, n, D), mask: from `_hide`, broadcasting to (b, M, G, n), offset: to (b, M·G, 1).
     """
     s = torch.baddbmm(offset, q, k.mT, alpha=scale)
     if mask is not None:
-        s.unflatten(1, (mask.shape[-3], -1)).add_(mask)  # twenty times faster than masked_fill
+        s.unflatten(1, (mask.shape[-3], -1)).clamp_(max=mask)  # seven times faster than masked_fill
     return s
 
 
@@ -405,14 +409,33 @@ def _tile_softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tu
     return p, s.amax(-1) - p.amax(-1).log()
 
 
+def _broken_keys(k: Tensor, v: Tensor) -> Tensor | None:
+    """True for keys that hold NaN or infinity, (b, n); None where a look at the host tells that there are none."""
+    if k.device.type == "cpu" and math.isfinite(k.sum() + v.sum()):
+        return None
+    return ~(k.isfinite() & v.isfinite()).all(-1)
+
+
 def _tile_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """o = softmax(scale·q·kᵀ)·v, (b, M·G, D), and lse, (b, M·G), of a batch of tiles; 0 and −inf in blind rows."""
+    """o = softmax(scale·q·kᵀ)·v, (b, M·G, D), and lse, (b, M·G), of a batch of tiles; 0 and −inf in blind rows.
+
+    In a product of matrices a hidden NaN is one all the same, 0·NaN. So keys that are not finite count as 0, and the
+    rows that see one become NaN.
+    """
+    broken = _broken_keys(k, v)
+    if broken is not None:
+        k, v = (x.masked_fill(broken[..., None], 0.0) for x in (k, v))
     p, lse = _tile_softmax(q, k, mask, scale)
     o = torch.bmm(p, v)
     if mask is not None:
         blind = lse < _HIDDEN / 2
         o.masked_fill_(blind[..., None], 0.0)
         lse.masked_fill_(blind, -math.inf)
+    if broken is not None:
+        seen = broken[:, None] if mask is None else (broken[:, None, None] & (mask > 0)).any(2)  # (b, 1 or M, n)
+        seen = seen.any(-1, keepdim=True).expand(-1, -1, q.shape[1] // seen.shape[1]).flatten(1)  # (b, M·G)
+        o.masked_fill_(seen[..., None], math.nan)
+        lse.masked_fill_(seen, math.nan)
     return o, lse
 
 
@@ -624,6 +647,7 @@ def _torch_select(
 ) -> Tensor:
     """Chosen blocks (B, T, K, S), a tile of queries at a time: scores are (M, n), never (T, C) or (T, N)."""
     kv_heads, group = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
+    k_cmp = k_cmp.where(k_cmp.isfinite(), 0.0)  # a row that sees NaN has it in its lse; the others must not
     q, lse, k_cmp = (_grouped(x, kv_heads) for x in (q, lse, k_cmp))
     chosen = torch.empty(*q.shape[:3], 1, topk_blocks, dtype=torch.int32, device=q.device)
     for tile in _sequence_tiles(q, _Staircase(block_size, stride), first):
@@ -653,7 +677,7 @@ class _PairTiles(NamedTuple):
 
     pair: Tensor  # (n, M) number of the pair among those of its chunk of rows: place of the row · S + slot
     spare: Tensor  # (n, M) True where a pair only fills up its tile; its number is then one past the last
-    row: Tensor  # (n, M) number of its query row
+    row: Tensor  # (n, M) number of its query row; of a spare pair, that of the block's last
     key: Tensor  # (n, l') numbers of the block's keys
     mask: Tensor | None  # (n, M, 1, l') from `_hide`, or None where every query sees every token of its block
 
@@ -687,15 +711,16 @@ def _pair_tiles(
     tiles = (count + pairs - 1) // pairs
     block, nth = _runs(tiles, int(tiles.sum()))  # (n,): of each tile its block, of b·K·N, and its number there
     slot = nth[:, None] * pairs + torch.arange(pairs, device=device)  # (n, M): place among the block's pairs
-    pair = order[(offset[block, None] + slot).clamp_(max=len(order) - 1)]
+    last = count[block, None] - 1
+    spare = slot > last  # such a pair repeats the block's last, whose row meets these keys anyway, whatever it holds
+    pair = order[offset[block, None] + slot.minimum(last)]
     row = rows[pair // slots]
     query = first + row // kv_heads % tokens
-    spare = slot >= count[block, None]
     pair = pair.masked_fill_(spare, len(order))
     token = (block % per_head * size)[:, None] + torch.arange(size, device=device)  # (n, l')
     head = block // per_head
     start = head // kv_heads * keys * kv_heads + head % kv_heads  # number of the key at position 0
-    key = start[:, None] + token.clamp(max=keys - 1) * kv_heads  # what lies past the end is hidden from everybody
+    key = start[:, None] + token.clamp(max=first + tokens - 1) * kv_heads  # what lies behind is never read
     # A query stands inside its own block, and of every other block that it may choose it sees all tokens.
     edge = query[:, 0] < token[:, -1]
     most = max(1, _TILE_SCORES // (pairs * group * size))
@@ -726,17 +751,18 @@ def _torch_selective_forward(
     rows, keys, values = (x.reshape(-1, g, dim) for x, g in ((q, group), (k, 1), (v, 1)))  # (B·T·K, g, D)
     o = torch.zeros_like(rows)
     lse = torch.full(rows.shape[:2], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
-    partial = lse.new_zeros(0, group, dim)
+    partial = lse.new_empty(0, group, dim)
     for chunk in _row_chunks(block_indices, group * dim):
         pairs = len(chunk) * slots
-        # What a free slot holds does not matter, as long as it is finite, so the memory serves every chunk.
-        partial = partial[: pairs + 1] if len(partial) > pairs else lse.new_zeros(pairs + 1, group, dim)
+        partial = partial[: pairs + 1] if len(partial) > pairs else lse.new_empty(pairs + 1, group, dim)
         partial_lse = lse.new_full((pairs + 1, group), -math.inf)
         for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, lse, first):
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
             o_tile, lse_tile = _tile_forward(_gather(rows, tiles.row), k_tile, v_tile, tiles.mask, scale)
             partial.index_copy_(0, tiles.pair.flatten(), o_tile.reshape(-1, group, dim))
             partial_lse.index_copy_(0, tiles.pair.flatten(), lse_tile.reshape(-1, group))
+        free = (partial_lse[:, 0] == -math.inf).nonzero()[:, 0]
+        partial.index_fill_(0, free, 0.0)  # the memory serves every chunk, and may hold anything
         by_row = (x[:-1].unflatten(0, (-1, slots)) for x in (partial, partial_lse))
         o_chunk, lse_chunk = _merge_partials(*by_row)
         o.index_copy_(0, chunk, o_chunk.to(o.dtype))
