@@ -1,19 +1,23 @@
-"""README's recipe for a Hugging Face model, run as it stands: what is kept, what trains, and what generates."""
+"""The recipe of docs/huggingface.md, run as it stands: what is kept, what trains, and what generates."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_readme import RECIPES, run_block
 from torch import Tensor, nn
 
 from native_sparse_attention import NSACache
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "huggingface.md"
 SIZES = dict(
     vocab_size=32,
     hidden_size=48,
@@ -34,11 +38,13 @@ LLAMA = transformers.LlamaConfig
 
 @pytest.fixture(scope="module")
 def recipe() -> SimpleNamespace:
-    """The names that it defines. Running it trains a model and checks what that writes."""
-    assert len(RECIPES) == 1, f"README has {len(RECIPES)} recipes"
-    namespace: dict[str, object] = {"__name__": "readme"}
+    """The names that it defines. Running it trains a model and checks that it prints what its comments say."""
+    [code] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    namespace: dict[str, object] = {"__name__": "recipe"}
     torch.manual_seed(0)
-    run_block(RECIPES[0], namespace)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, str(DOCUMENT), "exec"), namespace)
+    assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
     return SimpleNamespace(**namespace)
 
 

@@ -13,8 +13,6 @@ from native_sparse_attention import NSAConfig
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-# What only runs where transformers is installed: test_huggingface.py runs it.
-RECIPES = [block for block in BLOCKS if "from transformers" in block]
 
 
 def run_block(block: str, namespace: dict[str, object]) -> None:
@@ -30,8 +28,7 @@ def test_code_blocks_run_one_after_another_and_print_what_their_comments_say() -
     assert len(BLOCKS) >= 5, "README's code blocks were not found"
     namespace: dict[str, object] = {"__name__": "readme"}
     for block in BLOCKS:
-        if block not in RECIPES:
-            run_block(block, namespace)
+        run_block(block, namespace)
 
 
 def test_every_field_of_the_configuration_is_in_the_table() -> None:
