@@ -47,6 +47,11 @@ class Case:
         return (self.T - self.block_size) // self.stride + 1 if self.T >= self.block_size else 0
 
     @property
+    def terms(self) -> int:
+        """Length of the longest sum: a score's over D, or a key's gradient over the queries of a group of heads."""
+        return max(self.T * self.H // self.K, self.D)
+
+    @property
     def compression(self) -> dict[str, int]:
         """The arguments of `compressed_attention` after its tensors."""
         return {"block_size": self.block_size, "stride": self.stride}

@@ -144,11 +144,28 @@ def assert_close64(actual: Tensor, exact: Tensor, what: str = "value") -> None:
     torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}")
 
 
-def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "value", ulps: float = 4) -> None:
-    """The error of `actual` against float64 is at most twice that of plain PyTorch, plus a few ulp.
+def largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
-    Held to it are the largest error, counted in ulp of the largest value, and the root mean square error, in ulp of the
-    root mean square: the largest alone would hide many small errors.
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def accumulation(exact: Tensor, terms: int, ulp: float) -> float:
+    """Usual error of a value that is a sum of `terms` numbers in any order; half types are summed in float32."""
+    return terms**0.5 * min(ulp, torch.finfo(torch.float32).eps) * largest(exact)
+
+
+def assert_within_budget(
+    actual: Tensor, plain: Tensor, exact: Tensor, what: str = "value", *, terms: int, ulps: float = 4
+) -> None:
+    """The error of `actual` against float64 is at most twice that of plain PyTorch, plus a few ulp and an accumulation.
+
+    Held to it are the root mean square error, in ulp of the root mean square, and the largest error, in ulp of the
+    largest value: the largest alone would hide many small errors. Two correct computations have nearly the same root
+    mean square error, but their largest errors are two draws from a long tail. So one value may also be off by
+    √terms · eps of the largest: what is usual for `terms` numbers that are added in float32, in any order.
     """
     assert exact.dtype == torch.float64, f"{what}: the exact value is {exact.dtype}"
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
@@ -158,9 +175,17 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, what: str
     actual, plain, exact = (tensor.detach().double()[~nothing] for tensor in (actual, plain, exact))
     if exact.numel() == 0:
         return
-    for name, size in (("largest", lambda x: x.abs().max().item()), ("rms", lambda x: x.square().mean().sqrt().item())):
-        error, budget = size(actual - exact), 2 * size(plain - exact) + ulps * ulp * size(exact)
+    # One value that is off adds 1/√numel of that to the root mean square, which in a small tensor is as much of a draw.
+    for name, size, share in (("largest", largest, 1.0), ("rms", rms, exact.numel() ** -0.5)):
+        budget = 2 * size(plain - exact) + ulps * ulp * size(exact) + share * accumulation(exact, terms, ulp)
+        error = size(actual - exact)
         assert error <= budget, f"{what}: {name} error {error:.3g} exceeds its budget {budget:.3g}"  # false for NaN too
+
+
+def choice_tolerance(plain: Tensor, exact: Tensor, terms: int) -> float:
+    """How much less a chosen block may weigh than another: both scores may be off by the budget of the largest."""
+    ulp = torch.finfo(plain.dtype).eps
+    return 2 * (2 * largest(plain - exact) + 4 * ulp * largest(exact) + accumulation(exact, terms, ulp))
 
 
 def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, tolerance: float) -> None:

@@ -226,6 +226,18 @@ def in_plain_pytorch(block: NSABlock, x: Tensor, autocast: bool = False) -> dict
         return run(block, x, autocast)
 
 
+def assert_within_budgets(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Output and gradients, each within its error budget."""
+    terms = actual["output"].shape[:2].numel()
+    largest = max(value.abs().max().item() for value in exact.values())
+    for what, value in actual.items():
+        if exact[what].abs().max() > 1e-9 * largest:
+            assert_within_budget(value, plain[what], exact[what], what, terms=terms)
+        else:  # softmax does not feel a shift of all keys: this gradient is 0, and what is left of it is rounding
+            bound = terms**0.5 * torch.finfo(plain[what].dtype).eps * largest
+            assert value.abs().max() <= bound, f"{what} should vanish, and is {value.abs().max():.3g}, over {bound:.3g}"
+
+
 @every_config
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_to_dtype_keeps_to_the_error_of_plain_pytorch(name: str, dtype: torch.dtype, random: Random) -> None:
@@ -233,15 +245,13 @@ def test_to_dtype_keeps_to_the_error_of_plain_pytorch(name: str, dtype: torch.dt
     block, x = build(name, topk_blocks=16).to(dtype), tokens(random, dtype=dtype)
     exact = in_plain_pytorch(copy.deepcopy(block).double(), x.double())
     plain, actual = in_plain_pytorch(block, x), run(block, x)
-    largest = max(value.abs().max().item() for value in exact.values())
     for what, value in actual.items():
         assert value.dtype == dtype, f"{what} is {value.dtype}"
-        if dtype == torch.float64:
+    if dtype == torch.float64:
+        for what, value in actual.items():
             assert_close64(value, exact[what], what)
-        elif exact[what].abs().max() > 1e-9 * largest:
-            assert_within_budget(value, plain[what], exact[what], what)
-        else:  # softmax does not feel a shift of all keys: this gradient is 0, and what is left of it is rounding
-            assert value.abs().max() <= 8 * torch.finfo(dtype).eps * largest, f"{what} should vanish"
+    else:
+        assert_within_budgets(actual, plain, exact)
 
 
 @every_config
@@ -253,8 +263,8 @@ def test_autocast_keeps_to_the_error_of_plain_pytorch(name: str, random: Random)
     assert not torch.equal(actual["output"], full["output"]), "autocast had no effect"
     for what, value in actual.items():
         assert value.dtype == torch.float32, f"{what} is {value.dtype}"
-        # The products are bfloat16 ones, whatever the dtype of the result: so is the ulp that the budget counts in.
-        assert_within_budget(value, plain[what].bfloat16(), exact[what], what)
+    # The products are bfloat16 ones, whatever the dtype of the result: so is the ulp that the budget counts in.
+    assert_within_budgets(actual, {what: value.bfloat16() for what, value in plain.items()}, exact)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -351,7 +351,7 @@ def test_lower_precision_keeps_to_the_error_of_one_forward(name: str, how: Any, 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         actual, plain = feed(attention, cache, x, [17, 1, 1, 1, 13, 7]), attention(x)
     assert actual.dtype == plain.dtype
-    assert_within_budget(actual, plain, exact(x.double()))
+    assert_within_budget(actual, plain, exact(x.double()), terms=40)
 
 
 @needs_triton
@@ -366,12 +366,12 @@ def test_the_kernels_of_a_step(name: str, random: Random, monkeypatch: pytest.Mo
     monkeypatch.setattr(NativeSparseAttention, "_backend", property(lambda self: "triton"))
     cache = room(attention, 2, max_len=24, dtype=torch.float32)
     y = feed(attention, cache, x[:, :19], [16, 1, 2])
-    assert_within_budget(y, plain[:, :19], exact_y[:, :19], "rows of one length")
+    assert_within_budget(y, plain[:, :19], exact_y[:, :19], "rows of one length", terms=24)
     cache.truncate([19, 17])
     for row, output in enumerate(append(attention, cache, x, [1, 3], pick)):
         start = (19, 17)[row]
         steps.append((output, *(of[row, start : start + len(output)] for of in (plain, exact_y))))
-    assert_within_budget(*map(torch.cat, zip(*steps, strict=True)), "rows of two lengths")
+    assert_within_budget(*map(torch.cat, zip(*steps, strict=True)), "rows of two lengths", terms=24)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

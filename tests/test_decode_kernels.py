@@ -112,7 +112,7 @@ def assert_as_exact_as_plain(case: Case, step: Step, x: dict[str, Tensor], actua
     unclear = at(near_ties(case, x), positions).repeat_interleave(case.H // case.K, dim=-1)  # (B, M, H)
     assert unclear.double().mean() < 0.1, "hardly a row has near ties"
     kept = (positions >= 0)[:, :, None] & ~unclear
-    assert_within_budget(actual[kept], plain[kept], exact[kept], "o")
+    assert_within_budget(actual[kept], plain[kept], exact[kept], "o", terms=case.terms)
 
 
 def check(case: Case, step: Step, random: Random, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every_branch, local, whole
-from conftest import assert_within_budget
+from conftest import assert_within_budget, choice_tolerance
 from test_decode_kernels import Step, at, decode, inputs, of_every_length
 from test_decode_kernels import assert_as_exact_as_plain as assert_step_as_exact_as_plain
 from test_kernels import CASES, LAYOUTS, RECENT
@@ -188,7 +188,7 @@ def assert_as_exact_as_plain(
     plain, exact = run(branch, reference, case, x), run(branch, reference, case, double(x))
     for name in exact:
         assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), f"{name}: {actual[name].dtype}"
-        assert_within_budget(actual[name], plain[name], exact[name], name, ulps)
+        assert_within_budget(actual[name], plain[name], exact[name], name, terms=case.terms, ulps=ulps)
 
 
 @every_branch
@@ -252,10 +252,9 @@ def test_choice_by_importance(case: Case, dtype: torch.dtype, spread: float, com
     sizes = case.compression | {"select_block_size": case.select_block_size}
     exact = oracle.Dense.importance(x["q"].double(), x["k_cmp"].double(), **sizes)
     plain = oracle.Dense.importance(x["q"].float(), x["k_cmp"].float(), **sizes)
-    budget = 2 * (plain - exact).abs().max().item() + 4 * torch.finfo(torch.float32).eps * exact.max().item()
     with poisoned_memory():
         chosen = choice(TRITON, case, x)
-    assert_valid_choice(chosen, exact, case, tolerance=2 * budget)
+    assert_valid_choice(chosen, exact, case, choice_tolerance(plain, exact, case.terms))
 
 
 @pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
@@ -270,8 +269,7 @@ def test_choice_of_packed_sequences(packing: Packing, dtype: torch.dtype, compil
         if alone.T > 0:
             exact = oracle.Dense.importance(rows["q"].double(), rows["k_cmp"].double(), **sizes)
             plain = oracle.Dense.importance(rows["q"].float(), rows["k_cmp"].float(), **sizes)
-            budget = 2 * (plain - exact).abs().max().item() + 4 * torch.finfo(torch.float32).eps * exact.max().item()
-            assert_valid_choice(of_sequence, exact, alone, tolerance=2 * budget)
+            assert_valid_choice(of_sequence, exact, alone, choice_tolerance(plain, exact, alone.terms))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -337,6 +335,7 @@ def assert_long_sequence(case: Case, dtype: torch.dtype) -> None:
         torch.stack([exact_row(case, x, t, h) for t, h in rows]),
         torch.stack([exact_row(case, exact, t, h) for t, h in rows]),
         "o",
+        terms=case.terms,
     )
 
 
@@ -377,8 +376,8 @@ def assert_trains_alike(tokens: int) -> None:
     runs = ((torch.float32, True), (torch.float32, False), (torch.float64, False))
     losses, parameters = zip(*(train(dtype, use_flash, tokens) for dtype, use_flash in runs), strict=True)
     assert losses[2][-1] < losses[2][0], "it learns"
-    assert_within_budget(*losses, "losses")
-    assert_within_budget(*parameters, "parameters after ten steps")
+    assert_within_budget(*losses, "losses", terms=2 * tokens)
+    assert_within_budget(*parameters, "parameters after ten steps", terms=2 * tokens)
 
 
 @on_hopper
@@ -484,6 +483,7 @@ def test_step_after_64k_tokens(compiled: None) -> None:
         torch.stack([exact_row(LONG, x, t, h) for t, h in rows]),
         torch.stack([exact_row(LONG, double(x), t, h) for t, h in rows]).detach(),
         "o",
+        terms=LONG.terms,
     )
 
 
@@ -547,7 +547,7 @@ def assert_block_step(call: Callable[[Tensor], Tensor], module: nn.Module, token
     plain, exact = (fresh_block(dtype, use_flash=False) for dtype in (torch.bfloat16, torch.float64))
     plain, exact = (block_step(each, each, tokens, seed) for each in (plain, exact))
     for name, value in exact.items():
-        assert_within_budget(actual[name], plain[name], value, name)
+        assert_within_budget(actual[name], plain[name], value, name, terms=2 * tokens)
 
 
 @pytest.fixture

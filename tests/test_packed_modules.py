@@ -237,7 +237,7 @@ def test_precision_is_that_of_sequences_alone(name: str, how: Any, random: Rando
         actual = attention(x, cu_seqlens=edges(lengths))
         plain = torch.cat([attention(part) for part in x.split(lengths, dim=1)], dim=1)
     assert actual.dtype == plain.dtype
-    assert_within_budget(actual, plain, exact(x.double(), cu_seqlens=edges(lengths)))
+    assert_within_budget(actual, plain, exact(x.double(), cu_seqlens=edges(lengths)), terms=40)
 
 
 @pytest.mark.parametrize("module", [build, a_block])
