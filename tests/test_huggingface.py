@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import re
 from pathlib import Path
@@ -34,6 +35,8 @@ SIZES = dict(
 SPARSE = dict(seq_len=128, local_window=8, block_size=4, topk_blocks=2, gate_init=(0.0, 0.0, 0.0))
 DENSE = SPARSE | dict(local_window=128, gate_init=(50.0, -50.0, -50.0))  # the window sees all, the rest counts nothing
 LLAMA = transformers.LlamaConfig
+# What models call their cache: past_key_values before transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ def swapped(recipe: SimpleNamespace, model: nn.Module, **settings: object) -> nn
 
 
 def sparse_model(recipe: SimpleNamespace) -> nn.Module:
-    return swapped(recipe, causal_model(), **SPARSE).eval()
+    """In float64, so that no choice of a block or a token is near a tie."""
+    return swapped(recipe, causal_model().double(), **SPARSE).eval()
 
 
 def tokens(rows: int, length: int) -> Tensor:
@@ -110,7 +114,7 @@ def test_padding_is_read_from_the_mask(recipe: SimpleNamespace, left: bool) -> N
     mask = torch.ones_like(ids)
     mask[1, slice(15) if left else slice(25, None)] = 0
     with torch.no_grad():
-        dense, nsa = swapped(recipe, model, **DENSE), swapped(recipe, model, **SPARSE)
+        dense, nsa = swapped(recipe, model, **DENSE), sparse_model(recipe)
         expected, actual = (each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, dense))
         alone = nsa(ids[1:, mask[1].bool()]).logits[0]
         padded = nsa(ids, attention_mask=mask).logits[1, mask[1].bool()]
@@ -170,39 +174,66 @@ def calls(monkeypatch: pytest.MonkeyPatch, recipe: SimpleNamespace) -> list[tupl
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, dict(num_beams=3)], ids=["greedy", "beams"])
-def test_generate_with_a_cache_writes_what_it_writes_without(
-    recipe: SimpleNamespace, calls: list[tuple[int, bool]], options: dict[str, object]
+def greedily(model: nn.Module, ids: Tensor) -> Tensor:
+    """The 24 most probable tokens that follow, each from a forward over everything before it, without a cache."""
+    written = ids
+    with torch.no_grad():
+        for _ in range(24):
+            written = torch.cat([written, model(written, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return written[:, ids.shape[1] :]
+
+
+def test_greedy_generation_writes_what_forwards_over_the_whole_text_do(
+    recipe: SimpleNamespace, calls: list[tuple[int, bool]]
 ) -> None:
     model, ids = sparse_model(recipe), tokens(2, 37)
-    cached = generate(model, ids, **options)
+    written = generate(model, ids)
     assert calls == [(37, True)] * 2 + [(1, True)] * 46, "generate does not go on from a cache"
-    calls.clear()
-    assert torch.equal(generate(model, ids, use_cache=False, **options), cached)
-    assert calls == [(length, False) for length in range(37, 61) for _ in range(2)]
-    assert len(cached.unique()) > 4, f"the model writes next to nothing: {cached}"
+    assert torch.equal(written, greedily(model, ids))
+    assert len(written.unique()) > 4, f"the model writes next to nothing: {written}"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_a_cache_writes_what_it_writes_without(recipe: SimpleNamespace, beams: int) -> None:
+    model, ids = sparse_model(recipe), tokens(2, 37)
+    mask = torch.ones_like(ids)
+    mask[1, :16] = 0  # on the left, as generate wants it
+    options = dict(attention_mask=mask, num_beams=beams)
+    assert torch.equal(generate(model, ids, **options), generate(model, ids, use_cache=False, **options))
 
 
 def test_a_padded_batch_generates_what_each_row_does_alone(recipe: SimpleNamespace) -> None:
     model, ids = sparse_model(recipe), tokens(2, 37)
     mask = torch.ones_like(ids)
-    mask[1, :16] = 0  # on the left, as generate wants it
+    mask[1, :16] = 0
     together = generate(model, ids, attention_mask=mask)
     assert torch.equal(together[:1], generate(model, ids[:1]))
     assert torch.equal(together[1:], generate(model, ids[1:, 16:]))
 
 
-def test_a_cache_that_is_passed_along_goes_on_and_starts_anew_after_reset(recipe: SimpleNamespace) -> None:
+@pytest.mark.parametrize("config", [{}, dict(config=LLAMA(**SIZES))], ids=["lazy", "config"])
+def test_a_cache_that_is_passed_along_goes_on_and_starts_anew_after_reset(
+    recipe: SimpleNamespace, config: dict[str, object]
+) -> None:
     model, ids = sparse_model(recipe), tokens(2, 30)
-    cache = transformers.DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(**config)
     with torch.no_grad():
         whole = model(ids).logits
         for _ in range(2):
-            pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([11, 1, 18], 1)]
+            pieces = [model(part, use_cache=True, **{CACHE: cache}).logits for part in ids.split([11, 1, 18], 1)]
             torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
             assert cache.get_seq_length() == 30
             cache.reset()
             assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_attention_goes_on_from_a_cache_under_either_name(recipe: SimpleNamespace, name: str) -> None:
+    attention, x = sparse_model(recipe).model.layers[0].self_attn, torch.randn(2, 30, 48, dtype=torch.float64)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        pieces = [attention(hidden_states=part, use_cache=True, **{name: cache})[0] for part in x.split([29, 1], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), attention(hidden_states=x)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_two_caches_do_not_meet(recipe: SimpleNamespace) -> None:
@@ -210,5 +241,61 @@ def test_two_caches_do_not_meet(recipe: SimpleNamespace) -> None:
     caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
     with torch.no_grad():
         for step in ids.split(10, 1):
-            last = [model(row[None], past_key_values=cache).logits for row, cache in zip(step, caches, strict=True)]
+            last = [model(row[None], **{CACHE: cache}).logits for row, cache in zip(step, caches, strict=True)]
         torch.testing.assert_close(torch.cat(last), model(ids).logits[:, 20:], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(cache_implementation="static"), "the cache is a StaticCache, must be a DynamicCache"),
+        (dict(cache_implementation="offloaded"), "must be a DynamicCache without offloading"),
+        (dict(prompt_lookup_num_tokens=2, eos_token_id=0), "(?i)assisted decoding"),
+        (dict(assistant_model=causal_model()), "(?i)assisted decoding"),
+    ],
+    ids=["static", "offloaded", "prompt lookup", "assistant"],
+)
+def test_generation_that_would_need_another_cache_is_refused(
+    recipe: SimpleNamespace, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason) as refusal:
+        generate(sparse_model(recipe), tokens(1, 37), **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_that_assists_another_is_refused(recipe: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="(?i)assisted decoding"):
+        generate(causal_model(), tokens(1, 37), assistant_model=sparse_model(recipe))
+
+
+def test_a_cache_that_dense_attention_has_filled_is_refused(recipe: SimpleNamespace) -> None:
+    model, ids, cache = causal_model(), tokens(1, 20), transformers.DynamicCache()
+    with torch.no_grad():
+        model(ids, **{CACHE: cache})
+        with pytest.raises(ValueError, match="holds the keys of another attention"):
+            swapped(recipe, model, **SPARSE)(ids, **{CACHE: cache})
+
+
+def test_a_cache_under_an_unknown_name_is_refused(recipe: SimpleNamespace) -> None:
+    attention = sparse_model(recipe).model.layers[0].self_attn
+    with pytest.raises(ValueError, match="no cache was passed as past_key_values or cache"):
+        attention(hidden_states=torch.randn(1, 8, 48, dtype=torch.float64), use_cache=True, renamed=transformers.DynamicCache())
+
+
+def test_packed_positions_are_refused(recipe: SimpleNamespace) -> None:
+    model, ids = sparse_model(recipe), tokens(1, 20)
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    with pytest.raises(ValueError, match="position_ids must go up by one"):
+        model(ids, position_ids=positions)
+
+
+def test_masks_of_other_attention_implementations_are_refused(recipe: SimpleNamespace) -> None:
+    ids = tokens(1, 20)
+    model = swapped(recipe, causal_model(attn_implementation="eager"), **SPARSE)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        model(ids)
