@@ -282,9 +282,9 @@ def test_a_cache_that_dense_attention_has_filled_is_refused(recipe: SimpleNamesp
 
 
 def test_a_cache_under_an_unknown_name_is_refused(recipe: SimpleNamespace) -> None:
-    attention = sparse_model(recipe).model.layers[0].self_attn
+    attention, x = sparse_model(recipe).model.layers[0].self_attn, torch.randn(1, 8, 48, dtype=torch.float64)
     with pytest.raises(ValueError, match="no cache was passed as past_key_values or cache"):
-        attention(hidden_states=torch.randn(1, 8, 48, dtype=torch.float64), use_cache=True, renamed=transformers.DynamicCache())
+        attention(hidden_states=x, use_cache=True, renamed=transformers.DynamicCache())
 
 
 def test_packed_positions_are_refused(recipe: SimpleNamespace) -> None:
