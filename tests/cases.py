@@ -5,16 +5,20 @@ Every call works alike on the library, `PLAIN`, and on its references, `oracle` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import random as python_random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import native_sparse_attention as nsa
+from native_sparse_attention import NativeSparseAttention, NSAConfig, TokenCompressor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and inputs
@@ -176,10 +180,12 @@ def choice(of: Library, case: Case, x: dict[str, Tensor]) -> Tensor:
     return of.select_blocks(x["q"], x["k_cmp"], lse, **case.choice)
 
 
-def draw(branch: Branch, case: Case, random: Random, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def draw(
+    branch: Branch, case: Case, random: Random, dtype: torch.dtype = torch.float64, of: Library = PLAIN
+) -> dict[str, Tensor]:
     """Inputs, with random blocks to attend to; for `whole`, those that the library will choose."""
     x = case.tensors(random, dtype)
-    x["block_indices"] = choice(PLAIN, case, x) if branch is whole else random.block_indices(case)
+    x["block_indices"] = choice(of, case, x) if branch is whole else random.block_indices(case)
     return x
 
 
@@ -211,3 +217,405 @@ def run(
     of_leaves = gradients(outputs, [x[name] for name in names], upstream)
     values = dict(zip(("o", "lse"), outputs, strict=False))
     return values | {f"gradient of {name}": g for name, g in zip(names, of_leaves, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels: where they run, and their sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRITON = Library("triton")
+
+needs_triton = pytest.mark.skipif(nsa.triton is None, reason="needs Triton 3.4 or later")
+interpreted = pytest.mark.skipif(
+    nsa.triton is None or not nsa.triton.knobs.runtime.interpret,
+    reason="needs Triton's interpreter (TRITON_INTERPRET=1), which is on wherever there is no GPU",
+)
+
+# Every group size that has a path of its own, odd head dims and lengths, and every relation of l, d, l', S and W that
+# the kernels tell apart.
+CASES = (
+    Case("shorter_than_a_block", T=7, H=4, D=16, block_size=8, stride=8, select_block_size=8, topk_blocks=3),
+    Case("group_1", T=97, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=3,
+         init_blocks=1, window=20),
+    Case("group_3_small_selection", T=59, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8,
+         topk_blocks=4, local_blocks=2, window=9),
+    Case("group_4", T=33, B=2, H=4, K=1, D=64, block_size=8, stride=8, select_block_size=16, window=100),
+    Case("group_16", T=59, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=3,
+         init_blocks=1, local_blocks=1, window=17),
+    Case("group_16_unaligned", T=33, H=16, K=1, D=17, block_size=4, stride=4, window=3),
+    Case("group_20", T=33, H=20, K=1, D=16, block_size=8, stride=4, select_block_size=8, topk_blocks=3),
+    Case("fewer_blocks_than_slots", T=33, H=4, D=16, select_block_size=8, topk_blocks=9, init_blocks=2, local_blocks=2),
+    Case("blocks_longer_than_a_tile", T=97, H=4, D=16, block_size=24, stride=8, select_block_size=72, topk_blocks=2),
+    Case("many_strides_in_a_block", T=59, D=16, block_size=3, stride=1, select_block_size=40, topk_blocks=2),
+    Case("spill_over_many_blocks", T=59, H=3, K=1, D=16, block_size=16, stride=2, select_block_size=4, topk_blocks=6,
+         init_blocks=1, local_blocks=2, window=33),
+    Case("everything_one", T=33, D=16, block_size=1, stride=1, select_block_size=1, topk_blocks=5, window=2),
+)  # fmt: skip
+# Blocks that the local branch does for the selective one: the window just holds them, or more; a tile of queries has
+# the same recent blocks, or several; blocks are shorter and longer than a tile of keys.
+RECENT = (
+    Case("recent_just_held", T=97, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=4,
+         init_blocks=1, local_blocks=2, window=32),
+    Case("recent_3_of_4", T=59, B=2, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8, topk_blocks=4,
+         local_blocks=3, window=30),
+    Case("recent_group_16", T=75, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=4,
+         local_blocks=2, window=40),
+    Case("recent_tiles", T=210, H=4, K=1, D=16, block_size=32, stride=16, select_block_size=64, topk_blocks=2,
+         window=70),
+    Case("recent_longer_than_a_tile", T=230, H=3, K=1, D=16, block_size=24, stride=8, select_block_size=72,
+         topk_blocks=2, window=72),
+)  # fmt: skip
+MIDDLE = replace(CASES[1], name="middle", T=41, B=2, D=17)
+# (case, dtype): all in float16, and in float32 those that bring a path of their own to it.
+IN_BOTH = [*((case, torch.float16) for case in CASES), *((case, torch.float32) for case in CASES[1:5])]
+every_case = pytest.mark.parametrize("case, dtype", IN_BOTH, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+# Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.
+SMALL_PIECES = {
+    "chunks_of_64_queries": {"_PARTIAL_BYTES": 1},
+    "short_runs_of_pairs": {"_RUN": 64},
+    "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 600},
+    "short_spans_of_rows": {"_FORWARD_SPAN": 64, "_SPAN": {2: 64, 4: 32}},
+    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_SPAN": 16, "_SPAN": {2: 16, 4: 16}},
+    "every_loop_by_query": {"_QUERY_OUTER_GROUP": 1},
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last_dimension_strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "slice_of_a_packed_tensor": lambda x: torch.cat([x, x + 1], dim=2)[:, :, : x.shape[2]],
+    "every_second_token": lambda x: x.repeat_interleave(2, dim=1)[:, 1::2],
+    "start_not_aligned": lambda x: torch.cat([x, x], dim=-1)[..., 1 : 1 + x.shape[-1]].copy_(x),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed sequences
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences of these lengths, of which each has the sizes of `case`."""
+
+    case: Case
+    lengths: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.case.name}_{'_'.join(map(str, self.lengths))}"
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    @property
+    def alone(self) -> list[Case]:
+        return [replace(self.case, T=length) for length in self.lengths or (0,)]
+
+    def draw(self, branch: Branch, random: Random, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Inputs, with random blocks to attend to; for `whole`, those that each sequence chooses alone."""
+        inputs = [case.tensors(random, dtype) for case in self.alone]
+        for case, x in zip(self.alone, inputs, strict=True):
+            x["block_indices"] = choice(PLAIN, case, x) if branch is whole else random.block_indices(case)
+        packed = {name: torch.cat([x[name].detach() for x in inputs], dim=1) for name in inputs[0]}
+        return {name: x.requires_grad_(x.is_floating_point()) for name, x in packed.items()}
+
+    def unpack(self, x: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The rows of each sequence."""
+        tokens, blocks = ([getattr(case, letter) for case in self.alone] for letter in "TC")
+        parts = {name: t.split(blocks if name in ("k_cmp", "v_cmp") else tokens, dim=1) for name, t in x.items()}
+        return [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)]
+
+
+class Packed(Library):
+    """The library's functions with these `cu_seqlens`."""
+
+    def __init__(self, cu_seqlens: Tensor, backend: str = "torch") -> None:
+        super().__init__(backend)
+        for function in filter(callable, vars(self).values()):
+            function.keywords["cu_seqlens"] = cu_seqlens
+        self.cu_seqlens = cu_seqlens
+
+    def nsa_attention(self, *args: Tensor, **settings: Any) -> Tensor:
+        return super().nsa_attention(*args, **settings, cu_seqlens=self.cu_seqlens)
+
+
+class EachAlone:
+    """The functions of a library or an oracle for each of some packed sequences alone: results one after another."""
+
+    def __init__(self, of: Any, packing: Packing) -> None:
+        self.of = of
+        lengths, counts = ([getattr(case, letter) for case in packing.alone] for letter in "TC")
+        self.rows = {sum(counts): counts, sum(lengths): lengths}  # where there are as many blocks as tokens, each has
+
+    def split(self, x: Any) -> Iterable[Any]:
+        return x.split(self.rows[x.shape[1]], dim=1) if isinstance(x, Tensor) else repeat(x)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def of_packed(*args: Any, **settings: Any) -> Any:
+            calls = zip(*map(self.split, (*args, *settings.values())), strict=False)
+            outputs = [
+                getattr(self.of, name)(*call[: len(args)], **dict(zip(settings, call[len(args) :], strict=True)))
+                for call in calls
+            ]
+            if isinstance(outputs[0], Tensor):
+                return torch.cat(outputs, dim=1)
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+
+        return of_packed
+
+
+OVERLAPPING = Case("overlapping", T=0, H=4, K=2, D=5, block_size=8, stride=4, select_block_size=8, topk_blocks=3,
+                   init_blocks=1, window=6)  # fmt: skip
+# Sequences that end within a tile and on its edge, shorter than a block, of one token and of none, at every place.
+GROUP_1 = Packing(
+    Case("group_1", T=0, D=17, block_size=8, stride=4, select_block_size=16, topk_blocks=3, init_blocks=1, window=20),
+    (5, 0, 41, 1, 64, 20),
+)
+GROUP_3 = Packing(
+    Case("group_3", T=0, H=6, D=33, block_size=16, stride=8, select_block_size=8, topk_blocks=4, local_blocks=2,
+         window=9),
+    (33, 7, 0, 21),
+)  # fmt: skip
+GROUP_4 = Packing(
+    Case("group_4", T=0, H=4, K=1, D=64, block_size=8, stride=8, select_block_size=16, window=100), (0, 40, 3, 30)
+)
+GROUP_16 = Packing(
+    Case("group_16", T=0, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=3, init_blocks=1,
+         window=17),
+    (19, 0, 33, 1, 8),
+)  # fmt: skip
+LONG_BLOCKS = Packing(
+    Case("long_blocks", T=0, H=4, D=16, block_size=24, stride=8, select_block_size=72, topk_blocks=2), (73, 1, 100)
+)
+SPILL = Packing(
+    Case("spill", T=0, H=3, K=1, D=16, block_size=16, stride=2, select_block_size=4, topk_blocks=6, init_blocks=1,
+         local_blocks=2, window=33),
+    (30, 17, 3, 15),
+)  # fmt: skip
+RECENT_PACKED = Packing(
+    Case("recent_3_of_4", T=0, H=3, K=1, D=16, block_size=4, stride=4, select_block_size=8, topk_blocks=4,
+         local_blocks=3, window=24),
+    (50, 0, 7, 1, 29),
+)  # fmt: skip
+NO_BLOCK = Packing(OVERLAPPING, (3, 7, 1))
+IN_KERNELS = [
+    *((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, RECENT_PACKED, SPILL)),
+    *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, NO_BLOCK)),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+STALE = 1e4  # what buffers hold past a row's length
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows of the lengths given, of which the last tokens are new: `new` of them, or one number for each row."""
+
+    lengths: tuple[int, ...]
+    new: tuple[int, ...]
+    spare: int = 5  # how much longer the buffers are than the longest row
+
+    def positions(self) -> Tensor:
+        """int32 (B, M), −1 where a row has fewer new tokens than another."""
+        m = torch.arange(max(self.new))
+        lengths, new = torch.tensor(self.lengths)[:, None], torch.tensor(self.new)[:, None]
+        return torch.where(m < new, lengths - new + m, -1).int()
+
+
+def of_every_length(case: Case, new: int) -> Step:
+    """Rows around every edge: of a token, of a compressed and of a selection block, and of the window."""
+    edges = (1, case.block_size, case.select_block_size + 1, case.window + 1, case.T)
+    lengths = tuple(sorted({min(edge, case.T) for edge in edges}))
+    return Step(lengths, tuple(min(new, length) for length in lengths))
+
+
+def inputs(case: Case, step: Step, random: Random, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those of a full forward, and keys and values of the local branch of its own."""
+    case = replace(case, B=len(step.lengths))
+    x = {name: tensor.detach() for name, tensor in case.tensors(random, dtype).items()}
+    return x | {name: random(x["k"].shape, dtype) for name in ("k_local", "v_local")}
+
+
+def at(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, T, ...) at the positions (B, M); at −1 some other token."""
+    return x[torch.arange(len(positions))[:, None], positions.long()]
+
+
+def buffer(x: Tensor, lengths: list[int], size: int) -> Tensor:
+    """(B, size, K, D) whose rows begin with those of x; behind their lengths stale numbers."""
+    stale = STALE * torch.randn(x.shape[0], size, *x.shape[2:]).to(x.dtype).sign()
+    for b, length in enumerate(lengths):
+        stale[b, :length] = x[b, :length]
+    return stale
+
+
+def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The kernels' output (B, M, H, D)."""
+    layout = layout or (lambda x: x)
+    positions, size = step.positions(), max(step.lengths) + step.spare
+    count = lambda tokens: oracle.compressed_count(tokens, case.block_size, case.stride)  # noqa: E731
+    tokens = [buffer(x[name], list(step.lengths), size) for name in ("k", "v", "k_local", "v_local")]
+    blocks = [buffer(x[name], [count(n) for n in step.lengths], count(size)) for name in ("k_cmp", "v_cmp")]
+    tensors = (at(x["q"], positions), *tokens, *blocks, at(x["gates"], positions))
+    return nsa._triton_decode(*map(layout, tensors), positions, **case.whole, scale=case.D**-0.5)
+
+
+def near_ties(case: Case, x: dict[str, Tensor]) -> Tensor:
+    """(B, T, K): where the last block that is chosen and the first that is not weigh the same but for rounding."""
+    sizes = case.compression | {"select_block_size": case.select_block_size}
+    scores = oracle.Dense.importance(x["q"].double(), x["k_cmp"].double(), **sizes)
+    own, j = (torch.arange(case.T) // case.select_block_size)[:, None, None], torch.arange(scores.shape[-1])
+    forced = (j < case.init_blocks) | (own - j < case.local_blocks)
+    ranked = scores.masked_fill(forced, torch.inf).masked_fill(j > own, -torch.inf).sort(descending=True).values
+    if ranked.shape[-1] <= case.topk_blocks:
+        return torch.zeros(ranked.shape[:-1], dtype=torch.bool)
+    last, first = ranked[..., case.topk_blocks - 1], ranked[..., case.topk_blocks]
+    return (last - first < 1e-5 * scores.amax(dim=-1)) & (last > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Last(nn.Module):
+    """A compressor of the user's own: the last token of each block, scaled."""
+
+    def __init__(self, dim: int, block: int, stride: int) -> None:
+        super().__init__()
+        self.block, self.stride = block, stride
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.block - 1 :: self.stride] * self.weight
+
+
+BASE = {"dim": 12, "heads": 2, "seq_len": 64, "local_window": 5, "block_size": 4, "topk_blocks": 2}
+OVERLAP = {"block_size": 6, "stride": 2}
+PAPER = {"block_size": 4, "stride": 2, "select_block_size": 8, "topk_blocks": 4, "init_blocks": 1, "local_blocks": 2}
+PAPER |= {"heads": 4, "kv_heads": 2, "dim_head": 6, "gate_mode": "q_cond", "separate_kv": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped_mlp": {},
+    "conv1d": {"compression": "conv1d"},
+    "avgpool": {"compression": "avgpool"},
+    "own_class": {"compression": Last, **OVERLAP},
+    "overlapping_grouped_mlp": {"compression": "grouped_mlp", **OVERLAP},
+    "overlapping_conv1d": {"compression": "conv1d", **OVERLAP},
+    "overlapping_avgpool": {"compression": "avgpool", **OVERLAP},
+    "large_selection_blocks": {"select_block_size": 8},
+    "small_selection_blocks": {"block_size": 8, "stride": 2, "select_block_size": 2, "topk_blocks": 4},
+    "forced_blocks": {"topk_blocks": 4, "init_blocks": 1, "local_blocks": 2},
+    "no_forced_blocks": {"local_blocks": 0},
+    "static_gates": {"gate_init": (0.5, -3.0, 40.0)},
+    "q_cond_gates": {"gate_mode": "q_cond", "gate_init": (-1.0, 0.0, 2.0)},
+    "grouped_queries": {"heads": 6, "kv_heads": 2, "dim_head": 3},
+    "one_key_head": {"heads": 4, "kv_heads": 1},
+    "separate_kv": {"separate_kv": True},
+    "separate_kv_grouped_rope": {"separate_kv": True, "heads": 4, "kv_heads": 2, "dim_head": 4, "rope_theta": 50.0},
+    "rope": {"rope_theta": 10000.0},
+    "rope_overlapping": {"rope_theta": 100.0, **OVERLAP},
+    "bias": {"bias": True, "dim_head": 5},
+    "paper": PAPER,
+    "paper_rope_bias": {**PAPER, "rope_theta": 10000.0, "bias": True, "compression": "conv1d"},
+}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def build(random: Random, dtype: torch.dtype = torch.float64, **fields: Any) -> NativeSparseAttention:
+    """With random weights: those of a start would hide what position embeddings and gate weights do."""
+    attention = NativeSparseAttention(NSAConfig(**BASE | fields)).to(dtype)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * random(parameter.shape, dtype))
+    return attention
+
+
+def compress(x: Tensor, cfg: NSAConfig, compressor: TokenCompressor) -> Tensor:
+    """(B, T, K, D) → (B, C, K, D), head by head, by the oracle's definition of the compressor."""
+    w, sizes = dict(compressor.method.named_parameters()), (cfg.block_size, cfg.stride)
+    summarize = {
+        "avgpool": lambda y: oracle.avgpool(y, *sizes),
+        "conv1d": lambda y: oracle.conv1d(y, *sizes, w["position"], w["weight"], w["bias"]),
+        "grouped_mlp": lambda y: oracle.grouped_mlp(
+            y, *sizes, w["position"], w["w_in"], w["b_in"], w["w_out"], w["b_out"]
+        ),
+        Last: lambda y: oracle.compress(y, *sizes, lambda block: block[-1] * w["weight"].double()),
+    }[cfg.compression]
+    return torch.stack([summarize(head) for head in x.unbind(2)], dim=2)
+
+
+def project(attention: NativeSparseAttention, x: Tensor) -> dict[str, Tensor]:
+    """All tensors of the oracle's `nsa_attention`, in float64, from the module's weights."""
+    cfg = attention.cfg
+    x = x.double()
+
+    def linear(layer: nn.Linear, *shape: int) -> Tensor:
+        y = x @ layer.weight.double().T
+        y = y if layer.bias is None else y + layer.bias.double()
+        return y.view(*x.shape[:2], *shape)
+
+    sets = 3 if cfg.separate_kv else 1
+    q = linear(attention.to_q, cfg.heads, cfg.dim_head)
+    k = linear(attention.to_k, sets, cfg.kv_heads, cfg.dim_head)
+    v = linear(attention.to_v, sets, cfg.kv_heads, cfg.dim_head)
+    local, compressed, selective = (0, 1, 2) if cfg.separate_kv else (0, 0, 0)
+    k_local, k_selective = k[:, :, local], k[:, :, selective]
+    k_cmp = compress(k[:, :, compressed], cfg, attention.compress_k)
+    if cfg.rope_theta is not None:
+        q, k_local, k_selective = (oracle.rope(y, cfg.rope_theta) for y in (q, k_local, k_selective))
+        k_cmp = oracle.rope(k_cmp, cfg.rope_theta, position_step=cfg.stride)
+    logits = attention.gate_bias.double().expand(*x.shape[:2], cfg.heads, 3)
+    if cfg.gate_mode == "q_cond":
+        logits = logits + (x @ attention.gate_weight.double().T).view(logits.shape)
+    return {
+        "q": q,
+        "k": k_selective,
+        "v": v[:, :, selective],
+        "k_cmp": k_cmp,
+        "v_cmp": compress(v[:, :, compressed], cfg, attention.compress_v),
+        "gates": oracle.sigmoid(logits),
+        "k_local": k_local,
+        "v_local": v[:, :, local],
+    }
+
+
+def to_out(attention: NativeSparseAttention, o: Tensor) -> Tensor:
+    """(B, T, H, D) → (B, T, dim) in the dtype of o."""
+    layer = attention.to_out
+    y = o.flatten(2) @ layer.weight.to(o.dtype).T
+    return y if layer.bias is None else y + layer.bias.to(o.dtype)
+
+
+def draw_config(pick: python_random.Random, random: Random) -> NativeSparseAttention:
+    """Fields drawn at random, until they make a configuration."""
+    while True:
+        fields = {
+            "dim": pick.choice([4, 7, 12]),
+            "heads": pick.choice([1, 2, 3, 4, 6]),
+            "kv_heads": pick.choice([None, 1, 2, 3]),
+            "dim_head": pick.choice([None, 1, 2, 5, 8]),
+            "local_window": pick.choice([1, 2, 7, 16, 100]),
+            "block_size": pick.choice([1, 2, 4, 6, 9, 16]),
+            "stride": pick.choice([None, 1, 2, 3, 8]),
+            "select_block_size": pick.choice([None, 1, 3, 4, 8, 24]),
+            "topk_blocks": pick.choice([1, 2, 3, 5, 40]),
+            "init_blocks": pick.choice([0, 0, 1, 2]),
+            "local_blocks": pick.choice([0, 1, 1, 3]),
+            "compression": pick.choice(["grouped_mlp", "conv1d", "avgpool", Last]),
+            "gate_mode": pick.choice(["static", "q_cond"]),
+            "gate_init": tuple(pick.uniform(-4, 4) for _ in range(3)),
+            "separate_kv": pick.choice([False, True]),
+            "rope_theta": pick.choice([None, 10.0, 10000.0]),
+            "bias": pick.choice([False, True]),
+            "use_flash": pick.choice([False, True]),
+        }
+        try:
+            return build(random, **fields)
+        except ValueError:  # a combination that the rules forbid
+            continue

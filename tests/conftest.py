@@ -15,8 +15,10 @@ if not torch.cuda.is_available():
 
 import oracle
 import pytest
-from cases import Case, Random
+from cases import Case, Random, Step, at, double, near_ties, project, to_out
 from torch import Tensor
+
+from native_sparse_attention import NativeSparseAttention
 
 # Thousands of tiny operations: on a busy machine, threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -211,6 +213,43 @@ def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, toleranc
                 best = sorted((scores[j] for j in candidates if j not in forced), reverse=True)
                 regret = max((better - got for better, got in zip(best, free, strict=False)), default=0.0)
                 assert regret <= tolerance, f"{where}: {row} misses a block that is more important by {regret:.3g}"
+
+
+def reference(attention: NativeSparseAttention, x: Tensor, of: Any = oracle) -> tuple[Tensor, Tensor]:
+    """Exact output, and the blocks that the library chose, after every rule for that choice has been checked."""
+    cfg, tensors = attention.cfg, project(attention, x)
+    chosen = attention.attention_patterns(x).block_indices
+    blocks = {"block_size": cfg.block_size, "stride": cfg.stride, "select_block_size": cfg.select_block_size}
+    choice = blocks | {name: getattr(cfg, name) for name in ("topk_blocks", "init_blocks", "local_blocks")}
+    case = Case("", T=x.shape[1], B=x.shape[0], H=cfg.heads, K=cfg.kv_heads, D=cfg.dim_head, **choice)
+    importance = of.importance(tensors["q"], tensors["k_cmp"], **blocks)
+    assert_valid_choice(chosen, importance, case, tolerance=1e-10 if x.dtype == torch.float64 else 1e-5)
+    o = of.nsa_attention(**tensors, local_window=cfg.local_window, **choice, block_indices=chosen)
+    return to_out(attention, o), chosen
+
+
+def assert_step_as_exact_as_plain(case: Case, step: Step, x: dict[str, Tensor], actual: Tensor) -> None:
+    """The rows of a full forward, within the error budget, where the choice of blocks is clear; 0 at −1."""
+    positions = step.positions()
+    names = ("q", "k", "v", "k_cmp", "v_cmp", "gates")
+    local = {"k_local": x["k_local"], "v_local": x["v_local"]}
+    chosen = oracle.Dense.select_blocks(x["q"].double(), x["k_cmp"].double(), **case.choice)
+    plain, exact = (
+        at(
+            oracle.Dense.nsa_attention(
+                *(y[name] for name in names), **case.whole, k_local=y["k_local"], v_local=y["v_local"],
+                block_indices=chosen,
+            ),
+            positions,
+        )
+        for y in (x | local, double(x | local))
+    )  # fmt: skip
+    assert actual.shape == exact.shape and actual.dtype == x["q"].dtype
+    assert (actual[positions < 0] == 0).all(), "rows without a token are 0"
+    unclear = at(near_ties(case, x), positions).repeat_interleave(case.H // case.K, dim=-1)  # (B, M, H)
+    assert unclear.double().mean() < 0.1, "hardly a row has near ties"
+    kept = (positions >= 0)[:, :, None] & ~unclear
+    assert_within_budget(actual[kept], plain[kept], exact[kept], "o", terms=case.terms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,137 +8,15 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from cases import Case, Random, gradients
-from conftest import assert_close64, assert_valid_choice, assert_within_budget
-from torch import Tensor, nn
+from cases import BASE, CONFIGS, Random, build, draw_config, every_config, gradients, project, to_out
+from conftest import assert_close64, assert_within_budget, reference
+from torch import Tensor
 
-from native_sparse_attention import NativeSparseAttention, NSAConfig, TokenCompressor
-
-
-class Last(nn.Module):
-    """A compressor of the user's own: the last token of each block, scaled."""
-
-    def __init__(self, dim: int, block: int, stride: int) -> None:
-        super().__init__()
-        self.block, self.stride = block, stride
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, self.block - 1 :: self.stride] * self.weight
-
-
-BASE = {"dim": 12, "heads": 2, "seq_len": 64, "local_window": 5, "block_size": 4, "topk_blocks": 2}
-OVERLAP = {"block_size": 6, "stride": 2}
-PAPER = {"block_size": 4, "stride": 2, "select_block_size": 8, "topk_blocks": 4, "init_blocks": 1, "local_blocks": 2}
-PAPER |= {"heads": 4, "kv_heads": 2, "dim_head": 6, "gate_mode": "q_cond", "separate_kv": True}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "grouped_mlp": {},
-    "conv1d": {"compression": "conv1d"},
-    "avgpool": {"compression": "avgpool"},
-    "own_class": {"compression": Last, **OVERLAP},
-    "overlapping_grouped_mlp": {"compression": "grouped_mlp", **OVERLAP},
-    "overlapping_conv1d": {"compression": "conv1d", **OVERLAP},
-    "overlapping_avgpool": {"compression": "avgpool", **OVERLAP},
-    "large_selection_blocks": {"select_block_size": 8},
-    "small_selection_blocks": {"block_size": 8, "stride": 2, "select_block_size": 2, "topk_blocks": 4},
-    "forced_blocks": {"topk_blocks": 4, "init_blocks": 1, "local_blocks": 2},
-    "no_forced_blocks": {"local_blocks": 0},
-    "static_gates": {"gate_init": (0.5, -3.0, 40.0)},
-    "q_cond_gates": {"gate_mode": "q_cond", "gate_init": (-1.0, 0.0, 2.0)},
-    "grouped_queries": {"heads": 6, "kv_heads": 2, "dim_head": 3},
-    "one_key_head": {"heads": 4, "kv_heads": 1},
-    "separate_kv": {"separate_kv": True},
-    "separate_kv_grouped_rope": {"separate_kv": True, "heads": 4, "kv_heads": 2, "dim_head": 4, "rope_theta": 50.0},
-    "rope": {"rope_theta": 10000.0},
-    "rope_overlapping": {"rope_theta": 100.0, **OVERLAP},
-    "bias": {"bias": True, "dim_head": 5},
-    "paper": PAPER,
-    "paper_rope_bias": {**PAPER, "rope_theta": 10000.0, "bias": True, "compression": "conv1d"},
-}
-every_config = pytest.mark.parametrize("name", CONFIGS)
-
-
-def build(random: Random, dtype: torch.dtype = torch.float64, **fields: Any) -> NativeSparseAttention:
-    """With random weights: those of a start would hide what position embeddings and gate weights do."""
-    attention = NativeSparseAttention(NSAConfig(**BASE | fields)).to(dtype)
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(0.3 * random(parameter.shape, dtype))
-    return attention
-
+from native_sparse_attention import NativeSparseAttention, NSAConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The specification of the whole module
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def compress(x: Tensor, cfg: NSAConfig, compressor: TokenCompressor) -> Tensor:
-    """(B, T, K, D) → (B, C, K, D), head by head, by the oracle's definition of the compressor."""
-    w, sizes = dict(compressor.method.named_parameters()), (cfg.block_size, cfg.stride)
-    summarize = {
-        "avgpool": lambda y: oracle.avgpool(y, *sizes),
-        "conv1d": lambda y: oracle.conv1d(y, *sizes, w["position"], w["weight"], w["bias"]),
-        "grouped_mlp": lambda y: oracle.grouped_mlp(
-            y, *sizes, w["position"], w["w_in"], w["b_in"], w["w_out"], w["b_out"]
-        ),
-        Last: lambda y: oracle.compress(y, *sizes, lambda block: block[-1] * w["weight"].double()),
-    }[cfg.compression]
-    return torch.stack([summarize(head) for head in x.unbind(2)], dim=2)
-
-
-def project(attention: NativeSparseAttention, x: Tensor) -> dict[str, Tensor]:
-    """All tensors of the oracle's `nsa_attention`, in float64, from the module's weights."""
-    cfg = attention.cfg
-    x = x.double()
-
-    def linear(layer: nn.Linear, *shape: int) -> Tensor:
-        y = x @ layer.weight.double().T
-        y = y if layer.bias is None else y + layer.bias.double()
-        return y.view(*x.shape[:2], *shape)
-
-    sets = 3 if cfg.separate_kv else 1
-    q = linear(attention.to_q, cfg.heads, cfg.dim_head)
-    k = linear(attention.to_k, sets, cfg.kv_heads, cfg.dim_head)
-    v = linear(attention.to_v, sets, cfg.kv_heads, cfg.dim_head)
-    local, compressed, selective = (0, 1, 2) if cfg.separate_kv else (0, 0, 0)
-    k_local, k_selective = k[:, :, local], k[:, :, selective]
-    k_cmp = compress(k[:, :, compressed], cfg, attention.compress_k)
-    if cfg.rope_theta is not None:
-        q, k_local, k_selective = (oracle.rope(y, cfg.rope_theta) for y in (q, k_local, k_selective))
-        k_cmp = oracle.rope(k_cmp, cfg.rope_theta, position_step=cfg.stride)
-    logits = attention.gate_bias.double().expand(*x.shape[:2], cfg.heads, 3)
-    if cfg.gate_mode == "q_cond":
-        logits = logits + (x @ attention.gate_weight.double().T).view(logits.shape)
-    return {
-        "q": q,
-        "k": k_selective,
-        "v": v[:, :, selective],
-        "k_cmp": k_cmp,
-        "v_cmp": compress(v[:, :, compressed], cfg, attention.compress_v),
-        "gates": oracle.sigmoid(logits),
-        "k_local": k_local,
-        "v_local": v[:, :, local],
-    }
-
-
-def to_out(attention: NativeSparseAttention, o: Tensor) -> Tensor:
-    """(B, T, H, D) → (B, T, dim) in the dtype of o."""
-    layer = attention.to_out
-    y = o.flatten(2) @ layer.weight.to(o.dtype).T
-    return y if layer.bias is None else y + layer.bias.to(o.dtype)
-
-
-def reference(attention: NativeSparseAttention, x: Tensor, of: Any = oracle) -> tuple[Tensor, Tensor]:
-    """Exact output, and the blocks that the library chose, after every rule for that choice has been checked."""
-    cfg, tensors = attention.cfg, project(attention, x)
-    chosen = attention.attention_patterns(x).block_indices
-    blocks = {"block_size": cfg.block_size, "stride": cfg.stride, "select_block_size": cfg.select_block_size}
-    choice = blocks | {name: getattr(cfg, name) for name in ("topk_blocks", "init_blocks", "local_blocks")}
-    case = Case("", T=x.shape[1], B=x.shape[0], H=cfg.heads, K=cfg.kv_heads, D=cfg.dim_head, **choice)
-    importance = of.importance(tensors["q"], tensors["k_cmp"], **blocks)
-    assert_valid_choice(chosen, importance, case, tolerance=1e-10 if x.dtype == torch.float64 else 1e-5)
-    o = of.nsa_attention(**tensors, local_window=cfg.local_window, **choice, block_indices=chosen)
-    return to_out(attention, o), chosen
 
 
 def assert_is_the_reference(attention: NativeSparseAttention, x: Tensor, random: Random, of: Any = oracle) -> None:
@@ -164,39 +42,10 @@ def test_other_lengths_against_the_oracle(name: str, tokens: int, random: Random
     assert_is_the_reference(build(random, **CONFIGS[name]), random((2, tokens, 12)), random, oracle.Dense)
 
 
-def draw(pick: python_random.Random, random: Random) -> NativeSparseAttention:
-    """Fields drawn at random, until they make a configuration."""
-    while True:
-        fields = {
-            "dim": pick.choice([4, 7, 12]),
-            "heads": pick.choice([1, 2, 3, 4, 6]),
-            "kv_heads": pick.choice([None, 1, 2, 3]),
-            "dim_head": pick.choice([None, 1, 2, 5, 8]),
-            "local_window": pick.choice([1, 2, 7, 16, 100]),
-            "block_size": pick.choice([1, 2, 4, 6, 9, 16]),
-            "stride": pick.choice([None, 1, 2, 3, 8]),
-            "select_block_size": pick.choice([None, 1, 3, 4, 8, 24]),
-            "topk_blocks": pick.choice([1, 2, 3, 5, 40]),
-            "init_blocks": pick.choice([0, 0, 1, 2]),
-            "local_blocks": pick.choice([0, 1, 1, 3]),
-            "compression": pick.choice(["grouped_mlp", "conv1d", "avgpool", Last]),
-            "gate_mode": pick.choice(["static", "q_cond"]),
-            "gate_init": tuple(pick.uniform(-4, 4) for _ in range(3)),
-            "separate_kv": pick.choice([False, True]),
-            "rope_theta": pick.choice([None, 10.0, 10000.0]),
-            "bias": pick.choice([False, True]),
-            "use_flash": pick.choice([False, True]),
-        }
-        try:
-            return build(random, **fields)
-        except ValueError:  # a combination that the rules forbid
-            continue
-
-
 @pytest.mark.parametrize("seed", range(25))
 def test_a_config_that_constructs_also_runs(seed: int, random: Random) -> None:
     pick = python_random.Random(seed)
-    attention = draw(pick, random)
+    attention = draw_config(pick, random)
     x = random((pick.choice([1, 2]), pick.choice([1, 5, 18, 33, 64]), attention.cfg.dim))
     assert_is_the_reference(attention, x, random, oracle.Dense)
 

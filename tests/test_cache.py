@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import random as python_random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from cases import Random
-from conftest import assert_close64, assert_within_budget
-from test_attention import BASE, CONFIGS, PAPER, build, draw, every_config, reference
-from test_kernels import interpreted, needs_triton
+from cases import BASE, CONFIGS, PAPER, Random, build, draw_config, every_config, interpreted, needs_triton
+from conftest import assert_close64, assert_within_budget, reference
 from torch import Tensor, nn
 
 from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """A cache serves inference, and refuses to be called where a gradient is wanted."""
+    with torch.no_grad():
+        yield
 
 
 def room(attention: NativeSparseAttention, batch: int, max_len: int = 64, **options: Any) -> NSACache:
@@ -92,7 +97,7 @@ def test_against_the_oracle(name: str, random: Random) -> None:
 def test_random_configs_and_random_splits(seed: int, random: Random) -> None:
     """Of rows that begin together, and of ragged ones whose tokens come with padding."""
     pick = python_random.Random(seed)
-    attention = draw(pick, random)
+    attention = draw_config(pick, random)
     batch, tokens = pick.choice([1, 2, 3]), pick.choice([1, 5, 18, 33, 64])
     x = random((batch, tokens, attention.cfg.dim))
     exact, lengths = attention(x).detach(), pieces(pick, tokens)

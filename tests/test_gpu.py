@@ -21,12 +21,32 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BRANCHES, Branch, Case, Library, Random, choice, double, every_branch, local, whole
-from conftest import assert_within_budget, choice_tolerance
-from test_decode_kernels import Step, at, decode, inputs, of_every_length
-from test_decode_kernels import assert_as_exact_as_plain as assert_step_as_exact_as_plain
-from test_kernels import CASES, LAYOUTS, RECENT
-from test_packed import IN_KERNELS, EachAlone, Packed, Packing
+from cases import (
+    BRANCHES,
+    CASES,
+    IN_KERNELS,
+    LAYOUTS,
+    RECENT,
+    TRITON,
+    Branch,
+    Case,
+    EachAlone,
+    Library,
+    Packed,
+    Packing,
+    Random,
+    Step,
+    at,
+    choice,
+    decode,
+    double,
+    every_branch,
+    inputs,
+    local,
+    of_every_length,
+    whole,
+)
+from conftest import assert_step_as_exact_as_plain, assert_within_budget, choice_tolerance
 from torch import Tensor, nn
 from training_runs import TINY, flags
 
@@ -35,7 +55,6 @@ from nsa_gpt_training import NSALanguageModel
 
 pytestmark = pytest.mark.gpu
 
-TRITON = Library("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_hopper = pytest.mark.skipif(
     DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"

@@ -13,26 +13,36 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import cases
 import oracle
 import pytest
 import torch
 from cases import (
     BRANCHES,
+    CASES,
+    LAYOUTS,
+    MIDDLE,
     PLAIN,
+    RECENT,
+    SMALL_PIECES,
+    TRITON,
     Branch,
     Case,
-    Library,
     Random,
     choice,
     compressed,
     double,
     every_branch,
+    every_case,
+    every_dtype,
     gradients,
+    interpreted,
     local,
+    needs_triton,
     run,
     selective,
     whole,
@@ -45,60 +55,7 @@ import native_sparse_attention as nsa
 # Rows that see nothing are −inf − −inf on their way, as on a GPU; NumPy, the engine of the interpreter, warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-TRITON = Library("triton")
-
-needs_triton = pytest.mark.skipif(nsa.triton is None, reason="needs Triton 3.4 or later")
-interpreted = pytest.mark.skipif(
-    nsa.triton is None or not nsa.triton.knobs.runtime.interpret,
-    reason="needs Triton's interpreter (TRITON_INTERPRET=1), which is on wherever there is no GPU",
-)
-
-# Every group size that has a path of its own, odd head dims and lengths, and every relation of l, d, l', S and W that
-# the kernels tell apart.
-CASES = (
-    Case("shorter_than_a_block", T=7, H=4, D=16, block_size=8, stride=8, select_block_size=8, topk_blocks=3),
-    Case("group_1", T=97, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=3,
-         init_blocks=1, window=20),
-    Case("group_3_small_selection", T=59, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8,
-         topk_blocks=4, local_blocks=2, window=9),
-    Case("group_4", T=33, B=2, H=4, K=1, D=64, block_size=8, stride=8, select_block_size=16, window=100),
-    Case("group_16", T=59, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=3,
-         init_blocks=1, local_blocks=1, window=17),
-    Case("group_16_unaligned", T=33, H=16, K=1, D=17, block_size=4, stride=4, window=3),
-    Case("group_20", T=33, H=20, K=1, D=16, block_size=8, stride=4, select_block_size=8, topk_blocks=3),
-    Case("fewer_blocks_than_slots", T=33, H=4, D=16, select_block_size=8, topk_blocks=9, init_blocks=2, local_blocks=2),
-    Case("blocks_longer_than_a_tile", T=97, H=4, D=16, block_size=24, stride=8, select_block_size=72, topk_blocks=2),
-    Case("many_strides_in_a_block", T=59, D=16, block_size=3, stride=1, select_block_size=40, topk_blocks=2),
-    Case("spill_over_many_blocks", T=59, H=3, K=1, D=16, block_size=16, stride=2, select_block_size=4, topk_blocks=6,
-         init_blocks=1, local_blocks=2, window=33),
-    Case("everything_one", T=33, D=16, block_size=1, stride=1, select_block_size=1, topk_blocks=5, window=2),
-)  # fmt: skip
-# Blocks that the local branch does for the selective one: the window just holds them, or more; a tile of queries has
-# the same recent blocks, or several; blocks are shorter and longer than a tile of keys.
-RECENT = (
-    Case("recent_just_held", T=97, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=4,
-         init_blocks=1, local_blocks=2, window=32),
-    Case("recent_3_of_4", T=59, B=2, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8, topk_blocks=4,
-         local_blocks=3, window=30),
-    Case("recent_group_16", T=75, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=4,
-         local_blocks=2, window=40),
-    Case("recent_tiles", T=210, H=4, K=1, D=16, block_size=32, stride=16, select_block_size=64, topk_blocks=2,
-         window=70),
-    Case("recent_longer_than_a_tile", T=230, H=3, K=1, D=16, block_size=24, stride=8, select_block_size=72,
-         topk_blocks=2, window=72),
-)  # fmt: skip
-MIDDLE = replace(CASES[1], name="middle", T=41, B=2, D=17)
-# (case, dtype): all in float16, and in float32 those that bring a path of their own to it.
-IN_BOTH = [*((case, torch.float16) for case in CASES), *((case, torch.float32) for case in CASES[1:5])]
-every_case = pytest.mark.parametrize("case, dtype", IN_BOTH, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-
-
-def draw(branch: Branch, case: Case, random: Random, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs, with random blocks to attend to; for `whole`, those that the kernels will choose."""
-    x = case.tensors(random, dtype)
-    x["block_indices"] = choice(TRITON, case, x) if branch is whole else random.block_indices(case)
-    return x
+draw = partial(cases.draw, of=TRITON)
 
 
 def assert_as_exact_as_plain(
@@ -140,7 +97,6 @@ def test_access_outside_the_arguments_is_an_error(reads: int, writes: int, outsi
         with pytest.raises(Exception, match=outside):
             launch()
         assert between[11:].tolist() == [11, 12, 13, 14, 15]
-
 
 
 @interpreted
@@ -257,17 +213,6 @@ def test_the_log_sum_exp_alone_has_gradients(case: Case, random: Random) -> None
     assert (results[0][0] != 0).any() and (results[0][2] == 0).all(), "lse depends on q and k_cmp, not on v_cmp"
 
 
-# Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.
-SMALL_PIECES = {
-    "chunks_of_64_queries": {"_PARTIAL_BYTES": 1},
-    "short_runs_of_pairs": {"_RUN": 64},
-    "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 600},
-    "short_spans_of_rows": {"_FORWARD_SPAN": 64, "_SPAN": {2: 64, 4: 32}},
-    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_SPAN": 16, "_SPAN": {2: 16, 4: 16}},
-    "every_loop_by_query": {"_QUERY_OUTER_GROUP": 1},
-}
-
-
 @interpreted
 @pytest.mark.parametrize("cut", [4, 2048])
 @pytest.mark.parametrize("group, size", [(1, 16), (3, 16), (4, 512)])
@@ -351,15 +296,6 @@ def test_slots_in_any_order_and_blocks_that_have_not_begun(case: Case, random: R
     at_the_end = own[0, :, 0, 0] == last  # here, the block ahead is the own one: each block is chosen at most once
     x["block_indices"][:, at_the_end, :, 0] = -1
     assert_as_exact_as_plain(selective, case, x, run(selective, TRITON, case, x, torch.float32))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "heads_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "last_dimension_strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    "slice_of_a_packed_tensor": lambda x: torch.cat([x, x + 1], dim=2)[:, :, : x.shape[2]],
-    "every_second_token": lambda x: x.repeat_interleave(2, dim=1)[:, 1::2],
-    "start_not_aligned": lambda x: torch.cat([x, x], dim=-1)[..., 1 : 1 + x.shape[-1]].copy_(x),
-}
 
 
 @interpreted

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from itertools import repeat
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -13,23 +11,33 @@ import pytest
 import torch
 from cases import (
     BRANCHES,
+    GROUP_1,
+    GROUP_3,
+    GROUP_16,
+    IN_KERNELS,
+    NO_BLOCK,
+    OVERLAPPING,
     PLAIN,
+    RECENT_PACKED,
+    SMALL_PIECES,
     Branch,
     Case,
-    Library,
+    EachAlone,
+    Packed,
+    Packing,
     Random,
     choice,
     compressed,
     double,
     every_branch,
     gradients,
+    interpreted,
     local,
     run,
     selective,
     whole,
 )
 from conftest import assert_close64, assert_valid_choice, assert_within_budget, choice_tolerance
-from test_kernels import SMALL_PIECES, interpreted
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -42,79 +50,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Sequences of these lengths, of which each has the sizes of `case`."""
-
-    case: Case
-    lengths: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.case.name}_{'_'.join(map(str, self.lengths))}"
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        return torch.tensor([0, *self.lengths]).cumsum(0).int()
-
-    @property
-    def alone(self) -> list[Case]:
-        return [replace(self.case, T=length) for length in self.lengths or (0,)]
-
-    def draw(self, branch: Branch, random: Random, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Inputs, with random blocks to attend to; for `whole`, those that each sequence chooses alone."""
-        inputs = [case.tensors(random, dtype) for case in self.alone]
-        for case, x in zip(self.alone, inputs, strict=True):
-            x["block_indices"] = choice(PLAIN, case, x) if branch is whole else random.block_indices(case)
-        packed = {name: torch.cat([x[name].detach() for x in inputs], dim=1) for name in inputs[0]}
-        return {name: x.requires_grad_(x.is_floating_point()) for name, x in packed.items()}
-
-    def unpack(self, x: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The rows of each sequence."""
-        tokens, blocks = ([getattr(case, letter) for case in self.alone] for letter in "TC")
-        parts = {name: t.split(blocks if name in ("k_cmp", "v_cmp") else tokens, dim=1) for name, t in x.items()}
-        return [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)]
-
-
-class Packed(Library):
-    """The library's functions with these `cu_seqlens`."""
-
-    def __init__(self, cu_seqlens: Tensor, backend: str = "torch") -> None:
-        super().__init__(backend)
-        for function in filter(callable, vars(self).values()):
-            function.keywords["cu_seqlens"] = cu_seqlens
-        self.cu_seqlens = cu_seqlens
-
-    def nsa_attention(self, *args: Tensor, **settings: Any) -> Tensor:
-        return super().nsa_attention(*args, **settings, cu_seqlens=self.cu_seqlens)
-
-
-class EachAlone:
-    """The functions of a library or an oracle for each of some packed sequences alone: results one after another."""
-
-    def __init__(self, of: Any, packing: Packing) -> None:
-        self.of = of
-        lengths, counts = ([getattr(case, letter) for case in packing.alone] for letter in "TC")
-        self.rows = {sum(counts): counts, sum(lengths): lengths}  # where there are as many blocks as tokens, each has
-
-    def split(self, x: Any) -> Iterable[Any]:
-        return x.split(self.rows[x.shape[1]], dim=1) if isinstance(x, Tensor) else repeat(x)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def of_packed(*args: Any, **settings: Any) -> Any:
-            calls = zip(*map(self.split, (*args, *settings.values())), strict=False)
-            outputs = [
-                getattr(self.of, name)(*call[: len(args)], **dict(zip(settings, call[len(args) :], strict=True)))
-                for call in calls
-            ]
-            if isinstance(outputs[0], Tensor):
-                return torch.cat(outputs, dim=1)
-            return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
-
-        return of_packed
-
-
-OVERLAPPING = Case("overlapping", T=0, H=4, K=2, D=5, block_size=8, stride=4, select_block_size=8, topk_blocks=3,
-                   init_blocks=1, window=6)  # fmt: skip
 SMALL_BLOCKS = Case("small_blocks", T=0, H=3, K=1, D=3, block_size=2, stride=1, select_block_size=3, topk_blocks=4,
                     local_blocks=2, window=3)  # fmt: skip
 ALL_ONE = Case("all_one", T=0, H=2, K=2, D=4, block_size=1, stride=1, select_block_size=1, topk_blocks=2, window=1)
@@ -225,7 +160,7 @@ BAD = {
     "too_short": (torch.tensor([0, 13, 49]), ValueError, ["cu_seqlens[-1] = 49", "50"]),
     "too_long": (torch.tensor([0, 13, 51]), ValueError, ["cu_seqlens[-1] = 51", "50"]),
     "lengths_instead": (torch.tensor([13, 29, 8]), ValueError, ["cu_seqlens[0] = 13", "0"]),
-    "int64": (torch.tensor([0, 50]).long(), ValueError, ["cu_seqlens.dtype", "int64", "int32"]),
+    "int16": (torch.tensor([0, 50]).short(), ValueError, ["cu_seqlens.dtype", "int16", "int32"]),
     "float": (torch.tensor([0.0, 50.0]), ValueError, ["cu_seqlens.dtype", "float32", "int32"]),
     "device": (torch.tensor([0, 50], device="meta"), ValueError, ["cu_seqlens.device", "meta", "cpu"]),
     "rank": (torch.tensor([[0, 50]]), ValueError, ["cu_seqlens.shape", "(1, 2)"]),
@@ -239,7 +174,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_cu_seqlens(call: str, bad: str, random: Random) -> None:
     cu_seqlens, error, parts = BAD[bad]
-    if isinstance(cu_seqlens, Tensor) and bad not in ("int64", "float"):
+    if isinstance(cu_seqlens, Tensor) and bad not in ("int16", "float"):
         cu_seqlens = cu_seqlens.int()
     x = PACKINGS[0].draw(whole, random)
     for _ in range(2):  # what was refused is not remembered as right
@@ -273,23 +208,6 @@ def test_compressed_blocks_of_the_sum_of_tokens(call: str, random: Random) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def readings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every tensor that was brought to the host, which on a GPU means to wait for it."""
-    read, tolist = [], Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self) or tolist(self))
-    return read
-
-
-def test_read_once_for_all_layers(random: Random, readings: list[Tensor]) -> None:
-    packing = PACKINGS[0]
-    x = packing.draw(whole, random)
-    of, count = Packed(packing.cu_seqlens), len(readings)
-    for _ in range(3):
-        whole(of, packing.case, x)
-    assert len(readings) == count + 1
-
-
 def test_read_again_after_a_change(random: Random) -> None:
     case = OVERLAPPING
     x = Packing(case, (13, 12)).draw(compressed, random)
@@ -309,16 +227,26 @@ def test_read_again_after_a_change(random: Random) -> None:
         assert torch.equal(nsa.local_attention(q, k, v, 6, cu_seqlens=cu_seqlens), fresh)
 
 
-def test_nothing_is_kept_of_a_tensor_that_is_gone(random: Random) -> None:
-    x = Packing(OVERLAPPING, (4, 3)).draw(compressed, random)
-    gc.collect()
-    before = len(nsa._LENGTHS)
-    cu_seqlens = torch.tensor([0, 4, 7], dtype=torch.int32)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("through", ["numpy", "data"])
+def test_a_change_that_torch_does_not_count(through: str, dtype: torch.dtype, random: Random) -> None:
+    x = Packing(OVERLAPPING, (13, 12)).draw(local, random)
+    cu_seqlens = torch.tensor([0, 13, 25], dtype=dtype)
+    expected = nsa.local_attention(x["q"], x["k"], x["v"], 6, cu_seqlens=torch.tensor([0, 5, 25], dtype=torch.int32))
     nsa.local_attention(x["q"], x["k"], x["v"], 6, cu_seqlens=cu_seqlens)
-    assert len(nsa._LENGTHS) == before + 1
-    del cu_seqlens
-    gc.collect()
-    assert len(nsa._LENGTHS) == before
+    (cu_seqlens.numpy() if through == "numpy" else cu_seqlens.data)[1] = 5
+    assert torch.equal(nsa.local_attention(x["q"], x["k"], x["v"], 6, cu_seqlens=cu_seqlens), expected)
+
+
+@pytest.mark.parametrize("branch", [local, compressed, selective, whole], ids=lambda branch: branch.__name__)
+def test_what_cumsum_gives(branch: Branch, random: Random) -> None:
+    """Edges of type int64."""
+    packing = PACKINGS[0]
+    x = packing.draw(branch, random)
+    expected, actual = (run(branch, Packed(edges), packing.case, x) for edges in
+                        (packing.cu_seqlens, packing.cu_seqlens.long()))  # fmt: skip
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 def test_changed_before_the_backward_is_refused(random: Random) -> None:
@@ -335,42 +263,6 @@ def test_changed_before_the_backward_is_refused(random: Random) -> None:
 # The kernels, by Triton's interpreter
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Sequences that end within a tile and on its edge, shorter than a block, of one token and of none, at every place.
-GROUP_1 = Packing(
-    Case("group_1", T=0, D=17, block_size=8, stride=4, select_block_size=16, topk_blocks=3, init_blocks=1, window=20),
-    (5, 0, 41, 1, 64, 20),
-)
-GROUP_3 = Packing(
-    Case("group_3", T=0, H=6, D=33, block_size=16, stride=8, select_block_size=8, topk_blocks=4, local_blocks=2,
-         window=9),
-    (33, 7, 0, 21),
-)  # fmt: skip
-GROUP_4 = Packing(
-    Case("group_4", T=0, H=4, K=1, D=64, block_size=8, stride=8, select_block_size=16, window=100), (0, 40, 3, 30)
-)
-GROUP_16 = Packing(
-    Case("group_16", T=0, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=3, init_blocks=1,
-         window=17),
-    (19, 0, 33, 1, 8),
-)  # fmt: skip
-LONG_BLOCKS = Packing(
-    Case("long_blocks", T=0, H=4, D=16, block_size=24, stride=8, select_block_size=72, topk_blocks=2), (73, 1, 100)
-)
-SPILL = Packing(
-    Case("spill", T=0, H=3, K=1, D=16, block_size=16, stride=2, select_block_size=4, topk_blocks=6, init_blocks=1,
-         local_blocks=2, window=33),
-    (30, 17, 3, 15),
-)  # fmt: skip
-RECENT_PACKED = Packing(
-    Case("recent_3_of_4", T=0, H=3, K=1, D=16, block_size=4, stride=4, select_block_size=8, topk_blocks=4,
-         local_blocks=3, window=24),
-    (50, 0, 7, 1, 29),
-)  # fmt: skip
-NO_BLOCK = Packing(OVERLAPPING, (3, 7, 1))
-IN_KERNELS = [
-    *((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, RECENT_PACKED, SPILL)),
-    *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, NO_BLOCK)),
-]
 every_kernel_packing = pytest.mark.parametrize("packing, dtype", IN_KERNELS, ids=str)
 
 
