@@ -257,10 +257,6 @@ def assert_step_as_exact_as_plain(case: Case, step: Step, x: dict[str, Tensor], 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
