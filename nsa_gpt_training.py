@@ -39,7 +39,7 @@ import types
 import typing
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,8 @@ class Stop(Exception):
 
 
 def gist(problem: Exception) -> str:
-    """The first line of what it says."""
-    return (str(problem) or type(problem).__name__).splitlines()[0]
+    """The first line of an exception's message, or the operating system's words without path and number."""
+    return (getattr(problem, "strerror", None) or str(problem) or type(problem).__name__).splitlines()[0]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -86,11 +86,13 @@ def setting(
     *,
     choices: tuple[str, ...] | None = None,
     least: float | None = None,
+    most: float | None = None,
     free: bool = False,
 ):
     """A field of Settings: its default in the full run, what it means, which values it takes, and whether it is free to
     differ where a run is resumed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "free": free})
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "free": free}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Settings:
         False, "run what is compiled as CUDA graphs, so that no step waits for Python; in one process", free=True
     )
     recompute: bool = setting(False, "compute each block again in the backward: slower, but less memory", free=True)
-    seed: int = setting(1337, "seed of weights, batches, dropout and generated text", least=0)
+    seed: int = setting(1337, "seed of weights, batches, dropout and generated text", least=0, most=2**63 - 1)
 
     layers: int = setting(6, "blocks of attention and feed-forward", least=1)
     dim: int = setting(384, "width of the model")
@@ -175,7 +177,7 @@ class Settings:
         "more of them in a batch; then they double until they fill context; not given: they fill it from the start",
         least=8,
     )
-    growth: float = setting(0.5, "share of the iterations in which sequences grow to context", least=1e-6)
+    growth: float = setting(0.5, "share of the iterations in which sequences grow to context", least=1e-6, most=1)
     accumulate: int = setting(
         1, "parts that a process computes its share of a batch in, to save memory", least=1, free=True
     )
@@ -202,9 +204,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            value, least, choices = getattr(self, each.name), each.metadata["least"], each.metadata["choices"]
+            value, choices = getattr(self, each.name), each.metadata["choices"]
+            least, most = each.metadata["least"], each.metadata["most"]
             if least is not None and value is not None and not value >= least:
                 raise ValueError(f"{each.name} = {value!r}: must be at least {least}")
+            if most is not None and not value <= most:
+                raise ValueError(f"{each.name} = {value!r}: must be at most {most}")
             chosen = value if isinstance(value, tuple) else (value,)
             if choices is not None and not set(chosen) <= set(choices):
                 raise ValueError(f"{each.name} = {value!r}: must be one of {', '.join(choices)}")
@@ -218,8 +223,6 @@ class Settings:
             raise ValueError("stop = '': must have a character at least")
         if self.first_context is not None and self.first_context > self.context:
             raise ValueError(f"first_context = {self.first_context}: must be at most context = {self.context}")
-        if not self.growth <= 1:
-            raise ValueError(f"growth = {self.growth}: must be at most 1")
         if self.task == "recall":
             self.check_recall()
 
@@ -317,6 +320,9 @@ RECALL = dataclasses.replace(
 
 
 class OneLineParser(argparse.ArgumentParser):
+    def print_help(self, file: typing.TextIO | None = None) -> None:
+        say(self.format_help(), end="")
+
     def error(self, message: str) -> typing.NoReturn:
         raise Stop(f"{message} (--help lists the flags)")
 
@@ -500,8 +506,76 @@ def find_device(name: str) -> torch.device:
 
 
 def say(line: str = "", end: str = "\n") -> None:
-    if IS_MAIN:
-        print(line, end=end, flush=True)  # at once, into a pipe too
+    """Print on the first process, at once, into a pipe too. Stops where nobody can read it any more."""
+    if not IS_MAIN:
+        return
+    try:
+        print(line, end=end, flush=True)
+    except OSError as problem:
+        with suppress(OSError):  # Python would fail again at its exit, where it writes what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(problem, BrokenPipeError):  # the reader has seen enough, as `head` has: end quietly
+            raise Stop("", exit_code=141) from problem
+        raise Stop(f"cannot write to standard output: {gist(problem)}", exit_code=1) from problem
+
+
+@contextmanager
+def writing(path: Path, exit_code: int = 1) -> Iterator[None]:
+    """Stops in one line if the body cannot write `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as problem:  # PyTorch and matplotlib have their own ways of saying it
+        raise Stop(f"cannot write {path}: {gist(problem)}", exit_code) from problem
+
+
+@contextmanager
+def postponed(failures: list[Stop]) -> Iterator[None]:
+    """Notes a Stop instead of stopping, so that what follows is still done."""
+    try:
+        yield
+    except Stop as reason:
+        failures.append(reason)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it until the body or this process ends, whichever way it does."""
+    path = folder / ".lock"
+    with writing(path, exit_code=2):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        try:
+            lock_file(file)
+            free = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))  # else it has just ended
+        except (BlockingIOError, PermissionError):
+            free = False
+        except OSError:
+            free = True  # a file system that has no locks
+        if not free:
+            raise Stop(f"another run is writing to {folder}: wait until it has ended, or choose another --out")
+        try:
+            with writing(path, exit_code=2):  # fails here and now where the disk is full
+                file.truncate(0)
+                print(f"process {os.getpid()} of {platform.node()}", file=file, flush=True)
+            yield
+        finally:
+            with suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+
+
+def lock_file(file: typing.IO) -> None:
+    """Lock an open file, or fail at once if another process has done so. On a system without locks, do nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        with suppress(ImportError):
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -553,16 +627,24 @@ class InFlight:
 class Log:
     """A JSON object a line: the run's settings and environment, then every step and evaluation. TensorBoard's too.
 
-    A resumed run goes on in the same file. Where a step comes twice, the later line counts.
+    A resumed run goes on in the same file. Where a step comes twice, the later line counts. A file that cannot be
+    written from the start stops the run; one that fails later is left alone, and named in `failures`.
     """
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self.settings, self.runtime = settings, runtime
         self.file = self.board = None
-        if settings.log is not None and IS_MAIN:
-            self.file = settings.log.open("a" if settings.resume else "w", encoding="utf-8", buffering=1)
-            self.line({"settings": settings.plain(), "environment": environment(runtime)})
-        if settings.tensorboard and IS_MAIN:
-            self.board = self.make_board(settings.out / "tensorboard")
+        self.failures: list[Stop] = []
+
+    def open(self) -> None:
+        settings = self.settings
+        if settings.log is not None:
+            with writing(settings.log, exit_code=2):
+                self.file = settings.log.open("a" if settings.resume else "w", encoding="utf-8", buffering=1)
+                self.line({"settings": settings.plain(), "environment": environment(self.runtime)})
+        if settings.tensorboard:
+            with writing(settings.out / "tensorboard", exit_code=2):
+                self.board = self.make_board(settings.out / "tensorboard")
 
     def make_board(self, folder: Path):
         try:
@@ -573,22 +655,28 @@ class Log:
         return SummaryWriter(folder)
 
     def write(self, attention: str, iteration: int, **values: object) -> None:
-        self.line({"attention": attention, "iteration": iteration, **values})
-        for name, value in values.items() if self.board is not None else ():
-            if isinstance(value, float):
-                self.board.add_scalar(f"{attention}/{name}", value, iteration)
+        if self.failures:
+            return
+        with postponed(self.failures), writing(self.settings.log):
+            self.line({"attention": attention, "iteration": iteration, **values})
+        with postponed(self.failures), writing(self.settings.out / "tensorboard"):
+            for name, value in values.items() if self.board is not None else ():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{attention}/{name}", value, iteration)
 
     def line(self, values: dict[str, object]) -> None:
         if self.file is not None:
             print(json.dumps(values), file=self.file)
 
     def __enter__(self) -> "Log":
+        self.runtime.on_main(self.open)
         return self
 
     def __exit__(self, *_: object) -> None:
         for each in (self.file, self.board):
             if each is not None:
-                each.close()
+                with postponed(self.failures), writing(self.settings.log):
+                    each.close()
 
 
 def environment(runtime: Runtime) -> dict[str, str]:
@@ -1249,45 +1337,193 @@ def mean_gates(model: NSALanguageModel, tokens: Tensor) -> list[list[float]]:
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 7  Checkpoint: all that a run is, in one file that `torch.load(weights_only=True)` reads
+# 7  Checkpoint: all that a run is, in one file with a checksum that `torch.load(weights_only=True)` reads
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass
+class Run:
+    """What has come of training one model so far."""
+
+    attention: str
+    parameters: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of every training batch
+    seconds: float = 0.0  # in training steps; evaluations not counted
+    tokens: int = 0  # seen in them
+    tests: dict[int, float] = field(default_factory=dict)  # recall: accuracy at each length
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The lowest validation loss of a model that has learnt anything at all."""
+        return min((each for each in self.evaluations if each.iteration > 0), key=lambda each: each.val, default=None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @classmethod
+    def of(cls, state: dict[str, typing.Any]) -> "Run":
+        return cls(**{**state, "evaluations": [Evaluation(**each) for each in state["evaluations"]]})
 
 
 def save_checkpoint(state: dict[str, typing.Any], *paths: Path) -> None:
     """Each file is whole, the old one or the new one, whenever this is killed."""
     for path in paths:
-        try:
-            with replacing(path) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as problem:
-            raise Stop(f"cannot write {path}: {gist(problem)}", exit_code=1) from problem
+        with writing(path), replacing(path) as temporary, temporary.open("w+b") as file:
+            torch.save(state, file)
+            add_checksum(file)
+
+
+CHECKSUM_BYTES = 64  # a SHA-256 in hexadecimal digits
+
+
+def add_checksum(file: typing.BinaryIO) -> None:
+    """Give a zip archive the SHA-256 of all bytes before it as its comment: whoever reads zip files still reads it."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, until now 0
+    file.write(CHECKSUM_BYTES.to_bytes(2, "little"))
+    file.write(checksum(file, file.tell()))
+
+
+def checksum(file: typing.BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first bytes of a file, which is then read up to there."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(min(size, 2**20)):
+        digest.update(piece)
+        size -= len(piece)
+    return digest.hexdigest().encode()
+
+
+def check_whole(file: typing.BinaryIO) -> None:
+    """Raise ValueError unless the checksum is right, or there is none, as before checksums and in a bare `torch.save`.
+
+    Then the archive has no comment, and its last 22 bytes begin with a mark, which no hexadecimal digit is part of.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 22))
+    if file.read(4) != b"PK\x05\x06" and checksum(file, max(0, size - CHECKSUM_BYTES)) != file.read():
+        raise ValueError("the checksum is not that of the content")
+
+
+FIELDS = {  # of a checkpoint
+    "model": dict[str, Tensor],
+    "optimizer": dict[str, object],
+    "position": Tensor,
+    "random": list[dict[str, Tensor]],
+    "run": Run,
+    "config": dict[str, object],
+    "vocabulary": str,
+    "data": str,
+    "settings": dict[str, object],
+}
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, typing.Any]:
+    """All that a file holds, each field of the right type. No code that may be hidden in there is run."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:
+            check_whole(file)
+            file.seek(0)
+            state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as problem:
         raise Stop(f"there is no checkpoint {path}") from problem
-    except (IsADirectoryError, PermissionError) as problem:
+    except OSError as problem:
         raise Stop(f"cannot read {path}: {gist(problem)}") from problem
     except Exception as problem:  # depends on where the file is damaged, and advises to trust it
         raise Stop(f"{path} is no whole checkpoint: it is cut short, damaged, or of something else") from problem
-    expected = {"model", "optimizer", "position", "random", "run", "config", "vocabulary", "data", "settings"}
-    if not isinstance(state, dict) or not expected <= state.keys():
+    if not isinstance(state, dict) or not FIELDS.keys() <= state.keys():
         raise Stop(f"{path} is no checkpoint of {Path(__file__).name}")
+    with fitting(path):
+        for name, kind in FIELDS.items():
+            check_type(name, state[name], kind)
     return state
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Stops in one line if what a checkpoint holds is not what the body needs."""
+    try:
+        yield
+    except Stop:
+        raise
+    except Exception as problem:
+        lacks = f"{problem} is missing" if isinstance(problem, KeyError) else gist(problem)
+        raise Stop(f"{path} is damaged, or of another version: {lacks}") from problem
+
+
+def check_type(name: str, value: typing.Any, kind: typing.Any) -> None:
+    """Raise ValueError unless a value is of a type such as dict[str, list[float]]; a dataclass is a dict of fields."""
+    if dataclasses.is_dataclass(kind):
+        fields = {each.name: each.type for each in dataclasses.fields(kind)}
+        check_type(name, value, dict[str, object])
+        check_names(name, value, fields)
+        for each, its_kind in fields.items():
+            check_type(f"{name}.{each}", value[each], its_kind)
+        return
+    outer, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if not isinstance(value, outer) or (outer is int and isinstance(value, bool)):
+        raise ValueError(f"{name} is of type {type(value).__name__}, not {outer.__name__}")
+    if outer is dict:
+        for key, each in value.items():
+            check_type(f"a key of {name}", key, inner[0])
+            check_type(f"{name}[{key!r}]", each, inner[1])
+    for number, each in enumerate(value if outer is list else ()):
+        check_type(f"{name}[{number}]", each, inner[0])
+
+
+def check_names(name: str, got: dict[str, typing.Any], expected: Iterable[str]) -> None:
+    for each in expected:
+        if each not in got:
+            raise ValueError(f"{name} has no {each}")
+    for each in got.keys() - set(expected):
+        raise ValueError(f"{name} has a {each}, which is unknown")
+
+
+def check_tensors(name: str, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the names, shapes and dtypes are those expected, and no number is NaN."""
+    check_type(name, got, dict[str, Tensor])
+    check_names(name, got, expected)
+    for each, x in got.items():
+        like = expected[each]
+        if x.shape != like.shape or x.dtype != like.dtype:
+            found, needed = (f"{y.dtype} of shape {tuple(y.shape)}" for y in (x, like))
+            raise ValueError(f"{name}[{each!r}] is {found}, not {needed}")
+        if x.isnan().any():
+            raise ValueError(f"{name}[{each!r}] has NaN in it")
+
+
+def check_run(run: Run, expected: Run, settings: Settings) -> None:
+    """Raise ValueError unless these settings lead to such a run; `expected` is one that has not begun."""
+    done = len(run.losses)
+    due = [n for n in range(done + 1) if n % settings.eval_interval == 0 or n == settings.iterations]
+    gates = [len(BRANCHES)] * settings.layers if run.attention == "nsa" else []
+    rules = {
+        "attention": (run.attention, expected.attention),
+        "parameters": (run.parameters, expected.parameters),
+        "tokens": (run.tokens, done * settings.batch_size * settings.context),
+        "evaluated iterations": ([each.iteration for each in run.evaluations], due),
+        "gates": ([list(map(len, each.gates)) for each in run.evaluations], [gates] * len(due)),
+    }
+    for name, (got, rule) in rules.items():
+        if got != rule:
+            raise ValueError(f"run: {name} = {got}, not {rule}, after {done} iterations")
+    if done > settings.iterations:
+        raise ValueError(f"run: {done} losses, but only {settings.iterations} iterations")
+    numbers = [run.seconds, *(x for each in run.evaluations for x in (each.train, each.val, each.accuracy))]
+    if not all(math.isfinite(x) and x >= 0 for x in numbers):
+        raise ValueError("run: its seconds, or a result of an evaluation, is negative or not finite")
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[NSALanguageModel, dict[str, typing.Any]]:
     """The model of a checkpoint, in evaluation mode, and everything else that the file holds."""
     state = read_checkpoint(path, device)
-    try:
+    with fitting(path):
         config = NSAConfig(**state["config"])
         layers, attention = state["settings"]["layers"], state["run"]["attention"]
         model = NSALanguageModel(len(state["vocabulary"]), config, layers, attention)
+        check_tensors("model", state["model"], model.state_dict())
         model.load_state_dict(state.pop("model"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as problem:
-        raise Stop(f"{path} does not fit this version: {gist(problem)}") from problem
     return model.to(device).eval(), state
 
 
@@ -1325,13 +1561,30 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, typing.Any]) -> None:
     """Weights and optimizer as they were, in shards if that is what they are now."""
     own = model.state_dict()
+    check_tensors("model", state["model"], own)
     model.load_state_dict({name: sharded_like(whole, own[name]) for name, whole in state["model"].items()})
+    check_optimizer(state["optimizer"], optimizer, len(state["run"]["losses"]))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {name: sharded_like(x, parameters[number]) if x.ndim > 0 else x for name, x in of.items()}
         for number, of in state["optimizer"]["state"].items()
     }
-    optimizer.load_state_dict({**state["optimizer"], "state": moments})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})  # settings are this run's, not the file's
+
+
+def check_optimizer(state: dict[str, typing.Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Raise ValueError unless a state is AdamW's after so many steps. Parameters that had no gradient have none."""
+    numbers, expected = ([group["params"] for group in x["param_groups"]] for x in (state, optimizer.state_dict()))
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    if numbers != expected or not state["state"].keys() <= parameters.keys():
+        raise ValueError("optimizer: its parameters are not those of the model")
+    taken = [0]
+    for number, moments in state["state"].items():
+        like = parameters[number]
+        check_tensors(f"optimizer[{number}]", moments, {"step": torch.zeros(()), "exp_avg": like, "exp_avg_sq": like})
+        taken.append(moments["step"].item())
+    if min(taken[1:], default=steps) < min(1, steps) or max(taken) != steps:
+        raise ValueError(f"optimizer: its counts of steps are not those of {steps} iterations")
 
 
 def random_state(runtime: Runtime) -> dict[str, Tensor]:
@@ -1417,32 +1670,6 @@ def say_text(model: NSALanguageModel, vocabulary: str, settings: Settings, runti
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-@dataclass
-class Run:
-    """What has come of training one model so far."""
-
-    attention: str
-    parameters: int
-    evaluations: list[Evaluation] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # of every training batch
-    seconds: float = 0.0  # in training steps; evaluations not counted
-    tokens: int = 0  # seen in them
-    tests: dict[int, float] = field(default_factory=dict)  # recall: accuracy at each length
-
-    @property
-    def best(self) -> Evaluation | None:
-        """The lowest validation loss of a model that has learnt anything at all."""
-        return min((each for each in self.evaluations if each.iteration > 0), key=lambda each: each.val, default=None)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    @classmethod
-    def of(cls, state: dict[str, typing.Any]) -> "Run":
-        return cls(**{**state, "evaluations": [Evaluation(**each) for each in state["evaluations"]]})
-
-
 class Trainer:
     """A model on its way: everything that changes from step to step, and so all that a checkpoint has to hold."""
 
@@ -1488,6 +1715,8 @@ class Trainer:
                 self.settle()
                 self.review()
         self.settle()
+        asked = torch.full((), float(request.asked), device=self.runtime.device)  # in the last evaluation, too
+        self.stopping = self.stopping or self.runtime.sum(asked).item() > 0
         if self.stopping:
             self.save(self.last_path)
 
@@ -1549,6 +1778,10 @@ class Trainer:
             self.save(self.last_path)
         self.since = time.perf_counter()  # the clock stops around evaluations
 
+    @property
+    def finished(self) -> bool:
+        return any(each.iteration == self.settings.iterations for each in self.run.evaluations)
+
     def kept(self) -> str:
         best = self.run.best
         if best is None:
@@ -1574,11 +1807,20 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the last checkpoint, as if the run had never been stopped."""
         state = read_checkpoint(self.last_path)
-        check_resumable(state, self.last_path, self.model.attention, self.data, self.settings)
-        load_state(self.model, self.optimizer, state)
-        self.generator.set_state(state["position"])
-        self.random, self.run = state["random"], Run.of(state["run"])
-        self.iteration = len(self.run.losses)
+        with fitting(self.last_path):
+            check_resumable(state, self.last_path, self.model.attention, self.data, self.settings)
+            run = Run.of(state["run"])
+            check_run(run, self.run, self.settings)
+            NSAConfig(**state["config"])
+            load_state(self.model, self.optimizer, state)
+            self.generator.set_state(state["position"])
+            for each in state["random"] or [{}]:  # that of every process, so that all of them find what is wrong
+                set_random_state(each, self.runtime)
+        if run.best is not None:
+            kept = Run.of(read_checkpoint(self.best_path)["run"]).best
+            if kept is None or kept.val > run.best.val:
+                raise Stop(f"{self.best_path} is not the best model that {self.last_path} tells of")
+        self.random, self.run, self.iteration = state["random"], run, len(run.losses)
 
 
 def train_step(
@@ -1614,16 +1856,18 @@ def exchange_gradients(net: nn.Module, now: bool) -> None:
 
 
 def make_trainers(models: dict[str, NSALanguageModel], data: Data, *shared: typing.Any) -> list[Trainer]:
-    """A trainer for each model. Resumed, those go on that have a checkpoint; one of them must."""
+    """A trainer for each model. To be resumed, one of them must have a checkpoint."""
     trainers = [Trainer(model, data, *shared) for model in models.values()]
-    settings = trainers[0].settings
-    if settings.resume:
-        begun = [trainer for trainer in trainers if trainer.last_path.exists()]
-        if not begun:
-            raise Stop(f"nothing to resume: there is no checkpoint {trainers[0].last_path}")
-        for trainer in begun:
-            trainer.resume()
+    if trainers[0].settings.resume and not any(trainer.last_path.exists() for trainer in trainers):
+        raise Stop(f"nothing to resume: there is no checkpoint {trainers[0].last_path}")
     return trainers
+
+
+def resume_trainers(trainers: list[Trainer]) -> None:
+    """Those go on that have a checkpoint."""
+    for trainer in trainers:
+        if trainer.settings.resume and trainer.last_path.exists():
+            trainer.resume()
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1643,6 +1887,12 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
+def save_picture(figure, path: Path, title: str) -> str:
+    with writing(path):
+        figure.savefig(path)
+    return f"{title}: {path}"
+
+
 def plot_losses(runs: Iterable[Run], path: Path) -> str:
     """Loss of every training batch, thin, and of the evaluations. Returns a line that says what was done."""
     figure = new_figure(8, 4.5)
@@ -1657,8 +1907,7 @@ def plot_losses(runs: Iterable[Run], path: Path) -> str:
         axes.plot(iterations, val, "o-", color=color, markersize=4, label=f"{run.attention}, validation")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path)
-    return f"loss curves: {path}"
+    return save_picture(figure, path, "loss curves")
 
 
 def plot_gates(run: Run, path: Path) -> str:
@@ -1676,8 +1925,7 @@ def plot_gates(run: Run, path: Path) -> str:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("gate")
     panels[-1].legend(frameon=False)
-    figure.savefig(path)
-    return f"gates: {path}"
+    return save_picture(figure, path, "gates")
 
 
 def plot_patterns(model: NSALanguageModel, data: Data, settings: Settings, runtime: Runtime) -> str:
@@ -1698,8 +1946,7 @@ def plot_patterns(model: NSALanguageModel, data: Data, settings: Settings, runti
     figure.colorbar(image, ax=grid, shrink=1 / min(cfg.heads, 2), aspect=40, label="attention weight")
     passage = decode(tokens[:60], data.vocabulary).replace("\n", "⏎") if settings.task == "text" else settings.task
     figure.suptitle(f"What each branch looked at: layer {layer} of {settings.layers}, on “{passage} …”", fontsize=11)
-    figure.savefig(settings.plot_patterns)
-    return f"attention patterns: {settings.plot_patterns}"
+    return save_picture(figure, settings.plot_patterns, "attention patterns")
 
 
 def draw_branch(axes, patterns, head: int, branch: int, cfg: NSAConfig):
@@ -1744,16 +1991,24 @@ def check_before_work(settings: Settings, data: Data, processes: int) -> None:
         raise Stop("plot_patterns: dense attention has no branches to draw; give --attention nsa or both")
 
 
-def make_folders(settings: Settings) -> None:
-    """For all that will be written."""
-    try:
-        for path in (settings.out / "file", settings.plot_patterns, settings.log):
-            if path is not None:
+def check_outputs(trainers: list[Trainer], settings: Settings) -> None:
+    """Find out before training whether all that will be written can be. Nothing is left of it but folders."""
+    checkpoints = [path for trainer in trainers for path in (trainer.best_path, trainer.last_path)]
+    others = [settings.out / name for name in ("run.json", "loss.png", "gates.png")]
+    for path in (*checkpoints, *others, settings.plot_patterns, settings.log):
+        if path is not None:
+            with writing(path, exit_code=2):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        if settings.log is not None:
-            settings.log.open("a").close()
-    except OSError as problem:
-        raise Stop(f"cannot write {problem.filename}: {problem.strerror}") from problem
+                is_new = not os.path.lexists(path)
+                path.open("ab").close()
+                if is_new:
+                    path.unlink()
+    sizes = [12 * trainer.run.parameters for trainer in trainers]  # float32 weights, and two moments of each
+    there = sum(path.stat().st_size for path in checkpoints if path.exists())
+    needed, disk = 2 * sum(sizes) + max(sizes) - there, shutil.disk_usage(settings.out)  # one more while it is written
+    if disk.total > 0 and disk.free < needed:
+        free, all_of_it = (f"{size / 2**20:,.1f} MiB" for size in (disk.free, needed))
+        raise Stop(f"out = {str(settings.out)!r}: checkpoints need {all_of_it}, and the disk has {free} left")
 
 
 def loss_table(runs: list[Run]) -> str:
@@ -1772,7 +2027,8 @@ def write_record(runs: list[Run], settings: Settings, runtime: Runtime) -> None:
     """A run that can be read and repeated later: what it was told, on what it ran, and what came of it."""
     results = [dataclasses.asdict(run) for run in runs]
     record = {"settings": settings.plain(), "environment": environment(runtime), "runs": results}
-    (settings.out / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    with writing(settings.out / "run.json"):
+        (settings.out / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def test_lengths(model: NSALanguageModel, data: Data, settings: Settings, runtime: Runtime) -> dict[int, float]:
@@ -1787,30 +2043,46 @@ def test_lengths(model: NSALanguageModel, data: Data, settings: Settings, runtim
     return accuracy
 
 
-def report(trainers: list[Trainer], data: Data, settings: Settings, runtime: Runtime) -> None:
-    """What came of it: a sample, pictures, paths, and the table of losses."""
+def report(trainers: list[Trainer], data: Data, settings: Settings, runtime: Runtime, failures: list[Stop]) -> None:
+    """Show what came of it: a sample, pictures, paths, and at the end the table, whatever else cannot be had."""
     runs = [trainer.run for trainer in trainers]
-    for trainer in trainers if settings.task == "recall" else ():
-        trainer.run.tests = test_lengths(load_checkpoint(trainer.best_path, runtime.device)[0], data, settings, runtime)
-    write_record(runs, settings, runtime)
-    best, _ = load_checkpoint(trainers[0].best_path, runtime.device)
+    try:
+        with postponed(failures):
+            if settings.task == "recall":
+                models = [load_checkpoint(trainer.best_path, runtime.device)[0] for trainer in trainers]
+                for run, model in zip(runs, models, strict=True):
+                    run.tests = test_lengths(model, data, settings, runtime)
+        with postponed(failures):
+            write_record(runs, settings, runtime)
+        with postponed(failures):
+            show_best(trainers[0].best_path, data, settings, runtime)
+        with postponed(failures):
+            say(plot_losses(runs, settings.out / "loss.png"))
+        with postponed(failures):
+            if runs[0].attention == "nsa":
+                say(plot_gates(runs[0], settings.out / "gates.png"))
+        for trainer in trainers:
+            say(f"checkpoint: {trainer.best_path}")
+    finally:
+        say(f"\n{loss_table(runs)}")
+        say(data.chance)
+    if failures:
+        raise Stop("; ".join(dict.fromkeys(map(str, failures))), failures[0].exit_code)
+
+
+def show_best(path: Path, data: Data, settings: Settings, runtime: Runtime) -> None:
+    """A sample of text from the best model, and a picture of what it looks at."""
+    best, _ = load_checkpoint(path, runtime.device)
     if settings.task == "text":
         say()
         say_text(best, data.vocabulary, settings, runtime)
         say()
-    say(plot_losses(runs, settings.out / "loss.png"))
-    if runs[0].attention == "nsa":
-        say(plot_gates(runs[0], settings.out / "gates.png"))
     if settings.plot_patterns is not None:
         say(plot_patterns(best, data, settings, runtime))
-    for trainer in trainers:
-        say(f"checkpoint: {trainer.best_path}")
-    say(f"\n{loss_table(runs)}")
-    say(data.chance)
 
 
 def run_training(settings: Settings) -> None:
-    with joined_processes(settings) as runtime:
+    with joined_processes(settings) as runtime, ExitStack() as until_the_end:
         data = load_data(settings, runtime)
         say(str(data))
         models = {attention: build_model(data, attention, settings) for attention in settings.attentions}
@@ -1819,12 +2091,26 @@ def run_training(settings: Settings) -> None:
         runtime.on_main(check_before_work, settings, data, runtime.world)
         batches = fixed_batches(data, settings)
         trainers = make_trainers(models, data, batches, settings, runtime)
-        runtime.on_main(make_folders, settings)
-        with Log(settings, runtime) as log:
+        runtime.on_main(until_the_end.enter_context, locked(settings.out))
+        resume_trainers(trainers)
+        runtime.on_main(check_outputs, trainers, settings)
+        log = Log(settings, runtime)
+        train_all(trainers, log)
+        if IS_MAIN:
+            report(trainers, data, settings, runtime.alone(), log.failures)
+
+
+def train_all(trainers: list[Trainer], log: Log) -> None:
+    """One after the other. Where one of them stops, the table of those that are finished is not lost."""
+    try:
+        with log:
             for trainer in trainers:
                 trainer.train(log)
-        if IS_MAIN:
-            report(trainers, data, settings, runtime.alone())
+    except Stop:
+        finished = [trainer.run for trainer in trainers if trainer.finished]
+        if finished:
+            say(f"\n{loss_table(finished)}")
+        raise
 
 
 def run_generation(settings: Settings) -> None:
@@ -1835,6 +2121,8 @@ def run_generation(settings: Settings) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot spell ends no run
     try:
         settings = parse_settings(arguments)
         (run_generation if settings.generate else run_training)(settings)
@@ -1844,8 +2132,8 @@ def main(arguments: list[str] | None = None) -> int:
         line, exit_code = "interrupted", 130
     else:
         return 0
-    if IS_MAIN:
-        print(f"{Path(__file__).name}: {line}", file=sys.stderr, flush=True)
+    if IS_MAIN and line:
+        print(f"{Path(__file__).name}: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
     return exit_code
 
 

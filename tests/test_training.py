@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -13,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,9 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "§"], "§"),
         (["--prompt", "key", ""], "prompt"),
         (["--stop", ""], "stop"),
+        (["--seed", str(2**63)], f"seed = {2**63}: must be at most {2**63 - 1}"),
+        (["--seed", "1" + 40 * "0"], "must be at most"),
+        (["--seed", "-1"], "seed = -1"),
         (["--top-p", "0"], "top_p = 0"),
         (["--value-dropout", "1"], "value_dropout = 1"),
         (["--branches", "local", "global"], "global"),
@@ -187,6 +192,12 @@ def test_a_bad_flag_is_turned_down_in_one_line(
     out = tmp_path / "out"
     assert names in complaint(capsys, [f"--data={text_file}", f"--out={out}", *arguments])
     assert not out.exists(), "nothing is written before everything is known to be in order"
+
+
+def test_the_largest_seed_will_do(settings: script.Settings) -> None:
+    settings = dataclasses.replace(settings, seed=2**63 - 1, attention="nsa", iterations=1)
+    assert script.main(flags(settings)) == 0
+    assert script.main(flags(dataclasses.replace(settings, resume=True))) == 0
 
 
 @pytest.mark.parametrize(
@@ -533,14 +544,14 @@ def test_value_dropout_falls_on_whole_tokens_of_a_head_in_training_alone(attenti
     model = make_model(attention, dim=64, heads=4, kv_heads=2)
     plain = model.blocks[0].attn.to_v
     script.drop_values(model, 0.25)
-    x = torch.randn(50, 32, 64)
+    x = torch.randn(500, 32, 64)
     expected = F.linear(x, plain.weight).unflatten(-1, (2, 16))
     model.eval()
     assert torch.equal(plain(x).unflatten(-1, (2, 16)), expected)
     model.train()
     ratio = plain(x).unflatten(-1, (2, 16)) / expected
     kept = ratio[..., 0] != 0
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)  # twelve standard deviations
     torch.testing.assert_close(ratio, kept[..., None].expand_as(ratio) / 0.75)
     assert not torch.equal(kept[..., 0], kept[..., 1]), "heads share their dropout"
 
@@ -609,7 +620,7 @@ def test_schedule_warms_up_and_decays_to_a_tenth() -> None:
 def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(settings: script.Settings) -> None:
     settings = dataclasses.replace(settings, dropout=0.5, value_dropout=0.5)
     runtime, corpus, batches = prepare(settings)
-    model = script.build_model(corpus, "nsa", settings).train()
+    model = script.build_model(corpus, "nsa", settings).double().train()  # so that no answer is a matter of rounding
     first = script.evaluate(model, batches, 0, settings, runtime)
     assert first == script.evaluate(model, batches, 0, settings, runtime)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -623,7 +634,7 @@ def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(settings: scrip
 
 
 def test_targets_that_nobody_asks_for_do_not_count() -> None:
-    model, tokens = make_model().eval(), random_tokens(4, 32)
+    model, tokens = make_model().double().eval(), random_tokens(4, 32)
     targets = tokens.roll(-1, 1).masked_fill(torch.arange(32) % 3 > 0, -100)
     loss, accuracy = script.score(model, [(tokens, targets)], 2, script.Runtime(torch.device("cpu"), torch.float32))
     logits = model(tokens)[0][:, ::3].flatten(0, 1)
@@ -682,20 +693,20 @@ def continuations(model: script.NSALanguageModel, prompts: list[Tensor], count: 
 
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
 def test_generation_repeats_with_its_seed_and_takes_the_likeliest(attention: str) -> None:
-    model = make_model(attention).train()
+    model = make_model(attention).double().train()  # so that no likeliest token is a matter of rounding
     prompts = list(random_tokens(2, 5))
 
     def generate(seed: int, **options: object) -> list[Tensor]:
-        return continuations(model, prompts, 40, generator=torch.Generator().manual_seed(seed), **options)
+        return continuations(model, prompts, 30, generator=torch.Generator().manual_seed(seed), **options)
 
     rows = generate(1)
-    assert [len(row) for row in rows] == [45, 45]  # past seq_len = 32, so that the beginning is forgotten
+    assert [len(row) for row in rows] == [35, 35]  # past seq_len = 32, so that the beginning is forgotten
     assert all(torch.equal(row, again) for row, again in zip(rows, generate(1), strict=True))
     assert not all(torch.equal(row, other) for row, other in zip(rows, generate(2), strict=True))
     assert model.training
     model.eval()
     greedy = generate(1, top_k=1)
-    for length in (5, 20, 32, 33, 44):
+    for length in (5, 20, 32, 33, 34):
         for row in greedy:
             seen = row[script.visible(length, 32) : length]
             assert len(seen) == (length if length <= 32 else length - 16)
@@ -719,17 +730,17 @@ def test_generation_is_the_same_with_and_without_a_cache(
 
     monkeypatch.setattr(script.NSALanguageModel, "hidden", hidden)
     cached, anew = (
-        continuations(model, prompts, 50, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
+        continuations(model, prompts, 24, generator=torch.Generator().manual_seed(0), use_cache=use_cache)
         for use_cache in (True, False)
     )
-    assert lengths[:50].count(1) > 30 > lengths[50:].count(1), "a cached step reads a token alone"
+    assert lengths[:24].count(1) > 12 > lengths[24:].count(1), "a cached step reads a token alone"
     for row, expected in zip(cached, anew, strict=True):
         assert torch.equal(row, expected)
 
 
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
 def test_prompts_of_any_lengths_are_continued_as_if_alone(attention: str) -> None:
-    model = make_model(attention)
+    model = make_model(attention).double()
     prompts = [random_tokens(1, length)[0] for length in (1, 9, 40, 32, 8)]
     together = continuations(model, prompts, 30, top_k=1)
     for prompt, row in zip(prompts, together, strict=True):
@@ -737,12 +748,12 @@ def test_prompts_of_any_lengths_are_continued_as_if_alone(attention: str) -> Non
 
 
 def test_the_likeliest_tokens_that_make_up_a_share() -> None:
-    logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(4000, 4)
+    logits = torch.tensor([0.5, 0.05, 0.3, 0.15]).log().expand(40000, 4)
     for top_k, top_p, left in ((None, 0.49, [0]), (None, 0.51, [0, 2]), (None, 0.81, [0, 2, 3]), (2, 0.99, [0, 2])):
         drawn = script.draw_token(logits, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(0))
         assert drawn.unique().tolist() == left, (top_k, top_p)
     drawn = script.draw_token(logits, generator=torch.Generator().manual_seed(0))
-    assert (drawn.bincount() / 4000).tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.03)
+    assert (drawn.bincount() / 40000).tolist() == pytest.approx([0.5, 0.05, 0.3, 0.15], abs=0.03)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}])
@@ -789,6 +800,181 @@ def test_generate_without_training(settings: script.Settings, capsys: pytest.Cap
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What cannot be written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "path"),
+    [
+        ("--out", "file/out"),
+        ("--out", "/proc/nowhere/out"),
+        ("--log", "file/log.jsonl"),
+        ("--log", "folder"),
+        ("--log", "/dev/full"),
+        ("--plot-patterns", "file/patterns.png"),
+        ("--plot-patterns", "folder/patterns.png"),
+        (None, "out/run.json"),
+        (None, "out/loss.png"),
+        (None, "out/nsa.last.pt"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_training(
+    flag: str | None,
+    path: str,
+    settings: script.Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(script.Trainer, "train", None)
+    (tmp_path / "file").write_text("in the way of a folder")
+    for folder in ("folder/patterns.png", "" if flag else path):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    line = complaint(capsys, [*flags(settings), *([f"{flag}={tmp_path / path}"] if flag else [])])
+    assert "cannot write" in line and str(tmp_path / path) in line and "Errno" not in line
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_found_before_training(
+    settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(free: int) -> None:
+        monkeypatch.setattr(script.shutil, "disk_usage", lambda _: types.SimpleNamespace(total=10**12, free=free))
+
+    settings = dataclasses.replace(settings, attention="nsa")
+    assert script.main(flags(settings)) == 0
+    checkpoints = sum(path.stat().st_size for path in settings.out.glob("*.pt"))
+    leave(checkpoints)
+    assert script.main(flags(settings)) == 0, "old checkpoints make room for new ones"
+    capsys.readouterr()
+    for path in settings.out.glob("*.pt"):
+        path.unlink()
+    monkeypatch.setattr(script.Trainer, "train", None)
+    assert "the disk has" in complaint(capsys, flags(settings))
+
+
+def full(path: Path) -> None:
+    """Whoever opens this file can, but there is no room in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("name", ["run.json", "gates.png", "all of them"])
+def test_a_finished_run_shows_its_table_whatever_cannot_be_written(
+    name: str, settings: script.Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    settings = dataclasses.replace(settings, attention="nsa", plot_patterns=settings.out / "patterns.png")
+    names = ["run.json", "loss.png", "gates.png", "patterns.png"]
+    for each in names if name == "all of them" else [name]:
+        full(settings.out / each)
+    assert script.main(flags(settings)) == 1
+    shown, errors = capsys.readouterr()
+    assert "validation loss, best" in shown and "knowing only how frequent" in shown.splitlines()[-1]
+    assert len(errors.splitlines()) == 1, errors
+    for each in names:
+        is_full = name in (each, "all of them")
+        assert (f"cannot write {settings.out / each}: No space left on device" in errors) == is_full
+        assert is_full or (settings.out / each).stat().st_size > 0, f"{each} is missing, though it could be written"
+
+
+def test_a_log_that_fails_on_the_way_costs_nothing_but_itself(
+    settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, (reader, writer) = script.train_step, os.pipe()
+
+    def train_step(*arguments: object) -> tuple[Tensor, Tensor]:
+        with contextlib.suppress(OSError):
+            os.close(reader)
+        return real(*arguments)
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    settings = dataclasses.replace(settings, log=Path(f"/dev/fd/{writer}"))
+    assert script.main(flags(settings)) == 1
+    os.close(writer)
+    shown, errors = capsys.readouterr()
+    assert len(errors.splitlines()) == 1 and f"cannot write {settings.log}: Broken pipe" in errors, errors
+    assert re.search(r"nsa +dense\nvalidation loss, best", shown)
+
+
+@pytest.mark.parametrize(("attention", "finished"), [("nsa", ["nsa"]), ("both", ["nsa", "dense"])])
+def test_a_last_checkpoint_that_cannot_be_written_leaves_the_table(
+    attention: str,
+    finished: list[str],
+    settings: script.Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = script.torch.save
+
+    def save(state: dict, file: io.BufferedIOBase) -> None:
+        real(state, file)
+        if state["run"]["attention"] == finished[-1] and len(state["run"]["losses"]) == settings.iterations:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script.torch, "save", save)
+    settings = dataclasses.replace(settings, attention=attention)
+    assert script.main(flags(settings)) == 1
+    shown, errors = capsys.readouterr()
+    assert len(errors.splitlines()) == 1 and "pt: No space left on device" in errors, errors
+    assert re.search(" +".join(finished) + r"\nvalidation loss, best", shown)
+    assert script.read_checkpoint(settings.out / f"{finished[-1]}.last.pt")["run"]["losses"], "the one before is kept"
+
+
+def test_text_that_stdout_cannot_spell_is_shown_with_question_marks(
+    settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = settings.data.read_text().replace("gate", "Törchen").replace("key", "鍵")
+    data = settings.data.with_name("Wörter.txt")
+    data.write_text(text, encoding="utf-8")
+    settings = dataclasses.replace(settings, data=data, attention="nsa", prompt=("鍵",))
+    for more in ([], ["--generate", "--prompt", "鍵", "Törchen"]):
+        shown = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+        assert script.main([*flags(settings), *more]) == 0
+        assert b"?" in shown.getvalue()
+    assert capsys.readouterr().err == ""
+
+
+def with_stdout(monkeypatch: pytest.MonkeyPatch, file: object, arguments: list[str]) -> int:
+    """The exit code with another stdout, which must be fit for Python to close it."""
+    with file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        return script.main(arguments)
+
+
+def test_a_closed_pipe_ends_it_quietly(
+    settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--help"], flags(settings)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        assert with_stdout(monkeypatch, open(writer, "w"), arguments) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_stdout_is_told_in_one_line(
+    settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--help"], flags(settings)):
+        assert with_stdout(monkeypatch, open("/dev/full", "w"), arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "cannot write to standard output: No space left on device" in line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_a_shell_sees_no_traceback_of_a_closed_pipe(arguments: list[str], settings: script.Settings) -> None:
+    arguments = arguments or flags(settings)
+    command = [sys.executable, str(ROOT / "nsa_gpt_training.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -800,7 +986,7 @@ def test_the_loss_falls(attention: str, settings: script.Settings) -> None:
     run = train(trainer)
     assert [each.iteration for each in run.evaluations] == [0, 30, 60] and len(run.losses) == 60
     assert run.evaluations[0].val == pytest.approx(math.log(len(trainer.data.vocabulary)), abs=0.15)
-    assert run.best.val < script.entropy(trainer.data.train) - 0.3, "it learnt more than how frequent characters are"
+    assert run.best.val < script.entropy(trainer.data.train) - 0.3, "it learnt no more than how frequent characters are"
     best, _ = script.load_checkpoint(trainer.best_path)
     assert script.evaluate(best, trainer.batches, run.best.iteration, settings, trainer.runtime) == run.best
 
@@ -836,6 +1022,31 @@ def test_parts_of_a_batch_add_up(settings: script.Settings) -> None:
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_follows_the_gradient_of_the_whole_batch_clipped_to_its_norm(
+    accumulate: int, clipped: bool, settings: script.Settings
+) -> None:
+    """Plain gradient descent shows the length of a gradient, which Adam hides."""
+    runtime, data, _ = prepare(settings)
+    model = script.build_model(data, "nsa", settings).double()
+    batch = data.draw("train", 4, 32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(50)  # parts of the batch then pull in different directions
+    for _ in range(2):  # nothing of the first gradient is left in the second
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        gradients = torch.autograd.grad(model(*batch)[1], list(model.parameters()))
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        limit = norm / 5 if clipped else 5 * norm
+        step = dataclasses.replace(settings, accumulate=accumulate, grad_clip=limit)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss, found = script.train_step(model, optimizer, batch, 0.1, step, runtime)
+        assert found.item() == pytest.approx(norm, rel=1e-4), "the norm is that before clipping"
+        for old, new, gradient in zip(before, model.parameters(), gradients, strict=True):
+            moved = (old - new.detach()) / (0.1 * min(1.0, limit / norm))
+            assert (moved - gradient).norm() < 1e-4 * norm
+
+
 def test_bfloat16_trains_too(settings: script.Settings) -> None:
     trainer = make_trainer(dataclasses.replace(settings, dtype="bfloat16"), "nsa")
     run = train(trainer)
@@ -868,7 +1079,7 @@ def test_recall_is_learnt_and_not_by_the_window(tmp_path: Path, capsys: pytest.C
     accuracy = {}
     for branches in (script.BRANCHES, ("local",)):
         assert script.main(flags(dataclasses.replace(tiny, branches=branches))) == 0
-        shown = capsys.readouterr().out
+        shown = capsys.readouterr().out  # errors are 0.003 and 0.01 with all branches, 0.97 with one of them
         accuracy[branches] = {
             length: float(re.search(rf"accuracy at {length} +(\S+)", shown).group(1)) for length in (32, 64)
         }

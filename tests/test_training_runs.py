@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import hashlib
+import io
 import json
+import math
 import os
 import pickle
 import signal
@@ -12,6 +16,8 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,8 +82,10 @@ def kill() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("attention", script.ATTENTIONS)
-@pytest.mark.parametrize(("how", "step"), [(ctrl_c, 1), (ctrl_c, 5), (terminate, 6), (kill, 5), (kill, 7)])
+@pytest.mark.parametrize(
+    ("attention", "how", "step"),
+    [("nsa", ctrl_c, 1), ("dense", ctrl_c, 5), ("nsa", terminate, 6), ("nsa", kill, 5), ("dense", kill, 7)],
+)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     attention: str, how: object, step: int, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,10 +99,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     if how is not kill:
         assert stopped.value.exit_code == 130 and f"after iteration {step} of {attention}" in str(stopped.value)
     torch.rand(5)
-    (resumed,) = script.make_trainers(
-        {attention: script.build_model(whole.data, attention, settings)},
-        *(whole.data, whole.batches, dataclasses.replace(settings, resume=True), whole.runtime),
-    )
+    resumed = make_trainer(dataclasses.replace(settings, resume=True), attention)
+    resumed.resume()
     assert resumed.iteration == (3 * ((step - 1) // 3) if how is kill else step)
     train(resumed)
     assert what_matters(resumed.run) == what_matters(whole.run)
@@ -149,6 +155,80 @@ def test_of_two_models_each_goes_on_where_it_was(
     assert resumed == whole
 
 
+@pytest.mark.parametrize("attention", ["both", "nsa"])
+def test_a_stop_in_the_last_evaluation_of_a_model_stops_the_run(
+    attention: str, settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.replace(settings, attention=attention)
+    real = script.evaluate
+
+    def evaluate(model: object, batches: object, iteration: int, *rest: object) -> script.Evaluation:
+        if iteration == settings.iterations:
+            terminate()
+        return real(model, batches, iteration, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", evaluate)
+        assert script.main(flags(settings)) == 130
+    shown, errors = capsys.readouterr()
+    assert len(errors.splitlines()) == 1 and "interrupted after iteration 7 of nsa; --resume" in errors, errors
+    assert "dense   0/7" not in shown and not list(settings.out.glob("dense*")), "the second model was trained"
+    assert "validation loss, best" in shown, "the table of the first model is lost"
+    assert script.main([*flags(settings), "--resume"]) == 0
+    assert "interrupted" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("replaced", range(1, 5))
+def test_a_kill_between_two_files_leaves_a_best_and_a_last_that_fit_together(
+    replaced: int, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluation is better than the one before, so that each of the three writes both files."""
+    values, real = {0: 9.0, 3: 3.0, 6: 2.0, 7: 1.0}, script.evaluate
+
+    def evaluate(model: object, batches: object, iteration: int, *rest: object) -> script.Evaluation:
+        return dataclasses.replace(real(model, batches, iteration, *rest), val=values[iteration])
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    count, replace = iter(range(1, 100)), os.replace
+
+    def killed_behind_it(old: Path, new: Path) -> None:
+        replace(old, new)
+        if next(count) == replaced:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.os, "replace", killed_behind_it)
+        with pytest.raises(Killed):
+            train(make_trainer(settings, "nsa"))
+    trainer = make_trainer(settings, "nsa")
+    kept = script.Run.of(script.read_checkpoint(trainer.best_path)["run"])
+    assert kept.best.iteration == len(kept.losses), "the best file holds another model"
+    if trainer.last_path.exists():
+        last = script.Run.of(script.read_checkpoint(trainer.last_path)["run"])
+        assert last.best.iteration <= kept.best.iteration, "the last checkpoint tells of a best one that is not there"
+        trainer.resume()
+    train(trainer)
+    assert len(script.read_checkpoint(trainer.best_path)["run"]["losses"]) == 7
+
+
+@pytest.mark.parametrize(("fault", "words"), [("gone", "there is no checkpoint"), ("older", "is not the best model")])
+def test_a_run_without_its_best_model_is_not_resumed(
+    fault: str, words: str, settings: script.Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(settings, "nsa")
+    train(trainer)
+    settings.log.unlink()
+    if fault == "gone":
+        trainer.best_path.unlink()
+    else:
+        first, *_, best = sorted(trainer.run.evaluations[1:], key=lambda each: -each.val)
+        assert first.val > best.val
+        trainer.run.evaluations = [first]
+        trainer.save(trainer.best_path)
+    line = complaint(capsys, [*flags(settings), "--resume"])
+    assert words in line and str(trainer.best_path) in line
+
+
 def test_a_second_ctrl_c_ends_it_at_once(
     settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +249,181 @@ def test_a_truncated_checkpoint_is_turned_down(
     for path in (trainer.best_path, trainer.last_path):
         path.write_bytes(whole[: int(fraction * len(whole))])
     assert_turned_down(settings, capsys, "no whole checkpoint", trainer.best_path)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(settings: script.Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(dataclasses.replace(settings, layers=1, dim=8, heads=1), "nsa")
+    trainer.save(trainer.best_path)
+    whole = trainer.best_path.read_bytes()
+    at_random = torch.randint(8 * len(whole), (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    for bit in (*at_random, *range(8 * (len(whole) - 100), 8 * len(whole), 3)):  # the checksum is at the end
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        trainer.best_path.write_bytes(damaged)
+        with pytest.raises(script.Stop, match="no whole checkpoint"):
+            script.read_checkpoint(trainer.best_path)
+    trainer.last_path.write_bytes(damaged)
+    assert_turned_down(settings, capsys, "no whole checkpoint", trainer.best_path)
+
+
+def test_a_checkpoint_is_still_what_torch_and_zip_readers_take(settings: script.Settings) -> None:
+    trainer = make_trainer(settings, "nsa")
+    trainer.save(trainer.best_path)
+    assert_equal(torch.load(trainer.best_path, weights_only=True), script.read_checkpoint(trainer.best_path))
+    with zipfile.ZipFile(trainer.best_path) as archive:
+        assert archive.testzip() is None
+        content = trainer.best_path.read_bytes()[: -len(archive.comment)]
+        assert archive.comment.decode() == hashlib.sha256(content).hexdigest()
+
+
+def test_a_checkpoint_from_before_checksums_is_resumed(settings: script.Settings) -> None:
+    trainer = make_trainer(settings, "nsa")
+    train(trainer)
+    for path in (trainer.best_path, trainer.last_path):
+        torch.save(script.read_checkpoint(path), path)
+    again = make_trainer(settings, "nsa")
+    again.resume()
+    assert again.finished and what_matters(again.run) == what_matters(trainer.run)
+
+
+class Intruder:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(
+    settings: script.Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker, trainer = tmp_path / "code was run", make_trainer(settings, "nsa")
+    trainer.save(trainer.best_path)
+    state = torch.load(trainer.best_path, weights_only=True)
+    script.save_checkpoint({**state, "extra": Intruder(marker)}, trainer.best_path, trainer.last_path)
+    assert_turned_down(settings, capsys, "no whole checkpoint", trainer.best_path)
+    assert not marker.exists()
+    torch.load(trainer.best_path, weights_only=False)["extra"].close()
+    assert marker.exists(), "this file would have run code"
+
+
+def put(value: object, *path: object) -> Callable[[dict], None]:
+    """A function that replaces what is at `path` in nested dicts and lists: by a value, or by what a function makes
+    of it; `DELETED` takes it away."""
+
+    def change(state: dict) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        if value is DELETED:
+            del state[path[-1]]
+        else:
+            state[path[-1]] = value(state[path[-1]]) if callable(value) else value
+
+    return change
+
+
+DELETED = object()
+NAN = math.nan
+WEIGHT = ("model", "norm.weight")
+MOMENT, COUNT = (("optimizer", "state", 0, name) for name in ("exp_avg", "step"))
+DAMAGES = {
+    **{f"no {name}": put(DELETED, name) for name in script.FIELDS},
+    **{f"{name} is None": put(None, name) for name in script.FIELDS},
+    **{f"run without {each.name}": put(DELETED, "run", each.name) for each in dataclasses.fields(script.Run)},
+    **{f"run: {each.name} is 'x'": put("x", "run", each.name) for each in dataclasses.fields(script.Run)},
+    "run: an unknown field": put(1, "run", "speed"),
+    "run: other attention": put("dense", "run", "attention"),
+    "run: unknown attention": put("x", "run", "attention"),
+    "run: tokens NaN": put(NAN, "run", "tokens"),
+    "run: tokens too many": put(lambda tokens: tokens + 1, "run", "tokens"),
+    "run: tokens true": put(True, "run", "tokens"),
+    "run: seconds NaN": put(NAN, "run", "seconds"),
+    "run: seconds negative": put(-1.0, "run", "seconds"),
+    "run: parameters": put(7, "run", "parameters"),
+    "run: a loss is text": put("1.0", "run", "losses", 2),
+    "run: a loss too few": put(DELETED, "run", "losses", 0),
+    "run: losses beyond the end": put(lambda losses: losses * 2, "run", "losses"),
+    "run: no evaluations": put([], "run", "evaluations"),
+    "run: an evaluation is missing": put(DELETED, "run", "evaluations", 1),
+    "run: evaluations in another order": put(lambda each: each[::-1], "run", "evaluations"),
+    "run: iteration NaN": put(NAN, "run", "evaluations", 1, "iteration"),
+    "run: loss NaN": put(NAN, "run", "evaluations", 1, "val"),
+    "run: evaluation without accuracy": put(DELETED, "run", "evaluations", 1, "accuracy"),
+    "run: gates of a layer too few": put(DELETED, "run", "evaluations", 0, "gates", 0),
+    "run: gates of a branch too few": put(DELETED, "run", "evaluations", 0, "gates", 0, 0),
+    "run: gates are text": put([["a", "b", "c"]] * 2, "run", "evaluations", 0, "gates"),
+    "settings: no dim": put(DELETED, "settings", "dim"),
+    "settings: dim a tensor": put(torch.ones(2), "settings", "dim"),
+    "settings: layers a tensor of many lines": put(torch.ones(20, 20), "settings", "layers"),
+    "config: no such field": put(1, "config", "colour"),
+    "config: heads": put(0, "config", "heads"),
+    "config: text": put("x", "config", "block_size"),
+    "vocabulary: other": put(lambda text: text[1:], "vocabulary"),
+    "data: other": put("x", "data"),
+    "position: short": put(torch.zeros(3, dtype=torch.uint8), "position"),
+    "position: of floats": put(lambda x: x.float(), "position"),
+    "random: empty": put([], "random"),
+    "random: no cpu": put(DELETED, "random", 0, "cpu"),
+    "random: short": put(torch.zeros(3, dtype=torch.uint8), "random", 0, "cpu"),
+    "random: NaN": put(torch.full((9,), NAN), "random", 0, "cpu"),
+    "model: a weight is missing": put(DELETED, *WEIGHT),
+    "model: a weight too many": put(torch.ones(3), "model", "norm.colour"),
+    "model: shape": put(torch.ones(3), *WEIGHT),
+    "model: dtype": put(lambda x: x.long(), *WEIGHT),
+    "model: NaN": put(lambda x: x * NAN, *WEIGHT),
+    "model: no tensor": put([1.0], *WEIGHT),
+    "optimizer: no state": put(DELETED, "optimizer", "state"),
+    "optimizer: empty state": put({}, "optimizer", "state"),
+    "optimizer: no groups": put(DELETED, "optimizer", "param_groups"),
+    "optimizer: groups": put(lambda groups: groups[:1], "optimizer", "param_groups"),
+    "optimizer: parameters": put(DELETED, "optimizer", "param_groups", 0, "params", 0),
+    "optimizer: no such parameter": put(lambda of: {**of, 999: of[0]}, "optimizer", "state"),
+    "optimizer: parameter -1": put(lambda of: {**of, -1: of[0]}, "optimizer", "state"),
+    "optimizer: shape": put(torch.ones(3), *MOMENT),
+    "optimizer: dtype": put(lambda x: x.double(), *MOMENT),
+    "optimizer: NaN": put(lambda x: x * NAN, *MOMENT),
+    "optimizer: no moment": put(DELETED, *MOMENT),
+    "optimizer: a number": put(1.0, *MOMENT),
+    "optimizer: step NaN": put(torch.tensor(NAN), *COUNT),
+    "optimizer: step 0": put(torch.tensor(0.0), *COUNT),
+    "optimizer: step too large": put(torch.tensor(8.0), *COUNT),
+    "optimizer: steps of a matrix": put(torch.ones(2, 2), *COUNT),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_state(tmp_path_factory: pytest.TempPathFactory) -> tuple[script.Settings, dict[str, object]]:
+    """Of a run that has come to its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    changes = {"data": write_words(folder / "words.txt"), "out": folder / "out", "log": folder / "log.jsonl"}
+    settings = dataclasses.replace(TINY, attention="nsa", **changes)
+    trainer = make_trainer(dataclasses.replace(settings, log=None), "nsa")
+    train(trainer)
+    return settings, script.read_checkpoint(trainer.last_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_checkpoint_with_a_damaged_field_is_turned_down_in_one_line(
+    damage: Callable[[dict], None],
+    whole_state: tuple[script.Settings, dict[str, object]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings, state = whole_state[0], copy.deepcopy(whole_state[1])
+    damage(state)
+    path = settings.out / "nsa.last.pt"
+    script.save_checkpoint(state, path)
+    before = {each: each.read_bytes() for each in settings.out.iterdir()}
+    line = complaint(capsys, [*flags(settings), "--resume"])
+    assert str(path) in line and len(line) < 1000, line
+    assert {each: each.read_bytes() for each in settings.out.iterdir()} == before and not settings.log.exists()
+
+
+def test_the_undamaged_checkpoint_is_resumed(whole_state: tuple[script.Settings, dict[str, object]]) -> None:
+    settings, state = whole_state
+    script.save_checkpoint(state, settings.out / "nsa.last.pt")
+    make_trainer(settings, "nsa").resume()
 
 
 class Foreign:
@@ -235,13 +490,61 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
 def test_a_disk_that_is_full_ends_the_run_in_one_line(
     settings: script.Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def save(_: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def save(_: object, file: io.BufferedIOBase) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(script.torch, "save", save)
-    assert "No space left" in complaint(capsys, flags(settings), exit_code=1)
+    assert "nsa.pt: No space left" in complaint(capsys, flags(settings), exit_code=1)
     assert list(settings.out.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs in one folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pretend_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fcntl, and an msvcrt that locks the first byte of a file for the one that opened it."""
+    owners: dict[int, int] = {}
+
+    def locking(number: int, mode: int, count: int) -> None:
+        assert mode == 2 and count == 1 and os.lseek(number, 0, os.SEEK_CUR) == 0
+        if owners.setdefault(os.fstat(number).st_ino, number) != number:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+
+
+@pytest.mark.parametrize(("windows", "resume"), [(False, False), (False, True), (True, False)])
+def test_a_second_run_in_the_same_folder_is_turned_down(
+    windows: bool,
+    resume: bool,
+    settings: script.Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if windows:
+        pretend_windows(monkeypatch)
+    settings = dataclasses.replace(settings, iterations=1, first_context=None)
+    trainer = make_trainer(settings, "nsa")
+    trainer.save(trainer.best_path, trainer.last_path)
+    with script.locked(settings.out):
+        before = {path: path.read_bytes() for path in settings.out.iterdir()}
+        for _ in range(2):
+            line = complaint(capsys, flags(dataclasses.replace(settings, resume=resume)))
+            assert f"another run is writing to {settings.out}" in line
+        assert {path: path.read_bytes() for path in settings.out.iterdir()} == before
+    assert not settings.log.exists()
+    assert script.main(flags(settings)) == 0
+    assert not (settings.out / ".lock").exists()
+
+
+def test_a_system_without_locks_trains_too(settings: script.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert script.main(flags(dataclasses.replace(settings, iterations=1, first_context=None))) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,10 +687,10 @@ def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Set
 
     for name in ("two", "two shards", "four", "four shards"):
         run = script.Run.of(script.read_checkpoint(tmp_path / name / "nsa.last.pt")["run"])
-        assert run.losses == pytest.approx(whole.losses, rel=2e-6), name
+        assert run.losses == pytest.approx(whole.losses, rel=1e-4), name
         for got, expected in zip(run.evaluations, whole.evaluations, strict=True):
-            assert (got.train, got.val) == pytest.approx((expected.train, expected.val), rel=2e-6), name
-            assert torch.tensor(got.gates).sub(torch.tensor(expected.gates)).abs().max() < 1e-5, name
+            assert (got.train, got.val) == pytest.approx((expected.train, expected.val), rel=1e-4), name
+            assert torch.tensor(got.gates).sub(torch.tensor(expected.gates)).abs().max() < 1e-4, name
 
     for fsdp in (False, True):
         never, again = (
@@ -446,7 +749,9 @@ def test_ctrl_c_in_a_single_process(settings: script.Settings) -> None:
     assert f"iteration {len(kept['run']['losses'])} " in errors
 
 
-def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_checkpoint(settings: script.Settings) -> None:
+def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_checkpoint_and_no_lock(
+    settings: script.Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     endless = flags(dataclasses.replace(settings, iterations=10**6, eval_interval=1))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "nsa_gpt_training.py"), *endless], stdout=subprocess.PIPE, text=True
@@ -455,12 +760,15 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_checkpoint(sett
         while "2/1000000" not in process.stdout.readline():
             assert process.poll() is None
         deadline = time.monotonic() + 30
+        assert "another run" in complaint(capsys, flags(settings))
         while not list(settings.out.glob("nsa.last.pt.*.tmp")) and time.monotonic() < deadline:
             pass
     finally:
         process.kill()
         process.communicate()
     assert len(script.read_checkpoint(settings.out / "nsa.last.pt")["run"]["losses"]) >= 1
+    with script.locked(settings.out):
+        pass
 
 
 if __name__ == "__main__":
