@@ -673,9 +673,9 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self.file, self.board):
+        for each, path in ((self.file, self.settings.log), (self.board, self.settings.out / "tensorboard")):
             if each is not None:
-                with postponed(self.failures), writing(self.settings.log):
+                with postponed(self.failures), writing(path):
                     each.close()
 
 
@@ -1343,7 +1343,7 @@ def mean_gates(model: NSALanguageModel, tokens: Tensor) -> list[list[float]]:
 
 @dataclass
 class Run:
-    """What has come of training one model so far."""
+    """Results of training one model so far."""
 
     attention: str
     parameters: int
@@ -1396,9 +1396,9 @@ def checksum(file: typing.BinaryIO, size: int) -> bytes:
 
 
 def check_whole(file: typing.BinaryIO) -> None:
-    """Raise ValueError unless the checksum is right, or there is none, as before checksums and in a bare `torch.save`.
+    """Raise ValueError unless the checksum is right, or there is none, as in earlier versions and a bare torch.save.
 
-    Then the archive has no comment, and its last 22 bytes begin with a mark, which no hexadecimal digit is part of.
+    An archive without a comment ends in 22 bytes that begin with the mark below; the digits of a checksum never do.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 22))
@@ -1864,7 +1864,7 @@ def make_trainers(models: dict[str, NSALanguageModel], data: Data, *shared: typi
 
 
 def resume_trainers(trainers: list[Trainer]) -> None:
-    """Those go on that have a checkpoint."""
+    """If told to, go on with each model that has a checkpoint."""
     for trainer in trainers:
         if trainer.settings.resume and trainer.last_path.exists():
             trainer.resume()

@@ -964,6 +964,7 @@ def test_a_full_stdout_is_told_in_one_line(
         assert "cannot write to standard output: No space left on device" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_a_shell_sees_no_traceback_of_a_closed_pipe(arguments: list[str], settings: script.Settings) -> None:
     arguments = arguments or flags(settings)
@@ -1054,6 +1055,7 @@ def test_bfloat16_trains_too(settings: script.Settings) -> None:
     assert script.load_checkpoint(trainer.best_path)[0].head.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", script.ATTENTIONS)
 def test_a_compiled_model_learns_the_same(
     attention: str, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
@@ -1069,6 +1071,7 @@ def test_a_compiled_model_learns_the_same(
     assert compiled.best.val == pytest.approx(plain.best.val, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_recall_is_learnt_and_not_by_the_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = dataclasses.replace(
         script.RECALL,
@@ -1134,6 +1137,7 @@ def test_patterns_are_those_of_the_layer(settings: script.Settings) -> None:
 
 
 @pytest.mark.parametrize("missing", ["tqdm", "matplotlib"])
+@pytest.mark.slow
 def test_optional_packages_are_optional(missing: str, settings: script.Settings, tmp_path: Path) -> None:
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / f"{missing}.py").write_text("raise ImportError('hidden')")

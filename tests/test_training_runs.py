@@ -667,6 +667,7 @@ def drive(rank: int, world: int, runs: list[list[str]], store_path: str) -> None
             assert script.main(arguments) == (130 if to_be_stopped else 0)
 
 
+@pytest.mark.slow
 def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Settings, tmp_path: Path) -> None:
     settings = dataclasses.replace(settings, sample_length=1)
     quiet = dataclasses.replace(settings, dropout=0.0, value_dropout=0.0, batch_size=8, log=None)
@@ -704,6 +705,7 @@ def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Set
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters()), "shards in a checkpoint"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_leaves_a_whole_checkpoint(settings: script.Settings) -> None:
     endless = flags(dataclasses.replace(settings, iterations=10**6, eval_interval=2))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -728,6 +730,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_a_whole_checkpoint(settings: scrip
     assert list(settings.out.glob("*.tmp")) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_single_process(settings: script.Settings) -> None:
     endless = flags(dataclasses.replace(settings, iterations=10**6, eval_interval=2))
     process = subprocess.Popen(
@@ -749,6 +752,7 @@ def test_ctrl_c_in_a_single_process(settings: script.Settings) -> None:
     assert f"iteration {len(kept['run']['losses'])} " in errors
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_checkpoint_and_no_lock(
     settings: script.Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
