@@ -64,7 +64,7 @@ def swapped(recipe: SimpleNamespace, model: nn.Module, **settings: object) -> nn
 
 
 def sparse_model(recipe: SimpleNamespace) -> nn.Module:
-    """In float64, so that no choice of a block or a token is near a tie."""
+    """Model in float64, so that rounding decides no choice of a block or a token."""
     return swapped(recipe, causal_model().double(), **SPARSE).eval()
 
 
