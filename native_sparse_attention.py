@@ -127,7 +127,7 @@ def _finite(value: object) -> bool:
 def _check_integer(name: str, value: object, least: int) -> None:
     _check(isinstance(value, int) and not isinstance(value, bool), name, value, "must be an int", TypeError)
     _check(value >= least, name, value, f"must be at least {least}")
-    _check(value < 2**63, name, value, "must be less than 2**63")
+    _check(value < 2**31, name, value, "must be less than 2**31: positions are 32-bit numbers")
 
 
 def _check_blocks(
@@ -360,6 +360,8 @@ def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size
 
     p: (..., C) → (..., N), N = blocks.
     """
+    if blocks == 1:  # however long it is, all lie in it
+        return block_size // stride * p.sum(-1, keepdim=True)
     gather = select_block_size // stride
     # No whole block ends behind the last selection block, so that as many cells are enough.
     cells = _trailing_sums(F.pad(p, (0, blocks * gather - p.shape[-1])), block_size // stride)
@@ -4244,15 +4246,16 @@ class _LearnedCompressor(_Compressor):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """weight·(flattened block + position) + bias of each block: (b, T, dim) and (out, l·dim) → (b, C, out).
 
-        A block is l/d pieces of d tokens. Pieces do not overlap, so that no token is copied once for each block that it
-        is in. The position is the same for all blocks, and so becomes a part of the bias.
+        A block is l/d pieces of d tokens. Each part of the weight meets the pieces of the whole sequence, which do not
+        overlap, so that no token is copied for each block that it is in. The position is the same in all blocks, and so
+        becomes a part of the bias.
         """
-        count, y = _compressed_count(x.shape[1], self.block, self.stride), None
-        bias = F.linear(self.position.flatten(), weight, bias)
-        for i, piece in enumerate(weight.split(self.stride * self.dim, dim=1)):
-            tokens = x[:, i * self.stride : (i + count) * self.stride]
-            tokens = tokens.reshape(x.shape[0], count, self.stride * self.dim)
-            y = F.linear(tokens, piece, bias) if y is None else y + F.linear(tokens, piece)
+        pieces, parts = x.shape[1] // self.stride, weight.split(self.stride * self.dim, dim=1)
+        x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
+        y = F.linear(x, parts[0], F.linear(self.position.flatten(), weight, bias))
+        y = y[:, : pieces - len(parts) + 1]  # block i starts with piece i
+        for i, part in enumerate(parts[1:], 1):
+            y = y + F.linear(x, part)[:, i : i + y.shape[1]]
         return y
 
 
@@ -5215,6 +5218,8 @@ def _main() -> int:
             result, what = "pass", test()
         except _Skip as reason:
             result, what = "skip", str(reason)
+        except _Failure as failure:
+            result, what = "FAIL", str(failure)
         except Exception as error:
             result, what = "FAIL", f"{type(error).__name__}: {error}"
         results[result] += 1

@@ -161,8 +161,9 @@ block = nsa.NSABlock(nsa.NSAConfig(dim=16, heads=2, block_size=4, seq_len=32))
 block(torch.randn(1, 19, 16)).sum().backward()
 block.attn.attention_patterns(torch.randn(1, 19, 16))
 cache = nsa.NSACache(block.attn.cfg, 1, 32)
-for _ in range(2):
-    block(torch.randn(1, 13, 16), cache=cache)
+with torch.no_grad():
+    for _ in range(2):
+        block(torch.randn(1, 13, 16), cache=cache)
 """
 OPTIONAL = ("triton", "flash_attn", "matplotlib", "tqdm")
 
