@@ -40,6 +40,12 @@ def settings(tmp_path: Path) -> script.Settings:
     return settings
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without matplotlib: nothing here waits for it to draw."""
+    monkeypatch.setattr(script, "new_figure", lambda *_: None)
+
+
 def lines_of(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
@@ -178,7 +184,7 @@ def test_a_stop_in_the_last_evaluation_of_a_model_stops_the_run(
     assert "interrupted" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("replaced", range(1, 5))
+@pytest.mark.parametrize("replaced", [1, 2, 3])
 def test_a_kill_between_two_files_leaves_a_best_and_a_last_that_fit_together(
     replaced: int, settings: script.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +404,7 @@ def whole_state(tmp_path_factory: pytest.TempPathFactory) -> tuple[script.Settin
     """Of a run that has come to its end."""
     folder = tmp_path_factory.mktemp("whole")
     changes = {"data": write_words(folder / "words.txt"), "out": folder / "out", "log": folder / "log.jsonl"}
-    settings = dataclasses.replace(TINY, attention="nsa", **changes)
+    settings = dataclasses.replace(TINY, attention="nsa", dim=16, heads=1, **changes)
     trainer = make_trainer(dataclasses.replace(settings, log=None), "nsa")
     train(trainer)
     return settings, script.read_checkpoint(trainer.last_path)
