@@ -25,20 +25,23 @@ from cases import (
     local,
     run,
     selective,
+    small_gates,
+    whole,
 )
 from conftest import assert_close64, assert_valid_choice, assert_within_budget, choice_tolerance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Many tiles of every kind. The last one has more partial outputs than a chunk of selective attention holds.
+import native_sparse_attention as nsa
+
+# Many tiles of every kind.
 LONG = (
     Case("long_one_head_each", T=1100, D=16, block_size=16, stride=16, select_block_size=16, topk_blocks=5, window=130),
     Case("long_group_3", T=515, B=2, H=6, D=9, block_size=8, stride=4, select_block_size=16, topk_blocks=7, window=33),
     Case("long_paper", T=1025, H=8, K=2, D=8, block_size=32, stride=16, select_block_size=64, topk_blocks=6,
          init_blocks=1, local_blocks=2, window=300),
     Case("long_tiny_blocks", T=333, H=3, K=1, block_size=2, stride=1, select_block_size=1, topk_blocks=40, window=1),
-    Case("wide", T=1024, H=8, K=8, D=80, block_size=64, stride=32, select_block_size=32, topk_blocks=16, window=700),
 )  # fmt: skip
 MIDDLE = Case("middle", T=203, B=2, H=4, D=32, block_size=16, stride=8, select_block_size=32, topk_blocks=3, window=40)
 
@@ -61,6 +64,58 @@ def test_many_tiles_against_dense_masks(branch: Branch, case: Case, random: Rand
     exact = run(branch, oracle.Dense, case, x)
     for name, value in exact.items():
         assert_close64(actual[name], value, name)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of few heads and few pairs, and a chunk of few rows: each loop takes some ten turns."""
+    monkeypatch.setattr(nsa, "_TILE_SCORES", 2**12)
+    monkeypatch.setattr(nsa, "_PARTIAL_VALUES", 2**14)
+    monkeypatch.setattr(nsa, "_PAIR_TILE", 8)
+
+
+CHUNKED = Case("chunked", T=171, B=2, H=6, K=3, D=16, block_size=8, stride=4, select_block_size=16, topk_blocks=4,
+               window=33)  # fmt: skip
+
+
+@every_branch
+def test_many_chunks_against_dense_masks(branch: Branch, small_chunks: None, random: Random) -> None:
+    x = draw(branch, CHUNKED, random)
+    exact = run(branch, oracle.Dense, CHUNKED, x)
+    for name, value in run(branch, PLAIN, CHUNKED, x).items():
+        assert_close64(value, exact[name], name)
+
+
+@pytest.mark.parametrize("case", [MIDDLE, replace(MIDDLE, name="small_blocks", select_block_size=8)], ids=str)
+def test_gates_of_0_and_far_below_1(case: Case, random: Random) -> None:
+    """A gate of 0 stops its branch's gradients, and has one of its own."""
+    x = draw(whole, case, random)
+    x["gates"] = small_gates(x["gates"])
+    actual, exact = run(whole, PLAIN, case, x), run(whole, oracle.Dense, case, x)
+    for name, value in exact.items():
+        assert_close64(actual[name], value, name)
+    closed = (x["gates"] == 0)[:, case.block_size :]  # where every branch sees something
+    assert (actual["gradient of gates"][:, case.block_size :][closed] != 0).all()
+
+
+@every_branch
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_of_half_a_million(branch: Branch, sign: int, random: Random) -> None:
+    """What is hidden stays below them. All scores share a term of 2^19, which float64 adds and takes back exactly."""
+    case = replace(AWKWARD[6], D=4)
+    x = {name: tensor.detach() for name, tensor in draw(branch, case, random).items()}
+    x["q"][..., 0] = 1024.0
+    for name in ("k", "k_cmp"):
+        x[name][..., 0] = 1024.0 * sign
+    x = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in x.items()}
+    x["block_indices"] = choice(PLAIN, case, x)
+    sizes = case.compression | {"select_block_size": case.select_block_size}
+    importance = oracle.importance(x["q"], x["k_cmp"], **sizes)
+    assert_valid_choice(x["block_indices"], importance, case, tolerance=1e-6)
+    exact = run(branch, oracle, case, x)
+    for name, value in run(branch, PLAIN, case, x).items():
+        largest = exact[name][exact[name].isfinite()].abs().max().item()
+        torch.testing.assert_close(value, exact[name], rtol=0.0, atol=1e-6 * largest, msg=name)
 
 
 @every_branch

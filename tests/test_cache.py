@@ -14,6 +14,7 @@ from cases import BASE, CONFIGS, PAPER, Random, build, draw_config, every_config
 from conftest import assert_close64, assert_within_budget, reference
 from torch import Tensor, nn
 
+import native_sparse_attention as nsa
 from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig
 
 
@@ -358,6 +359,22 @@ def test_lower_precision_keeps_to_the_error_of_one_forward(name: str, how: Any, 
         actual, plain = feed(attention, cache, x, [17, 1, 1, 1, 13, 7]), attention(x)
     assert actual.dtype == plain.dtype
     assert_within_budget(actual, plain, exact(x.double()), terms=40)
+
+
+def test_autocast_reaches_the_keys_of_a_cache(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is attended with has the dtype of the cache, and the branches do their arithmetic in float32."""
+    attention, x, seen = build(random, torch.float32, rope_theta=50.0), random((2, 20, 12), torch.float32), []
+    plain = nsa._BACKENDS["torch"]
+
+    def decode(*tensors: Tensor, **sizes: Any) -> Tensor:
+        seen.append(({tensor.dtype for tensor in tensors[:-1]}, torch.is_autocast_enabled("cpu")))
+        return plain.decode(*tensors, **sizes)
+
+    monkeypatch.setitem(nsa._BACKENDS, "torch", plain._replace(decode=decode))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = feed(attention, room(attention, 2, dtype=torch.bfloat16), x, [13, 1, 6])
+        assert y.dtype == attention(x).dtype
+    assert seen == [({torch.bfloat16}, False)] * 2, "the first piece is a forward like any other"
 
 
 @needs_triton

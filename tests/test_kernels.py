@@ -45,6 +45,7 @@ from cases import (
     needs_triton,
     run,
     selective,
+    small_gates,
     whole,
 )
 from conftest import assert_valid_choice, assert_within_budget, choice_tolerance
@@ -119,6 +120,16 @@ def test_each_branch_and_gradient(branch: Branch, case: Case, dtype: torch.dtype
 def test_the_whole_with_gates(case: Case, dtype: torch.dtype, random: Random) -> None:
     x = draw(whole, case, random, dtype)
     assert_as_exact_as_plain(whole, case, x, run(whole, TRITON, case, x, dtype))
+
+
+@interpreted
+def test_gates_of_0_and_far_below_1(random: Random) -> None:
+    x = draw(whole, MIDDLE, random, torch.float32)
+    x["gates"] = small_gates(x["gates"])
+    actual = run(whole, TRITON, MIDDLE, x, torch.float32)
+    assert_as_exact_as_plain(whole, MIDDLE, x, actual)
+    closed = (x["gates"] == 0)[:, MIDDLE.block_size :]  # where every branch sees something
+    assert (actual["gradient of gates"][:, MIDDLE.block_size :][closed] != 0).all()
 
 
 def choice_sizes(case: Case) -> list[int]:
