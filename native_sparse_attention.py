@@ -49,7 +49,6 @@ Sections; each one calls only those above it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import itertools
@@ -57,7 +56,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -142,19 +141,13 @@ def _check_blocks(
     _check(topk_blocks >= forced, "topk_blocks", topk_blocks, rule)
 
 
-class _Derived(int):
-    """A field's value that was not given. dataclasses.replace hands it to the copy, which derives it anew."""
-
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)  # outside of a configuration it is an int like another
-
-
 @dataclass
 class NSAConfig:
     """Settings of a NativeSparseAttention or an NSABlock, checked on construction.
 
     Fields whose default is None are derived from others by `__post_init__`, so that all can be read as plain numbers.
-    In `dataclasses.replace` a derived field follows the fields that it comes from, unless it is given another value.
+    In `dataclasses.replace` a derived field follows the fields that it comes from, unless it is given a value other
+    than it had.
 
     >>> from dataclasses import replace
     >>> cfg = NSAConfig(dim=512, heads=8, block_size=32)
@@ -212,23 +205,26 @@ class NSAConfig:
     bias: bool = False
     ffn_mult: int = 4
     use_flash: bool = True
+    _derived: InitVar[dict[str, int] | None] = None  # what was derived; dataclasses.replace hands it to the copy
 
-    def __post_init__(self) -> None:
-        derived = [name for name in _DERIVED_FIELDS if isinstance(getattr(self, name), _Derived | None)]
-        self._check_integers(derived)
-        if "dim_head" in derived:
+    def __post_init__(self, _derived: dict[str, int] | None) -> None:
+        for name, value in (_derived or {}).items():
+            if getattr(self, name) == value:
+                setattr(self, name, None)
+        missing = [name for name in _DERIVED_FIELDS if getattr(self, name) is None]
+        self._check_integers()
+        if self.dim_head is None:
             _check(self.dim % self.heads == 0, "dim", self.dim, f"must be divisible by heads = {self.heads}")
-        origins = {"kv_heads": self.heads, "stride": self.block_size, "select_block_size": self.block_size}
-        for name in derived:
-            setattr(self, name, _Derived(self.dim // self.heads if name == "dim_head" else origins[name]))
+            self.dim_head = self.dim // self.heads
+        self.kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        self.stride = self.block_size if self.stride is None else self.stride
+        self.select_block_size = self.block_size if self.select_block_size is None else self.select_block_size
+        self._derived = {name: getattr(self, name) for name in missing}
         _check(
             self.heads % self.kv_heads == 0, "heads", self.heads, f"must be divisible by kv_heads = {self.kv_heads}"
         )
         _check_blocks(**self.selection)
         self._check_choices()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NSAConfig:
-        return copy.copy(self)  # which keeps what is derived so
 
     @property
     def selection(self) -> dict[str, int]:
@@ -236,10 +232,10 @@ class NSAConfig:
         names = ("block_size", "stride", "select_block_size", "topk_blocks", "init_blocks", "local_blocks")
         return {name: getattr(self, name) for name in names}
 
-    def _check_integers(self, derived: list[str]) -> None:
+    def _check_integers(self) -> None:
         least = {"init_blocks": 0, "local_blocks": 0}
         required = ("dim", "heads", "seq_len", "local_window", "block_size", "topk_blocks", "ffn_mult", *least)
-        for name in required + tuple(name for name in _DERIVED_FIELDS if name not in derived):
+        for name in required + tuple(name for name in _DERIVED_FIELDS if getattr(self, name) is not None):
             _check_integer(name, getattr(self, name), least.get(name, 1))
 
     def _check_choices(self) -> None:
@@ -4619,8 +4615,8 @@ class NSACache:
 
     def _check_room(self, cfg: NSAConfig, lengths: tuple[int, ...], device: torch.device) -> None:
         """Checks that a module of such a configuration can append so many tokens to each row."""
-        for name, value in vars(self.cfg).items() if self.cfg != cfg else ():
-            same = name == "use_flash" or value == getattr(cfg, name)
+        for name in (field.name for field in fields(cfg)) if self.cfg != cfg else ():
+            value, same = getattr(self.cfg, name), name == "use_flash" or getattr(self.cfg, name) == getattr(cfg, name)
             _check(same, f"cache.cfg.{name}", value, f"must be the module's, {getattr(cfg, name)!r}")
         _check(self.batch == len(lengths), "cache.batch", self.batch, f"must be that of the tokens, {len(lengths)}")
         _check(self.device == device, "cache.device", str(self.device), f"must be that of the tokens, {device}")
