@@ -9,7 +9,7 @@ import random as python_random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import cycle, repeat
 from typing import Any
 
 import oracle
@@ -226,6 +226,11 @@ def run(
     return values | {f"gradient of {name}": g for name, g in zip(names, of_leaves, strict=True)}
 
 
+def slow(*values: Any) -> Any:
+    """The values of a case that is left out by default."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels: where they run, and their sizes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,7 +279,11 @@ RECENT = (
 )  # fmt: skip
 MIDDLE = replace(CASES[1], name="middle", T=41, B=2, D=17)
 # (case, dtype): all in float16, and in float32 those that bring a path of their own to it.
-IN_BOTH = [*((case, torch.float16) for case in CASES), *((case, torch.float32) for case in CASES[1:5])]
+IN_BOTH = [
+    *((case, torch.float16) for case in CASES),
+    (CASES[4], torch.float32),
+    *(slow(case, torch.float32) for case in CASES[1:4]),
+]
 every_case = pytest.mark.parametrize("case, dtype", IN_BOTH, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
@@ -409,7 +418,7 @@ RECENT_PACKED = Packing(
 NO_BLOCK = Packing(OVERLAPPING, (3, 7, 1))
 IN_KERNELS = [
     *((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, RECENT_PACKED, SPILL)),
-    *((packing, torch.float32) for packing in (GROUP_1, GROUP_16, NO_BLOCK)),
+    *((packing, torch.float32) for packing in (GROUP_1, NO_BLOCK)),
 ]
 
 
@@ -532,6 +541,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "paper_rope_bias": {**PAPER, "rope_theta": 10000.0, "bias": True, "compression": "conv1d"},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def every_config_with(argument: str, values: list[Any]) -> pytest.MarkDecorator:
+    """Every configuration, each with the next of the values in turn."""
+    pairs = list(zip(CONFIGS, cycle(values), strict=False))
+    return pytest.mark.parametrize(f"name, {argument}", pairs, ids=str)
 
 
 def build(random: Random, dtype: torch.dtype = torch.float64, **fields: Any) -> NativeSparseAttention:

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from cases import BASE, CONFIGS, Random, build, draw_config, every_config, gradients, project, to_out
+from cases import BASE, CONFIGS, Random, build, draw_config, every_config, every_config_with, gradients, project, to_out
 from conftest import assert_close64, assert_within_budget, reference
 from torch import Tensor
 
@@ -36,8 +36,7 @@ def test_output_and_gradients_against_the_oracle(name: str, random: Random) -> N
     assert_is_the_reference(build(random, **CONFIGS[name]), random((1, 21, 12)), random)
 
 
-@every_config
-@pytest.mark.parametrize("tokens", [1, 3, 4, 37])
+@every_config_with("tokens", [1, 3, 4, 37])
 def test_other_lengths_against_the_oracle(name: str, tokens: int, random: Random) -> None:
     assert_is_the_reference(build(random, **CONFIGS[name]), random((2, tokens, 12)), random, oracle.Dense)
 
@@ -89,8 +88,7 @@ def test_use_flash_changes_no_result(name: str, random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@every_config
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@every_config_with("training", [False, True])
 def test_the_future_changes_no_output_and_gets_no_gradient(name: str, training: bool, random: Random) -> None:
     attention = build(random, **CONFIGS[name], dropout=0.2).train(training)
 
@@ -166,8 +164,7 @@ def test_patterns_look_the_same_in_training(random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@every_config
-@pytest.mark.parametrize("shape", [(2, 0, 12), (0, 21, 12), (0, 0, 12)], ids=str)
+@every_config_with("shape", [(2, 0, 12), (0, 21, 12), (0, 0, 12)])
 def test_empty_input_gives_empty_output(name: str, shape: tuple[int, ...], random: Random) -> None:
     attention = build(random, **CONFIGS[name])
     x = random(shape).requires_grad_()

@@ -39,7 +39,7 @@ import native_sparse_attention as nsa
 LONG = (
     Case("long_one_head_each", T=1100, D=16, block_size=16, stride=16, select_block_size=16, topk_blocks=5, window=130),
     Case("long_group_3", T=515, B=2, H=6, D=9, block_size=8, stride=4, select_block_size=16, topk_blocks=7, window=33),
-    Case("long_paper", T=1025, H=8, K=2, D=8, block_size=32, stride=16, select_block_size=64, topk_blocks=6,
+    Case("long_paper", T=769, H=8, K=2, D=8, block_size=32, stride=16, select_block_size=64, topk_blocks=6,
          init_blocks=1, local_blocks=2, window=300),
     Case("long_tiny_blocks", T=333, H=3, K=1, block_size=2, stride=1, select_block_size=1, topk_blocks=40, window=1),
 )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BRANCHES, PLAIN, Branch, Case, Random, choice, draw, every_branch, finite, whole
+from cases import BRANCHES, PLAIN, Branch, Case, Random, choice, draw, every_branch, finite, slow, whole
 from conftest import assert_close64
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -117,6 +117,7 @@ def test_choice_of_blocks(random: Random) -> None:
     assert torch.equal(compiled(lambda x: choice(PLAIN, CASE, x))(x), choice(PLAIN, CASE, x))
 
 
+@pytest.mark.slow
 def test_attention(random: Random) -> None:
     """A graph where the compressed blocks cover all tokens, and one where they do not."""
     module = attention(separate_kv=True, compression="conv1d", rope_theta=None)
@@ -127,6 +128,7 @@ def test_attention(random: Random) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.slow
 def test_attention_without_a_word_about_dynamic_shapes(random: Random) -> None:
     """The first length has a graph to itself; then as above."""
     module = attention()
@@ -137,6 +139,7 @@ def test_attention_without_a_word_about_dynamic_shapes(random: Random) -> None:
     assert graphs() == 3
 
 
+@pytest.mark.slow
 def test_language_model(random: Random) -> None:
     torch.manual_seed(0)
     module = NSALanguageModel(11, replace(CFG, rope_theta=None), layers=1).double()
@@ -148,6 +151,7 @@ def test_language_model(random: Random) -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_inductor(random: Random) -> None:
     module = attention(compression="avgpool", rope_theta=None)
     x = hidden(random)
@@ -159,7 +163,11 @@ def test_inductor(random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", [nullcontext(), torch.device("cpu")], ids=["", "default_device"])
+@pytest.mark.parametrize(
+    "device",
+    [nullcontext(), slow(torch.device("cpu"))],
+    ids=["", "default_device"],
+)
 def test_without_gradients(device: AbstractContextManager, random: Random) -> None:
     """Also where tensors have a device by default, whose context torch.compile traces through."""
     module, x = block(), hidden(random)
@@ -198,6 +206,7 @@ def test_a_tensor_given_twice(branch: Branch, random: Random) -> None:
         assert_alike(step(call, {one: x[one]}, x), expected)
 
 
+@pytest.mark.slow
 def test_autocast(random: Random) -> None:
     module, x = block().float(), hidden(random).detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -206,6 +215,7 @@ def test_autocast(random: Random) -> None:
     assert_alike(actual, expected, tolerance=torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.slow
 def test_checkpoint(random: Random) -> None:
     module, x = block(), hidden(random)
     call = compiled(lambda x: checkpoint(module, x, use_reentrant=False))
@@ -340,6 +350,7 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
 OPERATORS = [value for value in vars(nsa).values() if isinstance(value, torch.library.CustomOpDef)]
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     made = calls(CASE, "torch", torch.bfloat16)
     made["turns"] = nsa._turns_as_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)
@@ -348,6 +359,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with infinities
 @pytest.mark.parametrize(
     "window, dtype",

@@ -35,6 +35,7 @@ from cases import (
     local,
     run,
     selective,
+    slow,
     whole,
 )
 from conftest import assert_close64, assert_valid_choice, assert_within_budget, choice_tolerance
@@ -263,7 +264,7 @@ def test_changed_before_the_backward_is_refused(random: Random) -> None:
 # The kernels, by Triton's interpreter
 # ---------------------------------------------------------------------------------------------------------------------
 
-every_kernel_packing = pytest.mark.parametrize("packing, dtype", IN_KERNELS, ids=str)
+every_kernel_packing = pytest.mark.parametrize("packing, dtype", [*IN_KERNELS, slow(GROUP_16, torch.float32)], ids=str)
 
 
 def assert_kernels_as_exact_as_plain(branch: Branch, packing: Packing, dtype: torch.dtype, random: Random) -> None:
@@ -288,7 +289,11 @@ def test_kernels(branch: Branch, packing: Packing, dtype: torch.dtype, random: R
 
 
 @interpreted
-@pytest.mark.parametrize("packing", [GROUP_1, GROUP_3, GROUP_16, RECENT_PACKED, NO_BLOCK], ids=str)
+@pytest.mark.parametrize(
+    "packing",
+    [GROUP_1, RECENT_PACKED, NO_BLOCK, *(slow(each) for each in (GROUP_3, GROUP_16))],
+    ids=str,
+)
 def test_kernels_of_the_whole(packing: Packing, random: Random) -> None:
     assert_kernels_as_exact_as_plain(whole, packing, torch.float16, random)
 
@@ -319,7 +324,9 @@ def test_choice_of_the_kernels_in_chunks(random: Random, monkeypatch: pytest.Mon
 
 
 @interpreted
-@pytest.mark.parametrize("pieces", SMALL_PIECES)
+@pytest.mark.parametrize(
+    "pieces", ["chunks_of_64_queries", slow("few_blocks_cut_at_a_time"), slow("every_loop_by_query")]
+)
 def test_selective_kernels_in_small_pieces(pieces: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL_PIECES[pieces].items():
         monkeypatch.setattr(nsa, name, value)
