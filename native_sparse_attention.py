@@ -4137,13 +4137,14 @@ def nsa_attention(
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
-    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    _check_choice(*sizes)
+    choice = {"block_size": block_size, "stride": stride, "select_block_size": select_block_size}
+    choice |= {"topk_blocks": topk_blocks, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    _check_choice(**choice)
+    sizes = list(choice.values())
     if _readable(gates) and bool((gates < 0).any()):  # a backward has their logarithm: a sum of one sign at a time
-        settings = {"local_window": local_window, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend, **local}
-        settings |= dict(zip(inspect.signature(_check_choice).parameters, sizes, strict=True))
-        positive = nsa_attention(q, k, v, k_cmp, v_cmp, gates.masked_fill(gates < 0, 0.0), **settings)
-        return positive - nsa_attention(q, k, v, k_cmp, v_cmp, (-gates).masked_fill(gates >= 0, 0.0), **settings)
+        settings = {"local_window": local_window, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
+        of = functools.partial(nsa_attention, q, k, v, k_cmp, v_cmp, **choice, **settings, **local)
+        return of(gates.masked_fill(gates < 0, 0.0)) - of((-gates).masked_fill(gates >= 0, 0.0))
     on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
     if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
