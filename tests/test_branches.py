@@ -69,7 +69,7 @@ def test_many_tiles_against_dense_masks(branch: Branch, case: Case, random: Rand
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of few heads and few pairs, and a chunk of few rows: each loop takes some ten turns."""
-    monkeypatch.setattr(nsa, "_TILE_SCORES", 2**12)
+    monkeypatch.setattr(nsa, "_TILE_SCORES", 2**10)
     monkeypatch.setattr(nsa, "_PARTIAL_VALUES", 2**14)
     monkeypatch.setattr(nsa, "_PAIR_TILE", 8)
 
