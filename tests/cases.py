@@ -63,13 +63,13 @@ class Case:
     @property
     def whole(self) -> dict[str, int]:
         """The arguments of `nsa_attention` after its tensors."""
-        return self.choice | {"local_window": self.window}
+        return {**self.choice, "local_window": self.window}
 
     @property
     def choice(self) -> dict[str, int]:
         """The arguments of `select_blocks` after its tensors."""
         names = ("select_block_size", "topk_blocks", "init_blocks", "local_blocks")
-        return self.compression | {name: getattr(self, name) for name in names}
+        return {**self.compression, **{name: getattr(self, name) for name in names}}
 
     def tensors(self, random: Random, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """q, k, v, k_cmp, v_cmp and gates, as leaves that require gradients."""

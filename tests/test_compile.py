@@ -197,7 +197,7 @@ def test_a_tensor_given_twice(branch: Branch, random: Random) -> None:
         return branch(PLAIN, CASE, x)[0]
 
     def of_a_pair(x: dict[str, Tensor]) -> Tensor:
-        return output(x | {other: x[one]})
+        return output({**x, other: x[one]})
 
     apart = x | {other: x[one].detach().clone().requires_grad_()}
     expected = step(output, {name: apart[name] for name in (one, other)}, apart)

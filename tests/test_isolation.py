@@ -1,4 +1,4 @@
-"""NaN, infinity and huge numbers stay where they are: in their row, their sequence, their tokens, their conversation."""
+"""NaN, infinity and huge numbers stay in their row, their sequence, their tokens and their conversation."""
 
 from __future__ import annotations
 

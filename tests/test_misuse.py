@@ -441,7 +441,7 @@ spec.loader.exec_module(nsa)
 """
 BREAK = {
     "jit raises": "triton.jit = lambda *args, **options: 1 / 0",
-    "no knobs": "del triton.knobs",
+    "no knobs": "vars(triton).pop('knobs', None)",
 }
 
 
@@ -491,8 +491,10 @@ if code != 1 or "FAIL" not in out.getvalue():
     run(script, "-O")
 
 
-def test_learning_is_far_from_its_limit() -> None:
-    """A factor of ten: its verdict hangs on no rounding."""
-    torch.manual_seed(1)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_learning_is_far_from_its_limit(seed: int) -> None:
+    """A tenth of it, whatever the numbers: its verdict hangs on no rounding."""
+    torch.manual_seed(seed)
     loss = float(nsa._SELFTESTS["learning"]().split("loss ")[1].split()[0])
-    assert loss < math.log(8) / 20
+    assert loss < math.log(8) / 100
