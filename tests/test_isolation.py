@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import Random
+from cases import Random, interpreted
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -49,10 +49,10 @@ def test_rows_of_a_batch(heads: int, kv_heads: int, value: float, random: Random
 
 
 @pytest.mark.slow
+@interpreted
 @pytest.mark.parametrize("value", [math.nan, 1e38])
 @with_each_group
 def test_rows_of_a_batch_in_kernels(heads: int, kv_heads: int, value: float, random: Random) -> None:
-    pytest.importorskip("triton")
     check_rows("triton", 70, heads, kv_heads, value, random)
 
 
@@ -141,9 +141,9 @@ def test_an_earlier_conversation(
 
 
 @pytest.mark.slow
+@interpreted
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
 def test_an_earlier_conversation_in_kernels(settings: dict[str, object], random: Random) -> None:
-    pytest.importorskip("triton")
     cfg = nsa.NSAConfig(dim=32, heads=2, seq_len=64, local_window=12, block_size=8, topk_blocks=3, **settings)
     sizes = {"local_window": 12, **cfg.selection, "scale": 0.25}
     row, blocks = (2, 64, cfg.kv_heads, 16), (2, 64 // cfg.stride - 1, cfg.kv_heads, 16)
