@@ -4897,8 +4897,9 @@ class NativeSparseAttention(nn.Module):
         cfg, compressed = self.cfg, []
         for compressor, x in ((self.compress_k, tokens.k_raw), (self.compress_v, tokens.v_raw)):
             if origin is not None:  # each block is a sequence of its own, (n, l, K, D)
-                begin = origin + number * cfg.stride
-                x = x.flatten(0, 1)[begin[:, None] + torch.arange(cfg.block_size, device=x.device)]
+                begin, x = (origin + number * cfg.stride)[:, None], x.flatten(0, 1)
+                none = x.new_empty(0, cfg.block_size, *x.shape[1:])  # a block may be longer than all memory
+                x = x[begin + torch.arange(cfg.block_size, device=x.device)] if len(number) else none
             y = compressor(rearrange(x, "b t k d -> (b k) t d"))
             y = rearrange(y, "(b k) c d -> b c k d", k=cfg.kv_heads)
             compressed.append(y if origin is None else y.transpose(0, 1))

@@ -453,20 +453,24 @@ def run(script: str, *options: str, path: Path | None = None) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["native-sparse-attention", "1st", "päckchen.ns a", "a.b"])
 def test_a_module_name_that_is_no_identifier(name: str) -> None:
     run(LOAD.format(name=name, path=str(SOURCE)) + USE)
 
 
+@pytest.mark.slow
 def test_names_that_differ_in_a_mark_alone_do_not_meet() -> None:
     run("".join(LOAD.format(name=name, path=str(SOURCE)) + USE for name in ("a-b", "a_b", "a.b")))
 
 
+@pytest.mark.slow
 def test_bytecode_alone(tmp_path: Path) -> None:
     py_compile.compile(str(SOURCE), cfile=str(tmp_path / "nsa_alone.pyc"))
     run("import nsa_alone as nsa" + USE, path=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaking", BREAK.values(), ids=BREAK)
 def test_a_broken_triton(breaking: str) -> None:
     """It is whole again once this module is there, as torch needs one that works."""
@@ -476,6 +480,7 @@ def test_a_broken_triton(breaking: str) -> None:
     run(script + "if nsa.triton is not None: raise SystemExit('it is used')")
 
 
+@pytest.mark.slow
 def test_self_tests_do_not_vanish_with_assertions() -> None:
     """`python -O` removes every assert."""
     script = LOAD.format(name="native_sparse_attention", path=str(SOURCE)) + """

@@ -34,6 +34,7 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_running_the_file_prints_a_table_and_exits_with_0(tmp_path: Path) -> None:
     result = python(MODULE.name, folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
