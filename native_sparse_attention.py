@@ -120,7 +120,8 @@ _INSTANCE_RULE = "must be the class, not an instance of it: keys and values have
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A tuple of types: torch 2.8 does not trace their union.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
