@@ -152,7 +152,8 @@ def test_what_the_local_branch_does_for_the_selective_one(case: Case) -> None:
     key, query = position[None, :], position[:, None]
     causal = key <= query
     is_recent = causal & (key >= recent.first(query))
-    seen_in = lambda blocks: causal & (blocks[:, :, None] == (key // case.select_block_size)[:, None]).any(1)  # noqa: E731
+    block = (key // case.select_block_size)[:, None]
+    seen_in = lambda blocks: causal & (blocks[:, :, None] == block).any(1)  # noqa: E731
     assert torch.equal(is_recent, causal & (query < recent.end(key)))
     assert not (seen_in(others) & is_recent).any()
     assert torch.equal(seen_in(others) | is_recent, seen_in(chosen))
