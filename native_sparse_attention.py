@@ -4257,6 +4257,8 @@ class _LearnedCompressor(_Compressor):
         pieces, parts = x.shape[1] // self.stride, weight.split(self.stride * self.dim, dim=1)
         x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
         y = F.linear(x, parts[0], F.linear(self.position.flatten(), weight, bias))
+        if len(parts) == 1:
+            return y
         y = y[:, : pieces - len(parts) + 1]  # block i starts with piece i
         for i, part in enumerate(parts[1:], 1):
             y = y + F.linear(x, part)[:, i : i + y.shape[1]]
