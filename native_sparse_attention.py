@@ -3373,8 +3373,8 @@ def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int], recent: _Re
 # pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
 
 
-# A module may have been given a name that is no identifier; a letter's number keeps such names apart.
-_LIBRARY = "nsa_" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in __name__)
+# The namespace of the operators. A module may have a name that is no identifier; its bytes then keep such names apart.
+_LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa_{__name__.encode().hex()}"
 
 
 def _registered(function: Callable[..., Any]) -> Any:
