@@ -4138,20 +4138,8 @@ def nsa_attention(
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
-    choice = {
-        "block_size": block_size,
-        "stride": stride,
-        "select_block_size": select_block_size,
-        "topk_blocks": topk_blocks,
-        "init_blocks": init_blocks,
-        "local_blocks": local_blocks,
-    }
-    _check_choice(**choice)
-    sizes = list(choice.values())
-    if _readable(gates) and bool((gates < 0).any()):  # a backward has their logarithm: a sum of one sign at a time
-        settings = {"local_window": local_window, "cu_seqlens": cu_seqlens, "scale": scale, "backend": backend}
-        of = functools.partial(nsa_attention, q, k, v, k_cmp, v_cmp, **choice, **settings, **local)
-        return of(gates.masked_fill(gates < 0, 0.0)) - of((-gates).masked_fill(gates >= 0, 0.0))
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    _check_choice(*sizes)
     on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
     if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
         o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
@@ -4159,9 +4147,13 @@ def nsa_attention(
         chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
         o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
-    tensors = _apart(q, k, v, k_cmp, v_cmp, gates, *local.values())
-    settings = (lengths, on, local_window, sizes, scale)
-    return _AttentionFunction.apply(settings, cu_seqlens, *tensors, *[None] * (8 - len(tensors)))[0]
+    settings, none = (lengths, on, local_window, sizes, scale), [None] * (2 - len(local))
+    gated = lambda gates: _AttentionFunction.apply(  # noqa: E731
+        settings, cu_seqlens, *_apart(q, k, v, k_cmp, v_cmp, gates, *local.values()), *none
+    )[0]
+    if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
+        return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
+    return gated(gates)
 
 
 @torch.no_grad()
