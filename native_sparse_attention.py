@@ -42,9 +42,11 @@ Sections; each one calls only those above it.
      4 PyTorch branches            8 compressors                    12 main
 """
 
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 1  Imports and capability
+# 1  Imports and configuration
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
 
 from __future__ import annotations
 
@@ -65,19 +67,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    def _probe() -> None: ...
-
-    triton.jit(_probe)  # reads this file, of which there may be the bytecode alone
-    _INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
-except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch path serves
-    triton = tl = TensorDescriptor = None
-    _INTERPRETED = False
-
 __all__ = [
     "AttentionPatterns",
     "AvgPoolCompressor",
@@ -97,49 +86,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def _check(
-    holds: bool, argument: str, value: object, rule: str | Callable[[], str], error: type[Exception] = ValueError
-) -> None:
-    """The one form of every complaint: the argument, what it was, and the rule that it breaks.
-
-    A rule that speaks of shapes is a function, called on failure only: torch.compile would bind itself to their values.
-    """
-    if not holds:
-        raise error(f"{argument} = {value!r}: {rule() if callable(rule) else rule}")
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 2  Configuration
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
 _DERIVED_FIELDS = ("dim_head", "kv_heads", "stride", "select_block_size")
 _COMPRESSIONS = ("grouped_mlp", "conv1d", "avgpool")
 _COMPRESSION_RULE = f"must be one of {', '.join(map(repr, _COMPRESSIONS))}, or a class (dim, block, stride) -> Module"
 _INSTANCE_RULE = "must be the class, not an instance of it: keys and values have a compressor each"
-
-
-def _finite(value: object) -> bool:
-    # A tuple of types: torch 2.8 does not trace their union.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    _check(isinstance(value, int) and not isinstance(value, bool), name, value, "must be an int", TypeError)
-    _check(value >= least, name, value, f"must be at least {least}")
-    _check(value < 2**31, name, value, "must be less than 2**31: positions are 32-bit numbers")
-
-
-def _check_blocks(
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
-) -> None:
-    """The rules that tie the block sizes together: those of the paper, §3.3.1 and §3.3.2."""
-    _check(stride <= block_size, "stride", stride, f"must be at most block_size = {block_size}")
-    for name, size in (("block_size", block_size), ("select_block_size", select_block_size)):
-        _check(size % stride == 0, name, size, f"must be a multiple of stride = {stride}")
-    forced = init_blocks + local_blocks
-    rule = f"must be at least init_blocks + local_blocks = {init_blocks} + {local_blocks} = {forced}"
-    _check(topk_blocks >= forced, "topk_blocks", topk_blocks, rule)
 
 
 @dataclass
@@ -262,9 +212,1706 @@ class NSAConfig:
             _check(self.dim_head % 2 == 0, "dim_head", self.dim_head, "must be even where rope_theta is given")
 
 
+def _check(
+    holds: bool, argument: str, value: object, rule: str | Callable[[], str], error: type[Exception] = ValueError
+) -> None:
+    """The one form of every complaint: the argument, what it was, and the rule that it breaks.
+
+    A rule that speaks of shapes is a function, called on failure only: torch.compile would bind itself to their values.
+    """
+    if not holds:
+        raise error(f"{argument} = {value!r}: {rule() if callable(rule) else rule}")
+
+
+def _finite(value: object) -> bool:
+    # A tuple of types: torch 2.8 does not trace their union.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    _check(isinstance(value, int) and not isinstance(value, bool), name, value, "must be an int", TypeError)
+    _check(value >= least, name, value, f"must be at least {least}")
+    _check(value < 2**31, name, value, "must be less than 2**31: positions are 32-bit numbers")
+
+
+def _check_blocks(
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
+) -> None:
+    """The rules that tie the block sizes together: those of the paper, §3.3.1 and §3.3.2."""
+    _check(stride <= block_size, "stride", stride, f"must be at most block_size = {block_size}")
+    for name, size in (("block_size", block_size), ("select_block_size", select_block_size)):
+        _check(size % stride == 0, name, size, f"must be a multiple of stride = {stride}")
+    forced = init_blocks + local_blocks
+    rule = f"must be at least init_blocks + local_blocks = {init_blocks} + {local_blocks} = {forced}"
+    _check(topk_blocks >= forced, "topk_blocks", topk_blocks, rule)
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what `function` returns. torch.compile does not look inside, and takes the result for a constant.
+
+    The mark is that of torch.compiler.assume_constant_result, which would load the compiler to set it.
+    """
+    remembered = functools.cache(function)
+
+    @functools.wraps(function)
+    def once(*arguments: Any) -> Any:
+        return remembered(*arguments)
+
+    once._dynamo_marked_constant = True
+    return once
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 3  Block arithmetic: which token belongs to which block, and who sees whom. The only home of these rules; the kernels
-#    of section 5 restate them for a tile, and the tables that they read are made from here.
+# 2  The definition: what every backend computes, by dense masks
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _reference(attention: NativeSparseAttention, x: Tensor) -> Tensor:
+    """NSA by dense masks in float64: each branch a softmax over the whole row. For small sizes."""
+    cfg, s = attention.cfg, torch.arange(x.shape[1])
+    chosen = attention.attention_patterns(x).block_indices
+    p = attention._project(x, s)
+    k_cmp, v_cmp = attention._compress(p)
+    t, i, group = s[:, None], torch.arange(k_cmp.shape[1]), cfg.heads // cfg.kv_heads
+    in_chosen = (chosen.transpose(1, 2)[..., None] == s // cfg.select_block_size).any(3)  # (B, K, T, T)
+    masks = {
+        "local": (s <= t) & (s > t - cfg.local_window),
+        "compressed": i * cfg.stride + cfg.block_size - 1 <= t,
+        "selective": in_chosen.repeat_interleave(group, 1) & (s <= t),
+    }
+    pairs = {"local": (p.k_local, p.v_local), "compressed": (k_cmp, v_cmp), "selective": (p.k, p.v)}
+    o = torch.zeros_like(p.q, dtype=torch.float64)
+    for branch, (name, (k, v)) in enumerate(pairs.items()):
+        k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", p.q.double(), k) / math.sqrt(p.q.shape[3])
+        weights = scores.masked_fill(~masks[name], -math.inf).softmax(-1).nan_to_num(0.0)
+        o = o + p.gates[..., branch, None] * torch.einsum("bhts,bshd->bthd", weights, v)
+    return attention.to_out(o.flatten(2))
+
+
+class AttentionPatterns(NamedTuple):
+    """What each branch looked at: probabilities whose rows sum to 1, or to 0 where a query sees nothing."""
+
+    local: Tensor  # (B, H, T, T)
+    compressed: Tensor  # (B, H, T, C)
+    selective: Tensor  # (B, H, T, T)
+    gates: Tensor  # (B, T, H, 3)
+    block_indices: Tensor  # (B, T, K, S)
+
+
+def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
+    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    wide = _accumulation_dtype(q)
+    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
+    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
+
+
+def _check_tokens(x: Tensor, dim: int, first: nn.Module) -> None:
+    """Checks that x can go through a module of that width, whose first layer is given.
+
+    Quantised layers and adapters may have no weight, or none of a floating point type; they know what they take.
+    """
+    _check_tensor("x", x, 3, "(B, T, dim)")
+    _check(x.shape[2] == dim, "x.shape", tuple(x.shape), f"must have dim = {dim} in dimension 2")
+    _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
+    weight = getattr(first, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        _check(cast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
+        _check_device("x", x, "the weights'", weight.device)
+
+
+def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
+    """Complains about arguments that other attention modules take."""
+    name, rule = type(module).__name__, "takes x and, by name, cache, cu_seqlens or key_padding_mask."
+    if arguments:
+        given = f"{1 + len(arguments)} positional arguments"
+        raise TypeError(f"{name} {rule} It projects x to queries, keys and values itself; it was given {given}")
+    for argument in named:
+        masks = "It is causal by itself; give padding as key_padding_mask, True for a token"
+        raise TypeError(f"{name} {rule} {masks}; it was given {argument}")
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 3  The model
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class NSABlock(nn.Module):
+    """A Transformer block with Native Sparse Attention: x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    >>> model = nn.Sequential(*(NSABlock(NSAConfig(dim=64, heads=4, seq_len=256)) for _ in range(2)))
+    >>> model(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        self.attn = NativeSparseAttention(config)
+        hidden = config.ffn_mult * config.dim
+        self.norm1 = nn.LayerNorm(config.dim, bias=config.bias)
+        self.norm2 = nn.LayerNorm(config.dim, bias=config.bias)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, hidden, bias=config.bias),
+            nn.GELU(),
+            nn.Linear(hidden, config.dim, bias=config.bias),
+            nn.Dropout(config.dropout),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *others: object,
+        cache: NSACache | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        **unknown: object,
+    ) -> Tensor:
+        """(B, T, dim) → (B, T, dim); arguments and errors are those of `NativeSparseAttention.forward`.
+
+        A cache is one of this block alone, made with `block.attn.cfg`.
+
+        Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
+        """
+        _check_call(self, others, unknown)
+        with _appending(cache):
+            return _without_padding(self._residuals, x, cache, cu_seqlens, key_padding_mask)
+
+    def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+        _check_tokens(x, self.attn.cfg.dim, self.norm1)  # PyTorch would complain in its own words
+        x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
+        return x + self.ffn(self.norm2(x))
+
+
+class NativeSparseAttention(nn.Module):
+    """Multi-head Native Sparse Attention, causal: (B, T, dim) → (B, T, dim). Takes the place of self-attention.
+
+    >>> attention = NativeSparseAttention(NSAConfig(dim=256, heads=4, seq_len=1024))
+    >>> attention(torch.randn(2, 300, 256)).shape
+    torch.Size([2, 300, 256])
+    """
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        _check(isinstance(config, NSAConfig), "config", type(config).__name__, "must be an NSAConfig", TypeError)
+        self.cfg = cfg = config
+        sets = 3 if cfg.separate_kv else 1  # of keys and values: for the local, compressed and selective branch
+        self.to_q = nn.Linear(cfg.dim, cfg.heads * cfg.dim_head, bias=cfg.bias)
+        self.to_k = nn.Linear(cfg.dim, sets * cfg.kv_heads * cfg.dim_head, bias=cfg.bias)
+        self.to_v = nn.Linear(cfg.dim, sets * cfg.kv_heads * cfg.dim_head, bias=cfg.bias)
+        self.to_out = nn.Linear(cfg.heads * cfg.dim_head, cfg.dim, bias=cfg.bias)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.compress_k = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
+        self.compress_v = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
+        # Plain parameters, so that a model's own `apply(init_weights)` leaves gate_init in place.
+        self.gate_bias = nn.Parameter(torch.empty(cfg.heads, 3))
+        self.gate_weight = nn.Parameter(torch.empty(cfg.heads * 3, cfg.dim)) if cfg.gate_mode == "q_cond" else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.gate_bias.copy_(self.gate_bias.new_tensor(self.cfg.gate_init).expand(self.cfg.heads, 3))
+        if self.gate_weight is not None:
+            nn.init.zeros_(self.gate_weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        *others: object,
+        cache: NSACache | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        **unknown: object,
+    ) -> Tensor:
+        """(B, T, dim) → (B, T, dim).
+
+        >>> attention = NativeSparseAttention(NSAConfig(dim=64, heads=2, seq_len=128))
+        >>> x, mask = torch.randn(2, 70, 64), torch.arange(70) >= torch.tensor([[0], [30]])  # 30 places of left padding
+        >>> y = attention(x, key_padding_mask=mask)
+        >>> bool((y[1, :30] == 0).all()), torch.allclose(y[1, 30:], attention(x[1:, 30:])[0], atol=1e-5)
+        (True, True)
+
+        Args:
+            x: (B, T, dim), T at most seq_len, of the weights' dtype and device.
+            cache: x holds the next tokens of its rows, which it appends to the cache. The output is that of one forward
+                over all tokens of each row. Where gradients are enabled, nothing may require one. What fails leaves the
+                cache as it was.
+            cu_seqlens: int32 or int64 (n + 1,), x is (1, total, dim): the tokens of n sequences one after another, as
+                in `local_attention`, each at most seq_len. The output is that of each sequence alone; with a cache,
+                sequence i goes on from row i.
+            key_padding_mask: bool (B, T), True for a token, in any pattern. The output is that of each row's tokens by
+                themselves, positions counted among them; elsewhere it is 0, and x has no gradient. With a cache, rows
+                append as many tokens as they have.
+
+        Raises:
+            ValueError, TypeError: an argument breaks one of these rules, or the cache is full or of another module,
+                configuration, batch, dtype or device.
+        """
+        _check_call(self, others, unknown)
+        with _appending(cache):
+            return _without_padding(self._attend, x, cache, cu_seqlens, key_padding_mask)
+
+    def _attend(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+        """One flow for whole rows, for packed sequences, and for either going on from a cache."""
+        cfg, packed = self.cfg, cu_seqlens is not None
+        first, stop = self._check_input(x, cache, cu_seqlens)
+        past = any(first)  # there are keys that x does not hold
+        positions = torch.arange(x.shape[1], device=x.device)
+        if packed or cache is not None:
+            tokens = _places(first, stop, x.device)
+            positions = tokens.number.view(x.shape[:2])
+            counts = ([_compressed_count(n, cfg.block_size, cfg.stride) for n in edge] for edge in (first, stop))
+            blocks = _places(*counts, x.device)  # those that x completes
+        p = self._project(x, positions)
+        if cache is not None:
+            cache._check_owner(self, p.k)
+            cache._write(tokens, p._asdict())
+        if past:
+            k_cmp, v_cmp = self._compress(cache, blocks.number, blocks.row * cache.max_len)
+        elif packed:
+            k_cmp, v_cmp = self._compress(p, blocks.number, cu_seqlens[blocks.row])
+        else:
+            k_cmp, v_cmp = self._compress(p)
+        if cache is not None:
+            cache._write(blocks, {"k_cmp": k_cmp, "v_cmp": v_cmp})
+        # No more slots than there can be blocks to fill them.
+        most = max(_selection_count(cfg.seq_len, cfg.select_block_size), cfg.init_blocks + cfg.local_blocks)
+        sizes = {"local_window": cfg.local_window, **cfg.selection, "topk_blocks": min(cfg.topk_blocks, most)}
+        sizes["backend"] = self._backend
+        if past:
+            lengths = [end - begin for begin, end in zip(first, stop, strict=True)] if packed else None
+            o = self._attend_past(p, cache, positions, lengths, **sizes)
+        else:
+            tensors, local = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates), {"k_local": p.k_local, "v_local": p.v_local}
+            o = nsa_attention(*tensors, **local, **sizes, cu_seqlens=cu_seqlens)
+        y = self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
+        if cache is not None:
+            cache._extend(stop, self)
+        return y
+
+    @torch.no_grad()
+    def attention_patterns(self, x: Tensor) -> AttentionPatterns:
+        """Dense probabilities of every branch, for study and plots: T × T in memory. Same x as for forward.
+
+        >>> attention = NativeSparseAttention(NSAConfig(dim=64, heads=2, seq_len=128))
+        >>> attention.attention_patterns(torch.randn(1, 70, 64)).compressed.shape
+        torch.Size([1, 2, 70, 2])
+        """
+        self._check_input(x)
+        cfg, key = self.cfg, torch.arange(x.shape[1], device=x.device)
+        p = self._project(x, key)
+        k_cmp, v_cmp = self._compress(p)
+        options = {"block_size": cfg.block_size, "stride": cfg.stride, "backend": self._backend}
+        lse = compressed_attention(p.q, k_cmp, v_cmp, **options)[1]
+        chosen = select_blocks(p.q, k_cmp, lse, **cfg.selection, backend=self._backend)
+        query, block = key[:, None], torch.arange(k_cmp.shape[1], device=x.device)
+        of_chosen = (key // cfg.select_block_size == chosen.transpose(1, 2)[..., None]).any(3)  # (B, K, T, T)
+        of_chosen = of_chosen.repeat_interleave(cfg.heads // cfg.kv_heads, dim=1)
+        return AttentionPatterns(
+            local=_dense_probabilities(p.q, p.k_local, _Window(cfg.local_window).sees(query, key)),
+            compressed=_dense_probabilities(p.q, k_cmp, _Staircase(cfg.block_size, cfg.stride).sees(query, block)),
+            selective=_dense_probabilities(p.q, p.k, of_chosen & (key <= query)),
+            gates=p.gates.to(_accumulation_dtype(p.gates)),
+            block_indices=chosen,
+        )
+
+    @property
+    def _backend(self) -> str:
+        return "auto" if self.cfg.use_flash else "torch"
+
+    def _project(self, x: Tensor, positions: Tensor) -> _Projections:
+        cfg = self.cfg
+        # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
+        heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
+        queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
+        rotation = None if cfg.rope_theta is None else _rotation(positions, cfg.rope_theta, queries)
+        rotated = lambda y: y if rotation is None else _rotate(y, rotation)  # noqa: E731
+        keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
+        values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
+        k_local = rotated(keys[0])
+        return _Projections(
+            q=rotated(queries),
+            k=rotated(keys[-1]) if cfg.separate_kv else k_local,
+            v=values[-1],
+            k_local=k_local,
+            v_local=values[0],
+            k_raw=keys[len(keys) // 2],
+            v_raw=values[len(values) // 2],
+            gates=self._gates(x),
+            rotation=rotation,
+        )
+
+    def _compress(
+        self, tokens: _Projections | NSACache, number: Tensor | None = None, origin: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values of all blocks of whole rows, (B, C, K, D).
+
+        Or of some blocks, (1, n, K, D): the number of each, (n,), and where its sequence begins among the B·T tokens.
+        """
+        cfg, compressed = self.cfg, []
+        for compressor, x in ((self.compress_k, tokens.k_raw), (self.compress_v, tokens.v_raw)):
+            if origin is not None:  # each block is a sequence of its own, (n, l, K, D)
+                begin, x = (origin + number * cfg.stride)[:, None], x.flatten(0, 1)
+                none = x.new_empty(0, cfg.block_size, *x.shape[1:])  # a block may be longer than all memory
+                x = x[begin + torch.arange(cfg.block_size, device=x.device)] if len(number) else none
+            y = compressor(rearrange(x, "b t k d -> (b k) t d"))
+            y = rearrange(y, "(b k) c d -> b c k d", k=cfg.kv_heads)
+            compressed.append(y if origin is None else y.transpose(0, 1))
+        k_cmp, v_cmp = compressed
+        if cfg.rope_theta is not None:
+            # Keys are compressed before rotation; compressed key i then turns as position i·d, as its first token does.
+            if number is None:
+                rotation = tokens.rotation[..., :: cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
+            else:
+                rotation = _rotation(number * cfg.stride, cfg.rope_theta, k_cmp)
+            k_cmp = _rotate(k_cmp, rotation)
+        return k_cmp, v_cmp
+
+    def _attend_past(
+        self, p: _Projections, cache: NSACache, positions: Tensor, lengths: list[int] | None, **sizes: Any
+    ) -> Tensor:
+        """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of sequences of `lengths`."""
+        keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
+        if lengths is None:
+            return _cached_attention(p.q, *keys, p.gates, positions.int(), **sizes)
+        places, longest = _places([0] * len(lengths), lengths, positions.device), max(lengths)
+        padding = _Padding(places.row * longest + places.number, (len(lengths), longest))
+        positions = padding.unpack(positions + 1) - 1
+        o = _cached_attention(padding.unpack(p.q), *keys, padding.unpack(p.gates), positions.int(), **sizes)
+        return padding.pack(o)
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """(B, T, H, 3): a sigmoid for each token, head and branch."""
+        if self.gate_weight is None:
+            return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
+        gates = F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid()
+        return torch.unflatten(gates, -1, (self.cfg.heads, 3))
+
+    def _check_input(
+        self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
+        _check_tokens(x, self.cfg.dim, self.to_q)
+        cfg, (batch, tokens) = self.cfg, x.shape[:2]
+        if cu_seqlens is None:
+            _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
+            lengths = (tokens,) * batch
+        else:
+            _, lengths = _sequences(cu_seqlens, batch, tokens, x.device)
+            for i, n in enumerate(lengths):
+                rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
+                _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
+        if cache is None:
+            return (0,) * len(lengths), lengths
+        cache._check_room(cfg, lengths, x.device)
+        return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
+
+
+class _Projections(NamedTuple):
+    """What the branches and the compressors read of each token of an input x."""
+
+    q: Tensor  # (B, T, H, D); queries and keys are rotated by their positions already
+    k: Tensor  # (B, T, K, D)
+    v: Tensor
+    k_local: Tensor
+    v_local: Tensor
+    k_raw: Tensor  # for the compressors: not rotated
+    v_raw: Tensor
+    gates: Tensor  # (B, T, H, 3)
+    rotation: Tensor | None  # of the tokens
+
+
+def _rotation(positions: Tensor, theta: float, like: Tensor) -> Tensor:
+    """`_turns` for heads like those given (..., D): positions (T,) or (B, T) → (2, T, 1, D/2) or (2, B, T, 1, D/2)."""
+    turns = _turns_as_operator if torch.compiler.is_compiling() else _turns
+    return turns(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, T, H, D): dimensions i and i + D/2 turn as a pair."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class _Compressor(nn.Module):
+    """What the three variants share. (b, T, dim) → (b, C, dim), the heads folded into b.
+
+    Weights are plain parameters rather than nn.Linear or nn.Conv1d: the start near the mean of the block, from which
+    the ranking of blocks is useful at once, then survives a model's own `model.apply(init_weights)`.
+    """
+
+    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("block", block), ("stride", block if stride is None else stride)):
+            _check_integer(name, value, 1)
+        self.dim, self.block, self.stride = dim, block, block if stride is None else stride
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """(b, T, dim) → (b, C, l, dim), a view."""
+        if x.shape[1] < self.block:
+            return x.new_empty(x.shape[0], 0, self.block, self.dim)
+        if self.stride == self.block:  # a gradient that is a view, too, where that of unfold is a sum
+            return x[:, : x.shape[1] // self.block * self.block].unflatten(1, (-1, self.block))
+        return x.unfold(1, self.block, self.stride).transpose(2, 3)  # unfold puts l last
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, block={self.block}, stride={self.stride}"
+
+
+class AvgPoolCompressor(_Compressor):
+    """The mean of the block. No parameters.
+
+    >>> AvgPoolCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 5, 64])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._blocks(x).mean(2)
+
+
+class _LearnedCompressor(_Compressor):
+    """Adds the learned position embedding inside the block, of shape (l, dim)."""
+
+    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
+        super().__init__(dim, block, stride)
+        self.position = nn.Parameter(torch.empty(block, dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position, std=0.02)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """weight·(flattened block + position) + bias of each block: (b, T, dim) and (out, l·dim) → (b, C, out).
+
+        A block is l/d pieces of d tokens. Each part of the weight meets the pieces of the whole sequence, which do not
+        overlap, so that no token is copied for each block that it is in. The position is the same in all blocks, and so
+        becomes a part of the bias.
+        """
+        pieces, parts = x.shape[1] // self.stride, weight.split(self.stride * self.dim, dim=1)
+        x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
+        y = F.linear(x, parts[0], F.linear(self.position.flatten(), weight, bias))
+        if len(parts) == 1:
+            return y
+        y = y[:, : pieces - len(parts) + 1]  # block i starts with piece i
+        for i, part in enumerate(parts[1:], 1):
+            y = y + F.linear(x, part)[:, i : i + y.shape[1]]
+        return y
+
+
+class GroupedMLPCompressor(_LearnedCompressor):
+    """Position embedding, then an MLP over the whole block: (l·dim) → Linear → GELU (2·dim) → Linear → dim.
+
+    It starts as the mean, exactly: half of the hidden units hold the mean m, the other half −m, and
+    GELU(m) − GELU(−m) = m.
+
+    >>> GroupedMLPCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 5, 64])
+    """
+
+    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
+        super().__init__(dim, block, stride)
+        self.w_in, self.b_in = nn.Parameter(torch.empty(2 * dim, block * dim)), nn.Parameter(torch.empty(2 * dim))
+        self.w_out, self.b_out = nn.Parameter(torch.empty(dim, 2 * dim)), nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        identity = torch.eye(self.dim, device=self.w_in.device, dtype=self.w_in.dtype)
+        mean = identity.repeat(1, self.block) / self.block  # (dim, l·dim)
+        self.w_in.copy_(torch.cat([mean, -mean]))
+        self.w_out.copy_(torch.cat([identity, -identity], dim=1))
+        nn.init.zeros_(self.b_in)
+        nn.init.zeros_(self.b_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(self._linear(x, self.w_in, self.b_in)), self.w_out, self.b_out)
+
+
+class Conv1dCompressor(_LearnedCompressor):
+    """Position embedding, then a convolution over the tokens, of kernel l and stride d; it starts as the mean.
+
+    >>> Conv1dCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 5, 64])
+    """
+
+    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
+        super().__init__(dim, block, stride)
+        self.weight, self.bias = nn.Parameter(torch.empty(dim, dim, block)), nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        identity = torch.eye(self.dim, device=self.weight.device, dtype=self.weight.dtype)
+        self.weight.copy_(identity[:, :, None].expand_as(self.weight) / self.block)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The embedding belongs to places in the block, not in the sequence, so that overlapping blocks disagree on it:
+        # the convolution is the product of each block with the kernel, (l·dim) × (dim, l·dim).
+        return self._linear(x, self.weight.transpose(1, 2).flatten(1), self.bias)
+
+
+_COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
+
+
+def _accepts(function: Callable[..., object], *arguments: object) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+class TokenCompressor(nn.Module):
+    """The compressor of that name or class, with its input and its output checked.
+
+    A class of the user's own is built as `method(dim, block, stride)`, or as `method(dim, block)` where it takes no
+    stride and stride == block. Its forward gets (b, T', dim), the tokens of the C whole blocks, and returns
+    (b, C, dim); it is not called where there is no whole block.
+
+    >>> TokenCompressor(64, 32, 16, method="conv1d")(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 5, 64])
+
+    Raises:
+        ValueError: an unknown name; a class that takes no stride where stride != block; an output of another shape.
+    """
+
+    def __init__(
+        self, dim: int, block: int, stride: int | None = None, method: str | type[nn.Module] = "grouped_mlp"
+    ) -> None:
+        super().__init__()
+        stride = block if stride is None else stride
+        for name, value in (("dim", dim), ("block", block), ("stride", stride)):
+            _check_integer(name, value, 1)
+        self.dim, self.block, self.stride = dim, block, stride
+        if isinstance(method, str):
+            _check(method in _COMPRESSOR_CLASSES, "method", method, _COMPRESSION_RULE)
+            method = _COMPRESSOR_CLASSES[method]
+        instance = isinstance(method, nn.Module)
+        _check(not instance, "method", type(method).__name__ + "(...)", _INSTANCE_RULE, TypeError)
+        _check(callable(method), "method", method, _COMPRESSION_RULE, TypeError)
+        takes_stride = _accepts(method, dim, block, stride)
+        rule = f"takes no stride, so that stride = {stride} must be block_size = {block}"
+        _check(takes_stride or stride == block, "compression", method, rule)
+        self.method = method(dim, block, stride) if takes_stride else method(dim, block)
+        _check(isinstance(self.method, nn.Module), "compression", method, "must build a torch.nn.Module", TypeError)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_tensor("x", x, 3, "(b, T, dim)")
+        _check(x.shape[2] == self.dim, "x.shape", tuple(x.shape), f"must have dim = {self.dim} in dimension 2")
+        count = _compressed_count(x.shape[1], self.block, self.stride)
+        if count == 0 or x.shape[0] == 0:  # the parameters take part all the same: DDP waits for all gradients
+            none = [parameter.flatten()[:0].sum().to(x.dtype) for parameter in self.method.parameters()]
+            return sum(none, x.new_empty(x.shape[0], count, self.dim))
+        out = self.method(x[:, : (count - 1) * self.stride + self.block])
+        expected, name = (x.shape[0], count, self.dim), type(self.method).__name__
+        _check(isinstance(out, Tensor), f"output of {name}", type(out).__name__, "must be a tensor", TypeError)
+        _check(tuple(out.shape) == expected, f"output of {name}", tuple(out.shape), f"must have shape {expected}")
+        return out
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 4  Functions: the functional API. The only place that chooses a backend.
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    *,
+    local_window: int,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    k_local: Tensor | None = None,
+    v_local: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Native Sparse Attention (eq. 5): the gated sum of the local, the compressed and the selective branch.
+
+    >>> q, k, v = torch.randn(3, 1, 128, 8, 64)
+    >>> k_cmp, v_cmp = (x.unflatten(1, (4, 32)).mean(2) for x in (k, v))  # 4 blocks of 32 tokens, each its mean
+    >>> gates = torch.full((1, 128, 8, 3), 0.5)
+    >>> o = nsa_attention(q, k, v, k_cmp, v_cmp, gates, local_window=32, block_size=32, stride=32,
+    ...                   select_block_size=32, topk_blocks=2)
+    >>> o.shape
+    torch.Size([1, 128, 8, 64])
+
+    Args:
+        q: queries (B, T, H, D).
+        k, v: keys and values of the local and the selective branch, (B, T, K, D).
+        k_cmp, v_cmp: compressed keys and values, as in `compressed_attention`.
+        gates: (B, T, H, 3), through the sigmoid already, in (local, compressed, selective) order. Gates below 0 take
+            twice the time on a CPU; on a GPU and in compiled code, where nobody looks, they make the output NaN.
+        local_window, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks: as in
+            `local_attention`, `compressed_attention` and `select_blocks`.
+        k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
+        cu_seqlens, scale, backend: as in `local_attention`.
+
+    Returns:
+        (B, T, H, D) in q's dtype.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
+    """
+    _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
+    q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
+    own = k_local is not None and not (k_local is k and v_local is v)
+    local = {"k_local": k_local, "v_local": v_local} if own else {}
+    scale = _check_query(q, scale)
+    _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v, **local)
+    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
+    _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
+    _check_like("gates", gates, q)
+    _check_integer("local_window", local_window, 1)
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    _check_choice(*sizes)
+    on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
+    if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
+        o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
+        o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
+        chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
+        o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
+        return _torch_gate(gates, o_local, o_compressed, o_selective)
+    settings, none = (lengths, on, local_window, sizes, scale), [None] * (2 - len(local))
+    gated = lambda gates: _AttentionFunction.apply(  # noqa: E731
+        settings, cu_seqlens, *_apart(q, k, v, k_cmp, v_cmp, gates, *local.values()), *none
+    )[0]
+    if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
+        return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
+    return gated(gates)
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sliding-window causal attention (§3.3.3): the query at t attends to the keys at t − W < s ≤ t, itself included.
+
+    W = 3:            keys →              packed, cu_seqlens = [0, 3, 5]:    ■ · · | · ·
+            queries   ■ · · · ·                                              ■ ■ · | · ·
+               ↓      ■ ■ · · ·           two sequences, of 3 and of         ■ ■ ■ | · ·
+                      ■ ■ ■ · ·           2 tokens; each is as causal        ——————|————
+                      · ■ ■ ■ ·           as it is alone, and blind          · · · | ■ ·
+                      · · ■ ■ ■           to the other                       · · · | ■ ■
+
+    >>> q, k = torch.randn(1, 100, 8, 64), torch.randn(1, 100, 2, 64)  # 4 query heads share a key head
+    >>> local_attention(q, k, torch.randn_like(k), window=32).shape
+    torch.Size([1, 100, 8, 64])
+
+    Args:
+        q: queries (B, T, H, D), of any floating point type.
+        k, v: keys and values (B, T, K, D), K a divisor of H; query head h uses key head h // (H/K).
+        window: W ≥ 1, in tokens.
+        cu_seqlens: None, or int32 or int64 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is
+            1, and sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result
+            is that of each sequence alone. Its values are read on the host, which waits for the GPU; a CUDA graph is
+            captured for those of the call before, and replayed on no others.
+        scale: factor on q·k; None is 1/sqrt(D).
+        backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
+            where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
+
+    Returns:
+        (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
+    """
+    q, k, v = _autocast(q, k, v)
+    scale = _check_query(q, scale)
+    _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v)
+    _check_integer("window", window, 1)
+    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, k, scale)
+    flash = _flash_attention(q) if backend == "auto" and not lengths else None
+    if flash is not None:
+        return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
+    return _BranchFunction.apply((lengths, on, "local", [window], scale), cu_seqlens, *_apart(q, k, v), None)[0]
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    block_size: int,
+    stride: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention over compressed blocks (eq. 8): query t sees block i iff its last token i·d + l − 1 is at t or earlier.
+
+    l = 4, d = 2:       blocks →                  tokens of block 0: 0 1 2 3
+            query 2     · · ·                                block 1:     2 3 4 5
+            query 3     ■ · ·                                block 2:         4 5 6 7
+            query 4     ■ · ·
+            query 5     ■ ■ ·
+
+    >>> q, k_cmp = torch.randn(1, 100, 8, 64), torch.randn(1, 5, 8, 64)
+    >>> o, lse = compressed_attention(q, k_cmp, torch.randn_like(k_cmp), block_size=32, stride=16)
+    >>> o.shape, lse.shape, bool((o[:, :31] == 0).all())
+    (torch.Size([1, 100, 8, 64]), torch.Size([1, 100, 8]), True)
+
+    Args:
+        q: queries (B, T, H, D).
+        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
+            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
+        block_size, stride: l and d, in tokens; l is a multiple of d.
+        cu_seqlens, scale, backend: as in `local_attention`.
+
+    Returns:
+        o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
+        (B, T, H) in float32 (float64 for float64), −inf there. Both are differentiable.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
+    """
+    q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
+    scale = _check_query(q, scale)
+    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    on = _choose_backend(backend, q, k_cmp, scale)
+    settings = (lengths, on, "compressed", [block_size, stride], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k_cmp, v_cmp), None)
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The blocks that each query attends to in the selective branch (eq. 9 to 11). No gradient flows through it.
+
+    The compressed probabilities exp(scale·q·k_cmp − lse) are summed over the G heads of a group and gathered, weighed
+    by overlap, into the importance of each selection block. Of the blocks that start at t or before, a query takes the
+    first `init_blocks`, the last `local_blocks` up to its own, and then the most important; ties go to the lower index.
+
+    >>> q, k_cmp = torch.randn(1, 100, 8, 64), torch.randn(1, 6, 2, 64)
+    >>> o, lse = compressed_attention(q, k_cmp, k_cmp, block_size=16, stride=16)
+    >>> select_blocks(q, k_cmp, lse, block_size=16, stride=16, select_block_size=32, topk_blocks=3)[0, 40, 0]
+    tensor([ 0,  1, -1], dtype=torch.int32)
+
+    Args:
+        q, k_cmp, block_size, stride, cu_seqlens, scale, backend: as in `compressed_attention`.
+        lse: its second result, (B, T, H).
+        select_block_size: l' in tokens, a multiple of `stride`.
+        topk_blocks: S, at least `init_blocks` + `local_blocks`.
+
+    Returns:
+        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
+        packed sequences they count from the start of the query's own.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
+    """
+    q, k_cmp = _autocast(q, k_cmp)
+    scale = _check_query(q, scale)
+    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
+    _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
+    _check_device("lse", lse, "q's", q.device)
+    _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
+    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
+    _check_choice(*sizes)
+    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_select_obstacle(block_size, select_block_size))
+    return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
+
+
+def selective_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    select_block_size: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention over the tokens of chosen blocks (eq. 12): query t sees the tokens s ≤ t of its blocks.
+
+    >>> q = torch.randn(1, 100, 4, 64)
+    >>> own = (torch.arange(100) // 16).int().view(1, 100, 1, 1)  # everybody chooses the block that it stands in
+    >>> selective_attention(q, q[:, :, :1], q[:, :, :1], own, select_block_size=16).shape
+    torch.Size([1, 100, 4, 64])
+
+    Args:
+        q, k, v, cu_seqlens, scale, backend: as in `local_attention`.
+        block_indices: int32 or int64 (B, T, K, S), as `select_blocks` returns it: for each key head the blocks chosen,
+            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen. In packed
+            sequences they count from the start of the query's own.
+        select_block_size: l', in tokens.
+
+    Returns:
+        (B, T, H, D) in q's dtype; 0 where a query has chosen nothing that it sees.
+
+    Raises:
+        ValueError, TypeError: as in `local_attention`.
+    """
+    q, k, v = _autocast(q, k, v)
+    scale = _check_query(q, scale)
+    _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v)
+    _check_integer("select_block_size", select_block_size, 1)
+    _check_tensor("block_indices", block_indices, 4, "(B, T, K, S)")
+    _check_shape("block_indices", block_indices, "(B, T, K, S)", (*k.shape[:3], block_indices.shape[3]))
+    dtype = block_indices.dtype
+    _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
+    _check_device("block_indices", block_indices, "q's", q.device)
+    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    on = _choose_backend(backend, q, k, scale)
+    settings = (lengths, on, "selective", [select_block_size], scale)
+    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k, v), block_indices)[0]
+
+
+@torch.no_grad()
+def _cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_local: Tensor,
+    v_local: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    positions: Tensor,
+    *,
+    local_window: int,
+    backend: str,
+    **choice: int,
+) -> Tensor:
+    """`nsa_attention` of the next tokens of some rows over the keys of a cache: q, gates (B, M, ...) → (B, M, H, D).
+
+    The queries stand at `positions`, int32 (B, M), −1 where a row has fewer than M. The keys, (B, max_len, K, D) and
+    (B, C, K, D), hold theirs already; what a cache holds behind a query is not seen.
+    """
+    q, gates = _autocast(q, gates)
+    scale = _check_query(q, None)
+    if q.numel() == 0:
+        return q
+    obstacle = _decode_obstacle(choice["block_size"], choice["stride"], choice["select_block_size"])
+    on = _choose_backend(backend, q, k, scale, obstacle=obstacle)
+    with torch.autocast(q.device.type, enabled=False):
+        tensors = (q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions)
+        return _BACKENDS[on].decode(*tensors, local_window=local_window, **choice, scale=scale)
+
+
+def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
+    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
+
+    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
+    """
+    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
+    if backend == "torch":
+        return "torch"
+    obstacle = obstacle or _triton_obstacle(q, k, scale)
+    usable = obstacle is None
+    if backend == "auto":
+        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
+    else:
+        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return "triton" if usable and q.numel() > 0 else "torch"
+
+
+@_once
+def _flash_works() -> bool:
+    try:
+        from flash_attn import flash_attn_func  # noqa: F401
+    except Exception:  # not installed; or a broken build, which raises all kinds of errors
+        return False
+    return True
+
+
+def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
+    """flash-attn's function, where that package is installed and takes such a query; None elsewhere."""
+    takes = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
+    if not takes or not _flash_works():
+        return None
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def _autocast_enabled(device: str) -> bool:
+    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, attention takes the autocast dtype, as scaled_dot_product_attention does."""
+    devices = [x.device.type for x in tensors if isinstance(x, Tensor)]
+    if not devices or not _autocast_enabled(devices[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(devices[0])
+    narrow = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64  # noqa: E731
+    return tuple(x.to(dtype) if narrow(x) else x for x in tensors)
+
+
+def _check_tensor(name: str, x: object, rank: int, letters: str) -> None:
+    _check(isinstance(x, Tensor), name, type(x).__name__, "must be a tensor", TypeError)
+    _check(x.ndim == rank, f"{name}.shape", tuple(x.shape), f"must have {rank} dimensions, {letters}")
+
+
+def _check_shape(name: str, x: Tensor, letters: str, expected: tuple[int, ...]) -> None:
+    _check_tensor(name, x, len(expected), letters)
+    _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), lambda: f"must be {letters} = {expected}")
+
+
+def _check_device(name: str, x: Tensor, owner: str, device: torch.device) -> None:
+    _check(x.device == device, f"{name}.device", str(x.device), f"must be {owner}, {device}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether a look at the values costs nothing: on a CPU, and neither in compiled code nor of a fake tensor."""
+    plain = type(x) in (Tensor, nn.Parameter)
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_like(name: str, x: Tensor, q: Tensor) -> None:
+    _check(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"must be q's, {q.dtype}")
+    _check_device(name, x, "q's", q.device)
+
+
+def _check_query(q: Tensor, scale: float | None) -> float:
+    """Checks q (B, T, H, D); returns the scale."""
+    _check_tensor("q", q, 4, "(B, T, H, D)")
+    _check(q.is_floating_point(), "q.dtype", q.dtype, "must be a floating point type", TypeError)
+    _check(q.shape[3] > 0, "q.shape", tuple(q.shape), "must have at least 1 number a head")
+    _check(scale is None or _finite(scale), "scale", scale, "must be a finite number, or None for 1/sqrt(D)")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _check_layout(q: Tensor, x: Tensor, name: str, rows: Callable[[int], int]) -> None:
+    """Complains where keys x do not fit q, and would if both were (B, heads, tokens, D). rows: of x, by tokens of q."""
+    (batch, tokens, heads, _), (x_batch, x_tokens, x_heads, _) = q.shape, x.shape
+    fits = lambda tokens, heads, x_tokens, x_heads: (  # noqa: E731
+        batch == x_batch and x_tokens == rows(tokens) and x_heads > 0 and heads % x_heads == 0
+    )
+    transposed = fits(heads, tokens, x_heads, x_tokens) and not fits(tokens, heads, x_tokens, x_heads)
+    rule = "q, k, v are (B, T, H, D), tokens before heads; these look like (B, H, T, D), so transpose(1, 2) them"
+    _check(not transposed, f"q.shape, {name}.shape", (tuple(q.shape), tuple(x.shape)), rule)
+
+
+def _check_keys(q: Tensor, letters: str, rows: Callable[[int], int], **keys_and_values: Tensor) -> None:
+    """Checks keys and values, (B, rows(T), K, D), against a q that has been checked: the first sets K for all."""
+    heads = None
+    for name, x in keys_and_values.items():
+        _check_tensor(name, x, 4, letters)
+        _check_like(name, x, q)
+        _check_layout(q, x, name, rows)
+        heads = x.shape[2] if heads is None else heads
+        of_group = heads > 0 and q.shape[2] % heads == 0
+        _check(of_group, f"{name}.shape", tuple(x.shape), lambda: f"must have a divisor of q's {q.shape[2]} heads")
+        _check_shape(name, x, letters, (q.shape[0], rows(q.shape[1]), heads, q.shape[3]))
+
+
+def _as_many(tokens: int) -> int:
+    """A key for each token."""
+    return tokens
+
+
+def _check_compressed(
+    q: Tensor, block_size: int, stride: int, lengths: tuple[int, ...], **keys_and_values: Tensor
+) -> None:
+    _check_integer("block_size", block_size, 1)
+    _check_integer("stride", stride, 1)
+    _check_blocks(block_size, stride, stride, 0, 0, 0)
+    packed = sum(_compressed_count(n, block_size, stride) for n in lengths)
+    rows = lambda tokens: packed if lengths else _compressed_count(tokens, block_size, stride)  # noqa: E731
+    _check_keys(q, "(B, C, K, D)", rows, **keys_and_values)
+
+
+def _check_choice(
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
+) -> None:
+    """Checks the sizes of the choice; block_size and stride have been checked."""
+    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
+        _check_integer(name, value, 1)
+    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
+        _check_integer(name, value, 0)
+    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 5  Batches: packed and padded sequences, and the cache by which a module goes on
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+# What was last read of a tensor that is still alive and on a GPU.
+_READINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _read(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """`read(tensor)`, for which the host waits. In the capture of a CUDA graph, where it must not: what that last gave.
+
+    The graph is then replayed on the same numbers only. Elsewhere nothing is taken from memory: numpy, DLPack or
+    `.data` may have changed the tensor, and torch would not know.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        _check(tensor in _READINGS, "values on the GPU", "not read", "run the same call before it is captured")
+        return _READINGS[tensor]
+    result = read(tensor)
+    if tensor.is_cuda:
+        _READINGS[tensor] = result
+    return result
+
+
+def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The lengths of packed sequences, on the host."""
+    edges = cu_seqlens.tolist()
+    _check(edges[0] == 0, "cu_seqlens[0]", edges[0], "must be 0, where the first sequence begins")
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
+    for i, length in enumerate(lengths):
+        rule = f"must be at least cu_seqlens[{i}] = {edges[i]}, where the sequence begins that ends here"
+        _check(length >= 0, f"cu_seqlens[{i + 1}]", edges[i + 1], rule)
+    return lengths
+
+
+def _sequences(
+    cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """cu_seqlens as int32, and the lengths of the sequences packed in (batch, tokens, ...); None and () without any."""
+    if cu_seqlens is None:
+        return None, ()
+    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
+    _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
+    dtype = cu_seqlens.dtype
+    _check(dtype in (torch.int32, torch.int64), "cu_seqlens.dtype", dtype, "must be torch.int32 or torch.int64")
+    _check_device("cu_seqlens", cu_seqlens, "the tokens'", device)
+    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
+    lengths = _read(cu_seqlens, _read_lengths)
+    _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
+    return cu_seqlens.int(), lengths
+
+
+class _Places(NamedTuple):
+    """Where tokens or blocks belong: the row of each, (n,), and its number there."""
+
+    row: Tensor
+    number: Tensor
+
+
+def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -> _Places:
+    """In each row i the numbers from starts[i] up to, not including, stops[i]; row after row."""
+    counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    table = torch.tensor([list(starts), counts], dtype=torch.int64, device="cpu")
+    start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
+    row, number = _runs(count, sum(counts))
+    return _Places(row, number + start[row])
+
+
+class _Padding(NamedTuple):
+    """Rows with places that hold no token, (B, T, ...), and the tokens alone, packed: (1, total, ...)."""
+
+    place: Tensor  # (total,) of each token, among the B·T
+    shape: tuple[int, int]  # B, T
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.place)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """0 where there is no token."""
+        rows = x.new_zeros(math.prod(self.shape), *x.shape[2:])
+        return rows.index_copy_(0, self.place, x[0]).unflatten(0, self.shape)
+
+
+def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor]:
+    """The padding of rows, and the cu_seqlens of their tokens."""
+    lengths = F.pad(mask.sum(1), (1, 0))
+    return _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape)), lengths.cumsum(0, dtype=torch.int32)
+
+
+def _without_padding(
+    function: Callable[[Tensor, NSACache | None, Tensor | None], Tensor],
+    x: Tensor,
+    cache: NSACache | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """`function` of x, cache, cu_seqlens; of the tokens alone, packed, where a key_padding_mask says which they are."""
+    if mask is None:
+        return function(x, cache, cu_seqlens)
+    _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
+    _check_tensor("x", x, 3, "(B, T, dim)")
+    _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
+    _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
+    _check_device("key_padding_mask", mask, "x's", x.device)
+    padding, cu_seqlens = _read(mask, _read_padding)
+    return padding.unpack(function(padding.pack(x), cache, cu_seqlens))
+
+
+class NSACache:
+    """Keys and values of the tokens that one NativeSparseAttention has seen, so that it can go on from there.
+
+    Each layer has its own. A forward with a cache takes the next tokens of every row, one or many, appends them, and
+    returns what one forward over all tokens of the row would at their positions. It belongs to the module that first
+    fills it, until `reset()`, and refuses another's tokens. It records nothing for gradients: where they are enabled
+    and something would need one, a call is refused.
+
+    >>> layers = [NSABlock(NSAConfig(dim=64, heads=4, seq_len=256)) for _ in range(2)]
+    >>> caches = [NSACache(layer.attn.cfg, batch=3, max_len=200) for layer in layers]
+    >>> x = torch.randn(3, 100, 64)  # the prompts
+    >>> with torch.inference_mode():
+    ...     for _ in range(5):
+    ...         for layer, cache in zip(layers, caches):
+    ...             x = layer(x, cache=cache)
+    ...         x = x[:, -1:]  # a model would sample a token from this, and go on with its embedding
+    >>> caches[0]
+    NSACache(batch=3, max_len=200, lengths=104, dtype=torch.float32, device=cpu)
+
+    All memory is allocated here. A token takes 2·K·D numbers in each row, 3·K·D where rope_theta is given, 6·K·D where
+    separate_kv is, and 2·K·D/d more for the compressed blocks, each number as many bytes as the dtype has. At the
+    paper's sizes (K = 4, D = 128, d = 16, separate_kv, bfloat16) that is 6272 bytes.
+
+    Args:
+        cfg: the configuration of the module that it serves.
+        batch: rows.
+        max_len: tokens that each row has room for, at most `cfg.seq_len`.
+        device, dtype: of the keys and values, those of the module's weights (under autocast, the autocast dtype).
+
+    Attributes:
+        lengths: a tuple of `batch` ints, the number of tokens in each row.
+        cfg, batch, max_len, device, dtype: as it was made.
+
+    Raises:
+        ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
+    """
+
+    def __init__(
+        self,
+        cfg: NSAConfig,
+        batch: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check(isinstance(cfg, NSAConfig), "cfg", type(cfg).__name__, "must be an NSAConfig", TypeError)
+        _check_integer("batch", batch, 1)
+        _check_integer("max_len", max_len, 1)
+        _check(max_len <= cfg.seq_len, "max_len", max_len, f"must be at most seq_len = {cfg.seq_len}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        _check(floating, "dtype", dtype, "must be a floating point type", TypeError)
+        self.cfg, self.batch, self.max_len = cfg, batch, max_len
+        self._lengths = (0,) * batch
+        self._owner: weakref.ref[nn.Module] | None = None  # the module whose tokens these are
+
+        def room(rows: int) -> Tensor:
+            return torch.zeros(batch, rows, cfg.kv_heads, cfg.dim_head, device=device, dtype=dtype)
+
+        with torch.inference_mode(False):  # what is made inside of it cannot be written outside
+            self.k, self.v = room(max_len), room(max_len)  # of the selective branch
+            self.k_local, self.v_local = (room(max_len), room(max_len)) if cfg.separate_kv else (self.k, self.v)
+            # What the compressors read, which is not rotated. All of it is kept, so that a cache can be cut anywhere.
+            self.k_raw = room(max_len) if cfg.separate_kv or cfg.rope_theta is not None else self.k
+            self.v_raw = room(max_len) if cfg.separate_kv else self.v
+            blocks = _compressed_count(max_len, cfg.block_size, cfg.stride)
+            self.k_cmp, self.v_cmp = room(blocks), room(blocks)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self._lengths
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def __repr__(self) -> str:
+        shortest, longest = min(self._lengths), max(self._lengths)
+        lengths = longest if shortest == longest else f"{shortest}..{longest}"
+        sizes = f"batch={self.batch}, max_len={self.max_len}, lengths={lengths}"
+        return f"NSACache({sizes}, dtype={self.dtype}, device={self.device})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_owner": None}  # a copy belongs to the module that next fills it
+
+    def reset(self) -> None:
+        """Forgets all tokens, and whose they were."""
+        self._lengths, self._owner = (0,) * self.batch, None
+
+    def truncate(self, n: int | Sequence[int] | Tensor) -> None:
+        """Keeps the first n tokens of every row, or n[row] of each, and forgets the others, so as to go on from there.
+
+        >>> cache = NSACache(NSAConfig(dim=64, heads=4, seq_len=256), batch=2, max_len=200)
+        >>> with torch.inference_mode():
+        ...     _ = NativeSparseAttention(cache.cfg)(torch.randn(2, 50, 64), cache=cache)
+        >>> cache.truncate([48, 49])
+        >>> cache.lengths
+        (48, 49)
+
+        Args:
+            n: an int, or `batch` of them as a list, a tuple or a tensor (read on the host).
+
+        Raises:
+            ValueError, TypeError: n is no such number or numbers, below 0, or above the length of a row.
+        """
+        n = n.tolist() if isinstance(n, Tensor) else n
+        lengths = self._of_rows("n", [n] * self.batch if isinstance(n, int) else n)
+        for row, (kept, length) in enumerate(zip(lengths, self._lengths, strict=True)):
+            _check(0 <= kept <= length, f"n[{row}]", kept, f"must be from 0 to the row's length, {length}")
+        self._lengths = lengths
+
+    @torch.no_grad()
+    def reorder(self, indices: Sequence[int] | Tensor) -> None:
+        """Row i becomes what row indices[i] was. A row may be taken many times, as beam search does, or never.
+
+        Args:
+            indices: `batch` ints from 0 to batch − 1, as a list, a tuple or a tensor (read on the host).
+
+        Raises:
+            ValueError, TypeError: indices are not `batch` numbers of rows.
+        """
+        sources = self._of_rows("indices", indices.tolist() if isinstance(indices, Tensor) else indices)
+        for i, source in enumerate(sources):
+            _check(0 <= source < self.batch, f"indices[{i}]", source, f"must be from 0 to batch - 1 = {self.batch - 1}")
+        moves = [(row, source) for row, source in enumerate(sources) if row != source]
+        if moves:
+            rows, taken = torch.tensor(moves, device=self.device).unbind(1)
+            longest = max(self._lengths[source] for _, source in moves)
+            blocks = _compressed_count(longest, self.cfg.block_size, self.cfg.stride)
+            for name, buffer in self._buffers().items():
+                used = buffer[:, : blocks if name in ("k_cmp", "v_cmp") else longest]
+                used[rows] = used[taken]
+        self._lengths = tuple(self._lengths[source] for source in sources)
+
+    def _of_rows(self, name: str, values: object) -> tuple[int, ...]:
+        integers = isinstance(values, list | tuple) and all(type(value) is int for value in values)
+        _check(integers, name, values, "must be an int for each row", TypeError)
+        _check(len(values) == self.batch, name, values, f"must be as many as there are rows, {self.batch}")
+        return tuple(values)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """All tensors, by the first of the names that each has."""
+        names = ("k", "v", "k_local", "v_local", "k_raw", "v_raw", "k_cmp", "v_cmp")
+        named = {id(getattr(self, name)): name for name in reversed(names)}
+        return {name: getattr(self, name) for name in named.values()}
+
+    @contextlib.contextmanager
+    def _appending(self) -> Iterator[None]:
+        """Leaves the rows as long as they were if what runs inside fails."""
+        before = self._lengths, self._owner
+        try:
+            yield
+        except BaseException:
+            self._lengths, self._owner = before
+            raise
+
+    def _extend(self, lengths: tuple[int, ...], owner: nn.Module) -> None:
+        """Makes the rows as long as that: what the owner has written counts from now on."""
+        self._lengths = lengths
+        if any(lengths):
+            self._owner = weakref.ref(owner)
+
+    def _write(self, places: _Places, values: dict[str, Tensor]) -> None:
+        """Puts values, (B, T, K, D) or (1, total, K, D), where they belong. No row is longer for it yet."""
+        for name, buffer in self._buffers().items():
+            if name in values:
+                buffer.index_put_(tuple(places), values[name].flatten(0, 1).to(buffer.dtype))
+
+    def _check_room(self, cfg: NSAConfig, lengths: tuple[int, ...], device: torch.device) -> None:
+        """Checks that a module of such a configuration can append so many tokens to each row."""
+        for name in (field.name for field in fields(cfg)) if self.cfg != cfg else ():
+            value, same = getattr(self.cfg, name), name == "use_flash" or getattr(self.cfg, name) == getattr(cfg, name)
+            _check(same, f"cache.cfg.{name}", value, f"must be the module's, {getattr(cfg, name)!r}")
+        _check(self.batch == len(lengths), "cache.batch", self.batch, f"must be that of the tokens, {len(lengths)}")
+        _check(self.device == device, "cache.device", str(self.device), f"must be that of the tokens, {device}")
+        for row, (length, more) in enumerate(zip(self._lengths, lengths, strict=True)):
+            rule = f"must leave room for {more} more within max_len = {self.max_len}"
+            _check(length + more <= self.max_len, f"cache.lengths[{row}]", length, rule)
+
+    def _check_owner(self, owner: nn.Module, keys: Tensor) -> None:
+        """Checks that these keys of a module may go on from the tokens that are here."""
+        _check(self.dtype == keys.dtype, "cache.dtype", self.dtype, f"must be that of the module's keys, {keys.dtype}")
+        owned = self._owner is None or self._owner() is owner
+        _check(owned, "cache", self, "holds another module's tokens; each layer has a cache of its own (or reset() it)")
+        wanted = torch.is_grad_enabled() and (keys.requires_grad or any(p.requires_grad for p in owner.parameters()))
+        rule = "records no gradients, but x or a parameter wants one: call it under torch.no_grad() or inference_mode()"
+        _check(not wanted, "cache", self, rule)
+
+
+def _appending(cache: NSACache | None) -> contextlib.AbstractContextManager[None]:
+    """Surrounds a forward that may have a cache."""
+    if cache is None:
+        return contextlib.nullcontext()
+    _check(isinstance(cache, NSACache), "cache", type(cache).__name__, "must be an NSACache", TypeError)
+    return cache._appending()
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 6  Operators and autograd: one function for a branch, one for the whole, on every backend
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class _Branch(NamedTuple):
+    """A branch on a backend. The sizes are its integers: the window, l and d, or l'. `_on` adds packed sequences.
+
+    forward(q, k, v[, block_indices], *sizes, scale) → o, lse
+    backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
+
+    The selective branch adds to dk and dv as well where they are given, and takes the pairs that its forward kept. The
+    local branch's forward returns o and lse over recent blocks as well, if it does any for the selective branch, whose
+    terms its backward then takes, too.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class _Backend(NamedTuple):
+    """All that a backend must bring."""
+
+    local: _Branch
+    compressed: _Branch
+    selective: _Branch
+    select: Callable[..., Tensor]
+    taken_over: Callable[..., _Recent]  # what the local branch does for the selective one
+    gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    kept_pairs: Callable[..., list[tuple[int, ...]]]  # shapes of what the former returns last, for the backward
+    row_terms: Callable[..., _RowTerms]
+    gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
+    decode: Callable[..., Tensor]
+
+
+# Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
+# pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
+
+
+# The namespace of the operators. A module may have a name that is no identifier; its bytes then keep such names apart.
+_LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa_{__name__.encode().hex()}"
+
+
+def _registered(function: Callable[..., Any]) -> Any:
+    """`function` as an operator <name of this module>::<its name>; it changes none of its arguments.
+
+    By the module's own name, so that two copies of this file in one process keep to themselves.
+    """
+    return torch.library.custom_op(f"{_LIBRARY}::{function.__name__.lstrip('_')}", function, mutates_args=())
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """An operator of the branches. Packed sequences are their cu_seqlens and lengths, else None and []."""
+
+    @functools.wraps(function)
+    def in_full_precision(
+        tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, *settings: Any
+    ) -> Any:
+        *_, sizes, _scale = settings
+        lengths = [length for length in lengths if length > 0]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            if backend == "torch" and lengths:  # PyTorch runs each alone
+                of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
+                return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
+            return function(tensors, cu_seqlens, lengths, backend, *settings)
+
+    return _registered(in_full_precision)
+
+
+def _fake_output(q: Tensor) -> list[Tensor]:
+    """Shapes of o and lse."""
+    return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
+
+
+def _recent_blocks(backend: str, q: Tensor, own_local_keys: bool, window: int, sizes: list[int]) -> _Recent:
+    """Those that the local branch does, which must have the selective one's keys; the sizes are those of `_select`."""
+    _, _, select_block_size, topk_blocks, _, local_blocks = sizes
+    if own_local_keys:
+        return _NOTHING_RECENT
+    return _BACKENDS[backend].taken_over(q, window, select_block_size, topk_blocks, local_blocks)
+
+
+def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
+    """Shape of block_indices; the sizes are those of `_select`."""
+    return q.new_empty(*q.shape[:2], k.shape[2], sizes[3], dtype=torch.int32)
+
+
+@_operator
+def _branch_forward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """q, k, v[, block_indices] → o, lse."""
+    return list(getattr(_on(backend, cu_seqlens, lengths), branch).forward(*tensors, *sizes, scale))
+
+
+@_branch_forward.register_fake
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
+    return _fake_output(tensors[0])
+
+
+@_operator
+def _branch_backward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    branch: str,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
+    (do, dlse, o, lse, *inputs), on = tensors, _on(backend, cu_seqlens, lengths)
+    terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
+    dq, dk, dv = getattr(on, branch).backward(do, terms, *inputs, *sizes, scale, None)
+    return [dq.to(do.dtype).contiguous(), dk, dv]
+
+
+@_branch_backward.register_fake
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[4:7]]
+
+
+@_operator
+def _select(
+    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
+) -> Tensor:
+    """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
+    return _on(backend, cu_seqlens, lengths).select(*tensors, *sizes, scale)
+
+
+@_select.register_fake
+def _(tensors: list[Tensor], *settings: Any) -> Tensor:
+    return _fake_choice(*tensors[:2], settings[-2])
+
+
+@_operator
+def _attention_forward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    window: int,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, o and lse of each branch, block_indices, and kept pairs."""
+    q, k, v, k_cmp, v_cmp, gates, *local = tensors
+    on = _on(backend, cu_seqlens, lengths, _recent_blocks(backend, q, bool(local), window, sizes))
+    o_local, lse_local, *recent_part = on.local.forward(q, *(local or (k, v)), window, scale)
+    o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
+    chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
+    selective = (q, k, v, chosen, sizes[2], scale)
+    o, o_selective, lse_selective, kept = on.gated_selective(gates, o_local, o_compressed, *selective, *recent_part)
+    outputs, lses = (o_local, o_compressed, o_selective), (lse_local, lse_compressed, lse_selective)
+    return [o.contiguous(), *outputs, *lses, chosen, *kept]
+
+
+@_attention_forward.register_fake
+def _(
+    tensors: list[Tensor], _: Tensor | None, lengths: list[int], backend: str, window: int, sizes: list[int], __: float
+) -> list[Tensor]:
+    q, k = tensors[:2]
+    outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
+    recent = _recent_blocks(backend, q, len(tensors) > 6, window, sizes)
+    kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3] - recent.blocks, sizes[2], lengths)
+    kept = [q.new_empty(shape, dtype=torch.int32) for shape in kept]
+    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, sizes), *kept]
+
+
+@_operator
+def _attention_backward(
+    tensors: list[Tensor],
+    cu_seqlens: Tensor | None,
+    lengths: list[int],
+    backend: str,
+    kept: list[Tensor],
+    window: int,
+    sizes: list[int],
+    scale: float,
+) -> list[Tensor]:
+    """do, the results of the forward but for o and the kept pairs, and its arguments → the gradients of the arguments.
+
+    The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
+    """
+    do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
+    k_local, v_local = tensors[14:] or (k, v)
+    recent = _recent_blocks(backend, q, bool(tensors[14:]), window, sizes)
+    on = _on(backend, cu_seqlens, lengths, recent)
+    dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
+    also = terms[2:] if recent.blocks else []
+    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None, *also)
+    dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
+    shared = (None, None) if tensors[14:] else (dk_local, dv_local)
+    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq, *shared, kept)
+    gradients = [dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates]
+    return [*gradients, dk_local, dv_local] if tensors[14:] else gradients
+
+
+@_attention_backward.register_fake
+def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors[8:]]
+
+
+# torch.compile takes no tensor twice as an argument of an autograd function. Where nothing needs a gradient, it counts
+# the parameters of `forward` to learn whether a context comes first, so that *tensors would mislead it.
+
+
+def _apart(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, each its own: one that came before comes again as a view."""
+    return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+class _FirstGradients(torch.autograd.Function):
+    """The gradients as they are, and an error for whoever differentiates them.
+
+    torch's once_differentiable raises only where the upstream gradient requires one itself. A gradient penalty, whose
+    upstream gradient is a constant, would lose its own gradient without a word.
+    """
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("Native Sparse Attention has first derivatives only: this needs the gradient of a gradient")
+
+
+def _first_gradients(gradients: Sequence[Tensor], *inputs: Tensor | None) -> Sequence[Tensor]:
+    """The gradients of a backward that read these inputs; where a graph of it is recorded, to be differentiated once.
+
+    Compiled code has no second derivatives, and says so itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return _FirstGradients.apply(len(gradients), *gradients, *_given(*inputs))
+
+
+class _BranchFunction(torch.autograd.Function):
+    """A branch by itself → o, lse. Saves what goes in and out, never a probability."""
+
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...],
+        cu_seqlens: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return tuple(_branch_forward(_given(q, k, v, block_indices), cu_seqlens, *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.save_for_backward(cu_seqlens, *output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        cu_seqlens, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _branch_backward([do, dlse, *_given(*saved)], cu_seqlens, *ctx.settings)
+        gradients = _first_gradients(gradients, do, dlse, *saved)
+        return None, None, *gradients, None  # settings, cu_seqlens, and block_indices
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """The gated sum of the branches → o, and what backward reads."""
+
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...],
+        cu_seqlens: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        gates: Tensor,
+        k_local: Tensor | None,
+        v_local: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return tuple(_attention_forward(_given(q, k, v, k_cmp, v_cmp, gates, k_local, v_local), cu_seqlens, *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
+        ctx.n_kept = len(output[8:])
+        ctx.save_for_backward(cu_seqlens, *output[8:], *output[1:8], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if do is None:  # o took no part in what is differentiated
+            return (None,) * 10
+        cu_seqlens, *saved = ctx.saved_tensors
+        kept, saved = saved[: ctx.n_kept], _given(*saved[ctx.n_kept :])
+        (lengths, backend, *sizes) = ctx.settings
+        with torch.no_grad():
+            gradients = _attention_backward([do, *saved], cu_seqlens, lengths, backend, kept, *sizes)
+        gradients = _first_gradients(gradients, do, *saved)
+        return None, None, *gradients, *[None] * (8 - len(gradients))  # settings, cu_seqlens, local keys if not given
+
+
+def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine of positions·theta^(−2i/D) for i < D/2 = half: (..., T) → (2, ..., T, D/2)."""
+    options = {"base": theta, "dtype": torch.float64, "device": positions.device}  # a position may be a million
+    angles = positions[..., None] * torch.logspace(0, (1 - half) / half, half, **options)
+    turns = angles.new_empty((2, *angles.shape), dtype=dtype)
+    torch.cos(angles, out=turns[0])
+    torch.sin(angles, out=turns[1])
+    return turns
+
+
+# Compiled code that saw inside would compute them anew for each head and each use, which has taken a quarter of a step.
+_turns_as_operator = _registered(_turns)
+
+
+@_turns_as_operator.register_fake
+def _(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+    return positions.new_empty((2, *positions.shape, half), dtype=dtype)
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 7  Block rules, and the PyTorch backend
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -407,7 +2054,6 @@ def _choose_blocks(
     return F.pad(chosen, (0, topk_blocks - chosen.shape[-1]), value=-1).int()
 
 
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 4  PyTorch branches: forward and backward of each branch on any device, in tiles, so that nothing of size T × T exists
 #
 # A tile is a batch of small dense attentions: for each of b heads (or b blocks), M query tokens of a group against n
@@ -417,7 +2063,7 @@ def _choose_blocks(
 # Arithmetic is in float32 (float64 for float64 inputs). A backward recomputes the probabilities from the log-sum-exp.
 # A forward may begin at a position `first`, over keys that begin at 0: so new queries go on over the keys of a cache.
 # Packed sequences run one at a time.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
 
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
@@ -945,9 +2591,6 @@ def _torch_decode(
     return o
 
 
-# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _each_sequence(
     function: Callable[[list[Tensor]], list[Tensor] | Tensor], tensors: list[Tensor], lengths: list[int], *blocks: int
 ) -> list[Tensor] | Tensor:
@@ -965,9 +2608,262 @@ def _each_sequence(
     return [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
 
 
+_BACKENDS = {
+    "torch": _Backend(
+        _Branch(_torch_local_forward, _torch_local_backward),
+        _Branch(_torch_compressed_forward, _torch_compressed_backward),
+        _Branch(_torch_selective_forward, _torch_selective_backward),
+        _torch_select,
+        lambda *_: _NOTHING_RECENT,
+        _torch_gated_selective,
+        lambda *_: [],
+        _torch_row_terms,
+        _torch_gated_row_terms,
+        _torch_decode,
+    ),
+}
+
+
+def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int], recent: _Recent = _NOTHING_RECENT) -> _Backend:
+    """The backend, for packed sequences and for recent blocks that the local branch does, where there are any.
+
+    PyTorch's is given one sequence at a time, and its selective branch all blocks.
+    """
+    on = _BACKENDS[backend]
+    if recent.blocks:
+        apart = lambda function: functools.partial(function, recent=recent)  # noqa: E731
+        selective = _Branch(on.selective.forward, apart(on.selective.backward))
+        on = on._replace(
+            local=_Branch(*map(apart, on.local)), selective=selective, gated_selective=apart(on.gated_selective)
+        )
+    if lengths:
+        packing = _Packing(cu_seqlens, lengths)
+        packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
+        local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
+        branches = {"local": local, "compressed": compressed, "selective": selective}
+        on = on._replace(**branches, select=packed(on.select), gated_selective=packed(on.gated_selective))
+    return on
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 5  Triton kernels: the same branches for CUDA, with the signatures of section 4
+# 8  Self-tests: what `python native_sparse_attention.py` runs, wherever this file was copied to
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _main() -> int:
+    """Runs the self-tests and prints a table of them. Exit code 1 if one fails."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
+    print(f"native_sparse_attention {__version__} · torch {torch.__version__} · {device}\n")
+    print(f"{'test':<12}{'result':<8}{'seconds':>8}   what")
+    results = {"pass": 0, "FAIL": 0, "skip": 0}
+    for name, test in _SELFTESTS.items():
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        try:
+            result, what = "pass", test()
+        except _Skip as reason:
+            result, what = "skip", str(reason)
+        except _Failure as failure:
+            result, what = "FAIL", str(failure)
+        except Exception as error:
+            result, what = "FAIL", f"{type(error).__name__}: {error}"
+        results[result] += 1
+        print(f"{name:<12}{result:<8}{time.perf_counter() - start:>8.1f}   {what}", flush=True)
+    print(f"\n{results['pass']} passed, {results['FAIL']} failed, {results['skip']} skipped")
+    return 1 if results["FAIL"] else 0
+
+
+class _Skip(Exception):
+    """A self-test that cannot run here, and why."""
+
+
+class _Failure(AssertionError):
+    """A self-test that failed, and how."""
+
+
+def _require(holds: bool, failure: str) -> None:
+    """An assert that `python -O` does not remove."""
+    if not holds:
+        raise _Failure(failure)
+
+
+def _selftest_configs() -> dict[str, NSAConfig]:
+    base = {"dim": 64, "heads": 4, "seq_len": 256, "local_window": 24, "block_size": 16, "topk_blocks": 3}
+    paper = {"kv_heads": 2, "gate_mode": "q_cond", "separate_kv": True, "init_blocks": 1}
+    overlap = {"stride": 8, "select_block_size": 32}
+    return {
+        "grouped_mlp": NSAConfig(**base),
+        "conv1d, overlapping": NSAConfig(**base, **overlap, compression="conv1d"),
+        "avgpool, one key head": NSAConfig(**base, kv_heads=1, compression="avgpool"),
+        "rotary positions": NSAConfig(**base, rope_theta=10000.0, dropout=0.1, bias=True),
+        "as in the paper": NSAConfig(**base, **overlap, **paper),
+    }
+
+
+def _selftest_smoke() -> str:
+    configs = _selftest_configs()
+    for cfg in configs.values():
+        block, lengths = NSABlock(cfg), (1, 15, 16, 100, 256)
+        for tokens in lengths:
+            x = torch.randn(2, tokens, cfg.dim, requires_grad=True)
+            y = block(x)
+            y.square().mean().backward()
+            _require(y.shape == x.shape, f"{cfg}: {tuple(x.shape)} became {tuple(y.shape)}")
+            _require(bool(y.isfinite().all() and x.grad.isfinite().all()), f"{cfg}: not finite at T = {tokens}")
+    return f"{len(configs)} configurations, forward and backward, T = 1 to 256"
+
+
+def _selftest_causality() -> str:
+    for name, cfg in _selftest_configs().items():
+        attention, x = NativeSparseAttention(cfg).eval(), torch.randn(1, 120, cfg.dim)
+        for at in (1, 47, 96):
+            changed = torch.cat([x[:, :at], torch.randn(1, 120 - at, cfg.dim)], dim=1)
+            error = (attention(x) - attention(changed))[:, :at].abs().max().item()
+            _require(error < 1e-5, f"{name}: a change from token {at} on moves earlier outputs by {error:.1e}")
+            x.requires_grad_()
+            (gradient,) = torch.autograd.grad(attention(x)[:, :at].sum(), x)
+            _require(not gradient[:, at:].any(), f"{name}: the output before token {at} has a gradient in the future")
+            x = x.detach()
+    return "the future changes no output and takes no gradient"
+
+
+def _selftest_dense() -> str:
+    q, k, v = (torch.randn(2, 150, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    every_block = torch.arange(10, dtype=torch.int32).expand(2, 150, 2, 10)
+    o = selective_attention(q, k, v, every_block, 16)
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    dense = F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True).transpose(1, 2)
+    upstream = torch.randn_like(dense)
+    ours, theirs = ((x, *torch.autograd.grad(x, (q, k, v), upstream)) for x in (o, dense))
+    error = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    _require(error < 1e-10, f"selecting every block differs from dense attention by {error:.1e}")
+    return f"selecting every block is dense attention, gradients too: error {error:.0e}"
+
+
+def _selftest_reference() -> str:
+    worst = 0.0
+    for name, cfg in _selftest_configs().items():
+        attention, x = NativeSparseAttention(cfg).double(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
+        y, exact = attention.eval()(x), _reference(attention, x)
+        names, weights = zip(*attention.named_parameters(), strict=True)
+        upstream = torch.randn_like(y)
+        options = {"retain_graph": True, "allow_unused": True}
+        ours, theirs = ((o, *torch.autograd.grad(o, weights, upstream, **options)) for o in (y, exact))
+        for label, a, b in zip(("output", *names), ours, theirs, strict=True):
+            _require((a is None) == (b is None), f"{name}: only one side has a gradient for {label}")
+            error = 0.0 if a is None else (a - b).abs().max().item()
+            _require(error < 1e-9, f"{name}: {label} differs from the reference by {error:.1e}")
+            worst = max(worst, error)
+    return f"PyTorch path is the exact reference, all gradients: error {worst:.0e}"
+
+
+@torch.no_grad()
+def _selftest_cache() -> str:
+    """Prompts of 70 and 53 tokens, then pieces of all lengths, for both rows or for one of them."""
+    worst = 0.0
+    for name, cfg in _selftest_configs().items():
+        block, x = NSABlock(cfg).double().eval(), torch.randn(2, 160, cfg.dim, dtype=torch.float64)
+        y, cache, rows = block(x), NSACache(cfg, batch=2, max_len=160, dtype=torch.float64), torch.arange(2)[:, None]
+        for lengths in ((70, 53), (1, 1), (1, 1), (17, 34), (0, 1), (40, 7), (1, 0), (30, 63)):
+            more = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            at = (torch.tensor(cache.lengths)[:, None] + torch.arange(max(lengths))).clamp(max=159)
+            new, whole = block(x[rows, at], cache=cache, key_padding_mask=more), y[rows, at]
+            error = (new - whole)[more].abs().max().item()
+            _require(error < 1e-10, f"{name}: with a cache of {cache.lengths} tokens the output is off by {error:.1e}")
+            worst = max(worst, error)
+    return f"a cache gives what one forward does, at every split: error {worst:.0e}"
+
+
+def _selftest_learning() -> str:
+    """Recall of a token seen once, far outside the window: only the compressed and the selective branch can do it."""
+    cfg = NSAConfig(dim=32, heads=2, seq_len=64, local_window=4, block_size=4, topk_blocks=4, gate_init=(0.0, 0.0, 0.0))
+    embedding, block, head = nn.Embedding(16, 32), NSABlock(cfg), nn.Linear(32, 8)
+    optimizer = torch.optim.AdamW([*embedding.parameters(), *block.parameters(), *head.parameters()], lr=5e-3)
+    schedule, losses = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200), []
+    for _ in range(schedule.total_iters):
+        tokens = torch.randint(8, 15, (32, 32))
+        answer = torch.randint(0, 8, (32,))
+        tokens[torch.arange(32), torch.randint(0, 20, (32,))] = answer
+        losses.append(F.cross_entropy(head(block(embedding(tokens))[:, -1]), answer))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+        schedule.step()
+    chance, loss = math.log(8), torch.stack(losses[-20:]).mean().item()
+    _require(loss < chance / 10, f"loss {loss:.2f} after {len(losses)} steps, {chance:.2f} is chance")
+    return f"recalls a token beyond the window: loss {loss:.2f} after {len(losses)} steps, chance {chance:.2f}"
+
+
+def _selftest_flash() -> str:
+    q, k, v = (torch.randn(2, 300, 4, 64) for _ in range(3))
+    if not torch.cuda.is_available():
+        raise _Skip("no CUDA device")
+    q, k, v = (x.cuda().bfloat16() for x in (q, k, v))
+    if _flash_attention(q) is None:
+        raise _Skip("flash-attn is not installed")
+    exact = local_attention(q.double(), k.double(), v.double(), 64, backend="torch")
+    ours, flash = (local_attention(q, k, v, 64, backend=backend) for backend in ("torch", "auto"))
+    limit, error = 2 * (ours - exact).abs().max().item(), (flash - exact).abs().max().item()
+    _require(error <= max(limit, 1e-2), f"flash-attn differs by {error:.1e}, PyTorch by {limit / 2:.1e}")
+    return f"local branch by flash-attn: error {error:.0e}"
+
+
+def _selftest_triton() -> str:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    probe = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
+    obstacle = _triton_obstacle(probe, probe, 1.0)
+    if obstacle is not None:
+        raise _Skip(obstacle)
+    tokens = 1000 if device == "cuda" else 70
+    for heads, kv_heads in ((4, 4), (4, 1)):
+        shapes = [(tokens, heads), (tokens, kv_heads), (tokens, kv_heads), *[(tokens // 16 - 1, kv_heads)] * 2]
+        leaves = [torch.randn(1, *shape, 64, device=device, dtype=dtype) for shape in shapes]  # q, k, v, k_cmp, v_cmp
+        chosen = torch.arange(3, device=device, dtype=torch.int32).expand(1, tokens, kv_heads, 3)
+        upstream = torch.randn_like(leaves[0])
+        results = []
+        for precision, backend in ((torch.float64, "torch"), (dtype, "torch"), (dtype, "triton")):
+            q, k, v, k_cmp, v_cmp = x = [leaf.to(precision).requires_grad_() for leaf in leaves]
+            o = local_attention(q, k, v, 64, backend=backend)
+            o = o + selective_attention(q, k, v, chosen, 32, backend=backend)
+            o = o + compressed_attention(q, k_cmp, v_cmp, 32, 16, backend=backend)[0]
+            results.append((o, *torch.autograd.grad(o, x, upstream.to(precision))))
+        for label, exact, plain, kernel in zip(("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp"), *results, strict=True):
+            limit, error = (((y - exact).norm() / exact.norm()).item() for y in (plain, kernel))
+            worst = f"G = {heads // kv_heads}: {label} is off by {error:.1e}, PyTorch by {limit:.1e}"
+            _require(error <= 2 * limit + 1e-6, worst)
+    return "each branch within twice PyTorch's error, all gradients"
+
+
+_SELFTESTS = {
+    "smoke": _selftest_smoke,
+    "causality": _selftest_causality,
+    "dense": _selftest_dense,
+    "reference": _selftest_reference,
+    "cache": _selftest_cache,
+    "learning": _selftest_learning,
+    "flash-attn": _selftest_flash,
+    "triton": _selftest_triton,
+}
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# Part II  Triton kernels
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def _probe() -> None: ...
+
+    triton.jit(_probe)  # reads this file, of which there may be the bytecode alone
+    _INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
+except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch path serves
+    triton = tl = TensorDescriptor = None
+    _INTERPRETED = False
+
 
 # A kernel's docstring is its formula. Letters beyond those of the header: Z = B·K key heads in all, and DP or DIM, the
 # head dim D as the matrix unit wants it. Each room below is device helpers, kernels, launchers; the launchers have the
@@ -3285,394 +5181,6 @@ def _triton_decode(
     return o
 
 
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 6  Autograd and operators: one function for a branch, one for the whole, on every backend
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class _Branch(NamedTuple):
-    """A branch on a backend. The sizes are its integers: the window, l and d, or l'. `_on` adds packed sequences.
-
-    forward(q, k, v[, block_indices], *sizes, scale) → o, lse
-    backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
-
-    The selective branch adds to dk and dv as well where they are given, and takes the pairs that its forward kept. The
-    local branch's forward returns o and lse over recent blocks as well, if it does any for the selective branch, whose
-    terms its backward then takes, too.
-    """
-
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-class _Backend(NamedTuple):
-    """All that a backend must bring."""
-
-    local: _Branch
-    compressed: _Branch
-    selective: _Branch
-    select: Callable[..., Tensor]
-    taken_over: Callable[..., _Recent]  # what the local branch does for the selective one
-    gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
-    kept_pairs: Callable[..., list[tuple[int, ...]]]  # shapes of what the former returns last, for the backward
-    row_terms: Callable[..., _RowTerms]
-    gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
-    decode: Callable[..., Tensor]
-
-
-_BACKENDS = {
-    "torch": _Backend(
-        _Branch(_torch_local_forward, _torch_local_backward),
-        _Branch(_torch_compressed_forward, _torch_compressed_backward),
-        _Branch(_torch_selective_forward, _torch_selective_backward),
-        _torch_select,
-        lambda *_: _NOTHING_RECENT,
-        _torch_gated_selective,
-        lambda *_: [],
-        _torch_row_terms,
-        _torch_gated_row_terms,
-        _torch_decode,
-    ),
-    "triton": _Backend(
-        _Branch(_triton_local_forward, _triton_local_backward),
-        _Branch(_triton_compressed_forward, _triton_compressed_backward),
-        _Branch(_triton_selective_forward, _triton_selective_backward),
-        _triton_select,
-        _taken_over,
-        _triton_gated_selective,
-        _kept_pairs,
-        _triton_row_terms,
-        _triton_gated_row_terms,
-        _triton_decode,
-    ),
-}
-
-
-def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int], recent: _Recent = _NOTHING_RECENT) -> _Backend:
-    """The backend, for packed sequences and for recent blocks that the local branch does, where there are any.
-
-    PyTorch's is given one sequence at a time, and its selective branch all blocks.
-    """
-    on = _BACKENDS[backend]
-    if recent.blocks:
-        apart = lambda function: functools.partial(function, recent=recent)  # noqa: E731
-        selective = _Branch(on.selective.forward, apart(on.selective.backward))
-        on = on._replace(
-            local=_Branch(*map(apart, on.local)), selective=selective, gated_selective=apart(on.gated_selective)
-        )
-    if lengths:
-        packing = _Packing(cu_seqlens, lengths)
-        packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
-        local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
-        branches = {"local": local, "compressed": compressed, "selective": selective}
-        on = on._replace(**branches, select=packed(on.select), gated_selective=packed(on.gated_selective))
-    return on
-
-
-# Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
-# pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
-
-
-# The namespace of the operators. A module may have a name that is no identifier; its bytes then keep such names apart.
-_LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa_{__name__.encode().hex()}"
-
-
-def _registered(function: Callable[..., Any]) -> Any:
-    """`function` as an operator <name of this module>::<its name>; it changes none of its arguments.
-
-    By the module's own name, so that two copies of this file in one process keep to themselves.
-    """
-    return torch.library.custom_op(f"{_LIBRARY}::{function.__name__.lstrip('_')}", function, mutates_args=())
-
-
-def _operator(function: Callable[..., Any]) -> Any:
-    """An operator of the branches. Packed sequences are their cu_seqlens and lengths, else None and []."""
-
-    @functools.wraps(function)
-    def in_full_precision(
-        tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, *settings: Any
-    ) -> Any:
-        *_, sizes, _scale = settings
-        lengths = [length for length in lengths if length > 0]
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            if backend == "torch" and lengths:  # PyTorch runs each alone
-                of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
-                return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
-            return function(tensors, cu_seqlens, lengths, backend, *settings)
-
-    return _registered(in_full_precision)
-
-
-def _fake_output(q: Tensor) -> list[Tensor]:
-    """Shapes of o and lse."""
-    return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
-
-
-def _recent_blocks(backend: str, q: Tensor, own_local_keys: bool, window: int, sizes: list[int]) -> _Recent:
-    """Those that the local branch does, which must have the selective one's keys; the sizes are those of `_select`."""
-    _, _, select_block_size, topk_blocks, _, local_blocks = sizes
-    if own_local_keys:
-        return _NOTHING_RECENT
-    return _BACKENDS[backend].taken_over(q, window, select_block_size, topk_blocks, local_blocks)
-
-
-def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
-    """Shape of block_indices; the sizes are those of `_select`."""
-    return q.new_empty(*q.shape[:2], k.shape[2], sizes[3], dtype=torch.int32)
-
-
-@_operator
-def _branch_forward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    branch: str,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """q, k, v[, block_indices] → o, lse."""
-    return list(getattr(_on(backend, cu_seqlens, lengths), branch).forward(*tensors, *sizes, scale))
-
-
-@_branch_forward.register_fake
-def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
-    return _fake_output(tensors[0])
-
-
-@_operator
-def _branch_backward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    branch: str,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
-    (do, dlse, o, lse, *inputs), on = tensors, _on(backend, cu_seqlens, lengths)
-    terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
-    dq, dk, dv = getattr(on, branch).backward(do, terms, *inputs, *sizes, scale, None)
-    return [dq.to(do.dtype).contiguous(), dk, dv]
-
-
-@_branch_backward.register_fake
-def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in tensors[4:7]]
-
-
-@_operator
-def _select(
-    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
-) -> Tensor:
-    """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
-    return _on(backend, cu_seqlens, lengths).select(*tensors, *sizes, scale)
-
-
-@_select.register_fake
-def _(tensors: list[Tensor], *settings: Any) -> Tensor:
-    return _fake_choice(*tensors[:2], settings[-2])
-
-
-@_operator
-def _attention_forward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    window: int,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, o and lse of each branch, block_indices, and kept pairs."""
-    q, k, v, k_cmp, v_cmp, gates, *local = tensors
-    on = _on(backend, cu_seqlens, lengths, _recent_blocks(backend, q, bool(local), window, sizes))
-    o_local, lse_local, *recent_part = on.local.forward(q, *(local or (k, v)), window, scale)
-    o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
-    chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
-    selective = (q, k, v, chosen, sizes[2], scale)
-    o, o_selective, lse_selective, kept = on.gated_selective(gates, o_local, o_compressed, *selective, *recent_part)
-    outputs, lses = (o_local, o_compressed, o_selective), (lse_local, lse_compressed, lse_selective)
-    return [o.contiguous(), *outputs, *lses, chosen, *kept]
-
-
-@_attention_forward.register_fake
-def _(
-    tensors: list[Tensor], _: Tensor | None, lengths: list[int], backend: str, window: int, sizes: list[int], __: float
-) -> list[Tensor]:
-    q, k = tensors[:2]
-    outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    recent = _recent_blocks(backend, q, len(tensors) > 6, window, sizes)
-    kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3] - recent.blocks, sizes[2], lengths)
-    kept = [q.new_empty(shape, dtype=torch.int32) for shape in kept]
-    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, sizes), *kept]
-
-
-@_operator
-def _attention_backward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    kept: list[Tensor],
-    window: int,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """do, the results of the forward but for o and the kept pairs, and its arguments → the gradients of the arguments.
-
-    The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
-    """
-    do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
-    k_local, v_local = tensors[14:] or (k, v)
-    recent = _recent_blocks(backend, q, bool(tensors[14:]), window, sizes)
-    on = _on(backend, cu_seqlens, lengths, recent)
-    dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
-    also = terms[2:] if recent.blocks else []
-    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None, *also)
-    dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
-    shared = (None, None) if tensors[14:] else (dk_local, dv_local)
-    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq, *shared, kept)
-    gradients = [dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates]
-    return [*gradients, dk_local, dv_local] if tensors[14:] else gradients
-
-
-@_attention_backward.register_fake
-def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in tensors[8:]]
-
-
-# torch.compile takes no tensor twice as an argument of an autograd function. Where nothing needs a gradient, it counts
-# the parameters of `forward` to learn whether a context comes first, so that *tensors would mislead it.
-
-
-def _apart(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, each its own: one that came before comes again as a view."""
-    return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
-
-
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
-class _FirstGradients(torch.autograd.Function):
-    """The gradients as they are, and an error for whoever differentiates them.
-
-    torch's once_differentiable raises only where the upstream gradient requires one itself. A gradient penalty, whose
-    upstream gradient is a constant, would lose its own gradient without a word.
-    """
-
-    @staticmethod
-    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("Native Sparse Attention has first derivatives only: this needs the gradient of a gradient")
-
-
-def _first_gradients(gradients: Sequence[Tensor], *inputs: Tensor | None) -> Sequence[Tensor]:
-    """The gradients of a backward that read these inputs; where a graph of it is recorded, to be differentiated once.
-
-    Compiled code has no second derivatives, and says so itself.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return gradients
-    return _FirstGradients.apply(len(gradients), *gradients, *_given(*inputs))
-
-
-class _BranchFunction(torch.autograd.Function):
-    """A branch by itself → o, lse. Saves what goes in and out, never a probability."""
-
-    @staticmethod
-    def forward(
-        settings: tuple[Any, ...],
-        cu_seqlens: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        block_indices: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return tuple(_branch_forward(_given(q, k, v, block_indices), cu_seqlens, *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings, cu_seqlens, *tensors = inputs
-        ctx.save_for_backward(cu_seqlens, *output, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        cu_seqlens, *saved = ctx.saved_tensors
-        with torch.no_grad():
-            gradients = _branch_backward([do, dlse, *_given(*saved)], cu_seqlens, *ctx.settings)
-        gradients = _first_gradients(gradients, do, dlse, *saved)
-        return None, None, *gradients, None  # settings, cu_seqlens, and block_indices
-
-
-class _AttentionFunction(torch.autograd.Function):
-    """The gated sum of the branches → o, and what backward reads."""
-
-    @staticmethod
-    def forward(
-        settings: tuple[Any, ...],
-        cu_seqlens: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cmp: Tensor,
-        v_cmp: Tensor,
-        gates: Tensor,
-        k_local: Tensor | None,
-        v_local: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return tuple(_attention_forward(_given(q, k, v, k_cmp, v_cmp, gates, k_local, v_local), cu_seqlens, *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, cu_seqlens, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.n_kept = len(output[8:])
-        ctx.save_for_backward(cu_seqlens, *output[8:], *output[1:8], *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if do is None:  # o took no part in what is differentiated
-            return (None,) * 10
-        cu_seqlens, *saved = ctx.saved_tensors
-        kept, saved = saved[: ctx.n_kept], _given(*saved[ctx.n_kept :])
-        (lengths, backend, *sizes) = ctx.settings
-        with torch.no_grad():
-            gradients = _attention_backward([do, *saved], cu_seqlens, lengths, backend, kept, *sizes)
-        gradients = _first_gradients(gradients, do, *saved)
-        return None, None, *gradients, *[None] * (8 - len(gradients))  # settings, cu_seqlens, local keys if not given
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 7  Functions: the functional API. The only place that chooses a backend.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-def _once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Remembers what `function` returns. torch.compile does not look inside, and takes the result for a constant.
-
-    The mark is that of torch.compiler.assume_constant_result, which would load the compiler to set it.
-    """
-    remembered = functools.cache(function)
-
-    @functools.wraps(function)
-    def once(*arguments: Any) -> Any:
-        return remembered(*arguments)
-
-    once._dynamo_marked_constant = True
-    return once
-
-
 @_once
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -3697,1535 +5205,21 @@ def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
-def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
-    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
-
-    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
-    """
-    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
-    if backend == "torch":
-        return "torch"
-    obstacle = obstacle or _triton_obstacle(q, k, scale)
-    usable = obstacle is None
-    if backend == "auto":
-        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
-    else:
-        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return "triton" if usable and q.numel() > 0 else "torch"
-
-
-@_once
-def _flash_works() -> bool:
-    try:
-        from flash_attn import flash_attn_func  # noqa: F401
-    except Exception:  # not installed; or a broken build, which raises all kinds of errors
-        return False
-    return True
-
-
-def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
-    """flash-attn's function, where that package is installed and takes such a query; None elsewhere."""
-    takes = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
-    if not takes or not _flash_works():
-        return None
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func
-
-
-def _autocast_enabled(device: str) -> bool:
-    return device in ("cpu", "cuda", "xpu", "mps") and torch.is_autocast_enabled(device)
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast, attention takes the autocast dtype, as scaled_dot_product_attention does."""
-    devices = [x.device.type for x in tensors if isinstance(x, Tensor)]
-    if not devices or not _autocast_enabled(devices[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(devices[0])
-    narrow = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64  # noqa: E731
-    return tuple(x.to(dtype) if narrow(x) else x for x in tensors)
-
-
-def _check_tensor(name: str, x: object, rank: int, letters: str) -> None:
-    _check(isinstance(x, Tensor), name, type(x).__name__, "must be a tensor", TypeError)
-    _check(x.ndim == rank, f"{name}.shape", tuple(x.shape), f"must have {rank} dimensions, {letters}")
-
-
-def _check_shape(name: str, x: Tensor, letters: str, expected: tuple[int, ...]) -> None:
-    _check_tensor(name, x, len(expected), letters)
-    _check(tuple(x.shape) == expected, f"{name}.shape", tuple(x.shape), lambda: f"must be {letters} = {expected}")
-
-
-def _check_device(name: str, x: Tensor, owner: str, device: torch.device) -> None:
-    _check(x.device == device, f"{name}.device", str(x.device), f"must be {owner}, {device}")
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether a look at the values costs nothing: on a CPU, and neither in compiled code nor of a fake tensor."""
-    plain = type(x) in (Tensor, nn.Parameter)
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_like(name: str, x: Tensor, q: Tensor) -> None:
-    _check(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"must be q's, {q.dtype}")
-    _check_device(name, x, "q's", q.device)
-
-
-# What was last read of a tensor that is still alive and on a GPU.
-_READINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _read(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    """`read(tensor)`, for which the host waits. In the capture of a CUDA graph, where it must not: what that last gave.
-
-    The graph is then replayed on the same numbers only. Elsewhere nothing is taken from memory: numpy, DLPack or
-    `.data` may have changed the tensor, and torch would not know.
-    """
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        _check(tensor in _READINGS, "values on the GPU", "not read", "run the same call before it is captured")
-        return _READINGS[tensor]
-    result = read(tensor)
-    if tensor.is_cuda:
-        _READINGS[tensor] = result
-    return result
-
-
-def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
-    """The lengths of packed sequences, on the host."""
-    edges = cu_seqlens.tolist()
-    _check(edges[0] == 0, "cu_seqlens[0]", edges[0], "must be 0, where the first sequence begins")
-    lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
-    for i, length in enumerate(lengths):
-        rule = f"must be at least cu_seqlens[{i}] = {edges[i]}, where the sequence begins that ends here"
-        _check(length >= 0, f"cu_seqlens[{i + 1}]", edges[i + 1], rule)
-    return lengths
-
-
-def _sequences(
-    cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device
-) -> tuple[Tensor | None, tuple[int, ...]]:
-    """cu_seqlens as int32, and the lengths of the sequences packed in (batch, tokens, ...); None and () without any."""
-    if cu_seqlens is None:
-        return None, ()
-    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
-    _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
-    dtype = cu_seqlens.dtype
-    _check(dtype in (torch.int32, torch.int64), "cu_seqlens.dtype", dtype, "must be torch.int32 or torch.int64")
-    _check_device("cu_seqlens", cu_seqlens, "the tokens'", device)
-    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
-    lengths = _read(cu_seqlens, _read_lengths)
-    _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
-    return cu_seqlens.int(), lengths
-
-
-def _check_query(q: Tensor, scale: float | None) -> float:
-    """Checks q (B, T, H, D); returns the scale."""
-    _check_tensor("q", q, 4, "(B, T, H, D)")
-    _check(q.is_floating_point(), "q.dtype", q.dtype, "must be a floating point type", TypeError)
-    _check(q.shape[3] > 0, "q.shape", tuple(q.shape), "must have at least 1 number a head")
-    _check(scale is None or _finite(scale), "scale", scale, "must be a finite number, or None for 1/sqrt(D)")
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
-
-
-def _check_layout(q: Tensor, x: Tensor, name: str, rows: Callable[[int], int]) -> None:
-    """Complains where keys x do not fit q, and would if both were (B, heads, tokens, D). rows: of x, by tokens of q."""
-    (batch, tokens, heads, _), (x_batch, x_tokens, x_heads, _) = q.shape, x.shape
-    fits = lambda tokens, heads, x_tokens, x_heads: (  # noqa: E731
-        batch == x_batch and x_tokens == rows(tokens) and x_heads > 0 and heads % x_heads == 0
-    )
-    transposed = fits(heads, tokens, x_heads, x_tokens) and not fits(tokens, heads, x_tokens, x_heads)
-    rule = "q, k, v are (B, T, H, D), tokens before heads; these look like (B, H, T, D), so transpose(1, 2) them"
-    _check(not transposed, f"q.shape, {name}.shape", (tuple(q.shape), tuple(x.shape)), rule)
-
-
-def _check_keys(q: Tensor, letters: str, rows: Callable[[int], int], **keys_and_values: Tensor) -> None:
-    """Checks keys and values, (B, rows(T), K, D), against a q that has been checked: the first sets K for all."""
-    heads = None
-    for name, x in keys_and_values.items():
-        _check_tensor(name, x, 4, letters)
-        _check_like(name, x, q)
-        _check_layout(q, x, name, rows)
-        heads = x.shape[2] if heads is None else heads
-        of_group = heads > 0 and q.shape[2] % heads == 0
-        _check(of_group, f"{name}.shape", tuple(x.shape), lambda: f"must have a divisor of q's {q.shape[2]} heads")
-        _check_shape(name, x, letters, (q.shape[0], rows(q.shape[1]), heads, q.shape[3]))
-
-
-def _as_many(tokens: int) -> int:
-    """A key for each token."""
-    return tokens
-
-
-def _check_compressed(
-    q: Tensor, block_size: int, stride: int, lengths: tuple[int, ...], **keys_and_values: Tensor
-) -> None:
-    _check_integer("block_size", block_size, 1)
-    _check_integer("stride", stride, 1)
-    _check_blocks(block_size, stride, stride, 0, 0, 0)
-    packed = sum(_compressed_count(n, block_size, stride) for n in lengths)
-    rows = lambda tokens: packed if lengths else _compressed_count(tokens, block_size, stride)  # noqa: E731
-    _check_keys(q, "(B, C, K, D)", rows, **keys_and_values)
-
-
-def _check_choice(
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
-) -> None:
-    """Checks the sizes of the choice; block_size and stride have been checked."""
-    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
-        _check_integer(name, value, 1)
-    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-        _check_integer(name, value, 0)
-    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-
-
-def local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    *,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Sliding-window causal attention (§3.3.3): the query at t attends to the keys at t − W < s ≤ t, itself included.
-
-    W = 3:            keys →              packed, cu_seqlens = [0, 3, 5]:    ■ · · | · ·
-            queries   ■ · · · ·                                              ■ ■ · | · ·
-               ↓      ■ ■ · · ·           two sequences, of 3 and of         ■ ■ ■ | · ·
-                      ■ ■ ■ · ·           2 tokens; each is as causal        ——————|————
-                      · ■ ■ ■ ·           as it is alone, and blind          · · · | ■ ·
-                      · · ■ ■ ■           to the other                       · · · | ■ ■
-
-    >>> q, k = torch.randn(1, 100, 8, 64), torch.randn(1, 100, 2, 64)  # 4 query heads share a key head
-    >>> local_attention(q, k, torch.randn_like(k), window=32).shape
-    torch.Size([1, 100, 8, 64])
-
-    Args:
-        q: queries (B, T, H, D), of any floating point type.
-        k, v: keys and values (B, T, K, D), K a divisor of H; query head h uses key head h // (H/K).
-        window: W ≥ 1, in tokens.
-        cu_seqlens: None, or int32 or int64 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is
-            1, and sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result
-            is that of each sequence alone. Its values are read on the host, which waits for the GPU; a CUDA graph is
-            captured for those of the call before, and replayed on no others.
-        scale: factor on q·k; None is 1/sqrt(D).
-        backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
-            where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
-
-    Returns:
-        (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
-
-    Raises:
-        ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
-    """
-    q, k, v = _autocast(q, k, v)
-    scale = _check_query(q, scale)
-    _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v)
-    _check_integer("window", window, 1)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    on = _choose_backend(backend, q, k, scale)
-    flash = _flash_attention(q) if backend == "auto" and not lengths else None
-    if flash is not None:
-        return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply((lengths, on, "local", [window], scale), cu_seqlens, *_apart(q, k, v), None)[0]
-
-
-def compressed_attention(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    block_size: int,
-    stride: int,
-    *,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Attention over compressed blocks (eq. 8): query t sees block i iff its last token i·d + l − 1 is at t or earlier.
-
-    l = 4, d = 2:       blocks →                  tokens of block 0: 0 1 2 3
-            query 2     · · ·                                block 1:     2 3 4 5
-            query 3     ■ · ·                                block 2:         4 5 6 7
-            query 4     ■ · ·
-            query 5     ■ ■ ·
-
-    >>> q, k_cmp = torch.randn(1, 100, 8, 64), torch.randn(1, 5, 8, 64)
-    >>> o, lse = compressed_attention(q, k_cmp, torch.randn_like(k_cmp), block_size=32, stride=16)
-    >>> o.shape, lse.shape, bool((o[:, :31] == 0).all())
-    (torch.Size([1, 100, 8, 64]), torch.Size([1, 100, 8]), True)
-
-    Args:
-        q: queries (B, T, H, D).
-        k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
-            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
-        block_size, stride: l and d, in tokens; l is a multiple of d.
-        cu_seqlens, scale, backend: as in `local_attention`.
-
-    Returns:
-        o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
-        (B, T, H) in float32 (float64 for float64), −inf there. Both are differentiable.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
-    """
-    q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
-    scale = _check_query(q, scale)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
-    on = _choose_backend(backend, q, k_cmp, scale)
-    settings = (lengths, on, "compressed", [block_size, stride], scale)
-    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k_cmp, v_cmp), None)
-
-
-@torch.no_grad()
-def select_blocks(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    *,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int = 0,
-    local_blocks: int = 1,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """The blocks that each query attends to in the selective branch (eq. 9 to 11). No gradient flows through it.
-
-    The compressed probabilities exp(scale·q·k_cmp − lse) are summed over the G heads of a group and gathered, weighed
-    by overlap, into the importance of each selection block. Of the blocks that start at t or before, a query takes the
-    first `init_blocks`, the last `local_blocks` up to its own, and then the most important; ties go to the lower index.
-
-    >>> q, k_cmp = torch.randn(1, 100, 8, 64), torch.randn(1, 6, 2, 64)
-    >>> o, lse = compressed_attention(q, k_cmp, k_cmp, block_size=16, stride=16)
-    >>> select_blocks(q, k_cmp, lse, block_size=16, stride=16, select_block_size=32, topk_blocks=3)[0, 40, 0]
-    tensor([ 0,  1, -1], dtype=torch.int32)
-
-    Args:
-        q, k_cmp, block_size, stride, cu_seqlens, scale, backend: as in `compressed_attention`.
-        lse: its second result, (B, T, H).
-        select_block_size: l' in tokens, a multiple of `stride`.
-        topk_blocks: S, at least `init_blocks` + `local_blocks`.
-
-    Returns:
-        int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
-        packed sequences they count from the start of the query's own.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
-    """
-    q, k_cmp = _autocast(q, k_cmp)
-    scale = _check_query(q, scale)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
-    _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
-    _check_device("lse", lse, "q's", q.device)
-    _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
-    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    _check_choice(*sizes)
-    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_select_obstacle(block_size, select_block_size))
-    return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
-
-
-def selective_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    select_block_size: int,
-    *,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Causal attention over the tokens of chosen blocks (eq. 12): query t sees the tokens s ≤ t of its blocks.
-
-    >>> q = torch.randn(1, 100, 4, 64)
-    >>> own = (torch.arange(100) // 16).int().view(1, 100, 1, 1)  # everybody chooses the block that it stands in
-    >>> selective_attention(q, q[:, :, :1], q[:, :, :1], own, select_block_size=16).shape
-    torch.Size([1, 100, 4, 64])
-
-    Args:
-        q, k, v, cu_seqlens, scale, backend: as in `local_attention`.
-        block_indices: int32 or int64 (B, T, K, S), as `select_blocks` returns it: for each key head the blocks chosen,
-            each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen. In packed
-            sequences they count from the start of the query's own.
-        select_block_size: l', in tokens.
-
-    Returns:
-        (B, T, H, D) in q's dtype; 0 where a query has chosen nothing that it sees.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
-    """
-    q, k, v = _autocast(q, k, v)
-    scale = _check_query(q, scale)
-    _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v)
-    _check_integer("select_block_size", select_block_size, 1)
-    _check_tensor("block_indices", block_indices, 4, "(B, T, K, S)")
-    _check_shape("block_indices", block_indices, "(B, T, K, S)", (*k.shape[:3], block_indices.shape[3]))
-    dtype = block_indices.dtype
-    _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
-    _check_device("block_indices", block_indices, "q's", q.device)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    on = _choose_backend(backend, q, k, scale)
-    settings = (lengths, on, "selective", [select_block_size], scale)
-    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k, v), block_indices)[0]
-
-
-def nsa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    *,
-    local_window: int,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int = 0,
-    local_blocks: int = 1,
-    k_local: Tensor | None = None,
-    v_local: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Native Sparse Attention (eq. 5): the gated sum of the local, the compressed and the selective branch.
-
-    >>> q, k, v = torch.randn(3, 1, 128, 8, 64)
-    >>> k_cmp, v_cmp = (x.unflatten(1, (4, 32)).mean(2) for x in (k, v))  # 4 blocks of 32 tokens, each its mean
-    >>> gates = torch.full((1, 128, 8, 3), 0.5)
-    >>> o = nsa_attention(q, k, v, k_cmp, v_cmp, gates, local_window=32, block_size=32, stride=32,
-    ...                   select_block_size=32, topk_blocks=2)
-    >>> o.shape
-    torch.Size([1, 128, 8, 64])
-
-    Args:
-        q: queries (B, T, H, D).
-        k, v: keys and values of the local and the selective branch, (B, T, K, D).
-        k_cmp, v_cmp: compressed keys and values, as in `compressed_attention`.
-        gates: (B, T, H, 3), through the sigmoid already, in (local, compressed, selective) order. Gates below 0 take
-            twice the time on a CPU; on a GPU and in compiled code, where nobody looks, they make the output NaN.
-        local_window, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks: as in
-            `local_attention`, `compressed_attention` and `select_blocks`.
-        k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
-        cu_seqlens, scale, backend: as in `local_attention`.
-
-    Returns:
-        (B, T, H, D) in q's dtype.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
-    """
-    _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
-    q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    own = k_local is not None and not (k_local is k and v_local is v)
-    local = {"k_local": k_local, "v_local": v_local} if own else {}
-    scale = _check_query(q, scale)
-    _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v, **local)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
-    _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
-    _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
-    _check_like("gates", gates, q)
-    _check_integer("local_window", local_window, 1)
-    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    _check_choice(*sizes)
-    on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
-    if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
-        o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
-        o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
-        chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
-        o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
-        return _torch_gate(gates, o_local, o_compressed, o_selective)
-    settings, none = (lengths, on, local_window, sizes, scale), [None] * (2 - len(local))
-    gated = lambda gates: _AttentionFunction.apply(  # noqa: E731
-        settings, cu_seqlens, *_apart(q, k, v, k_cmp, v_cmp, gates, *local.values()), *none
-    )[0]
-    if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
-        return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
-    return gated(gates)
-
-
-@torch.no_grad()
-def _cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_local: Tensor,
-    v_local: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    positions: Tensor,
-    *,
-    local_window: int,
-    backend: str,
-    **choice: int,
-) -> Tensor:
-    """`nsa_attention` of the next tokens of some rows over the keys of a cache: q, gates (B, M, ...) → (B, M, H, D).
-
-    The queries stand at `positions`, int32 (B, M), −1 where a row has fewer than M. The keys, (B, max_len, K, D) and
-    (B, C, K, D), hold theirs already; what a cache holds behind a query is not seen.
-    """
-    q, gates = _autocast(q, gates)
-    scale = _check_query(q, None)
-    if q.numel() == 0:
-        return q
-    obstacle = _decode_obstacle(choice["block_size"], choice["stride"], choice["select_block_size"])
-    on = _choose_backend(backend, q, k, scale, obstacle=obstacle)
-    with torch.autocast(q.device.type, enabled=False):
-        tensors = (q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions)
-        return _BACKENDS[on].decode(*tensors, local_window=local_window, **choice, scale=scale)
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 8  Compressors: a block of l tokens becomes one vector (eq. 7). Weights are shared by the heads.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class _Compressor(nn.Module):
-    """What the three variants share. (b, T, dim) → (b, C, dim), the heads folded into b.
-
-    Weights are plain parameters rather than nn.Linear or nn.Conv1d: the start near the mean of the block, from which
-    the ranking of blocks is useful at once, then survives a model's own `model.apply(init_weights)`.
-    """
-
-    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
-        super().__init__()
-        for name, value in (("dim", dim), ("block", block), ("stride", block if stride is None else stride)):
-            _check_integer(name, value, 1)
-        self.dim, self.block, self.stride = dim, block, block if stride is None else stride
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        """(b, T, dim) → (b, C, l, dim), a view."""
-        if x.shape[1] < self.block:
-            return x.new_empty(x.shape[0], 0, self.block, self.dim)
-        if self.stride == self.block:  # a gradient that is a view, too, where that of unfold is a sum
-            return x[:, : x.shape[1] // self.block * self.block].unflatten(1, (-1, self.block))
-        return x.unfold(1, self.block, self.stride).transpose(2, 3)  # unfold puts l last
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, block={self.block}, stride={self.stride}"
-
-
-class AvgPoolCompressor(_Compressor):
-    """The mean of the block. No parameters.
-
-    >>> AvgPoolCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 5, 64])
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._blocks(x).mean(2)
-
-
-class _LearnedCompressor(_Compressor):
-    """Adds the learned position embedding inside the block, of shape (l, dim)."""
-
-    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
-        super().__init__(dim, block, stride)
-        self.position = nn.Parameter(torch.empty(block, dim))
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.position, std=0.02)
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """weight·(flattened block + position) + bias of each block: (b, T, dim) and (out, l·dim) → (b, C, out).
-
-        A block is l/d pieces of d tokens. Each part of the weight meets the pieces of the whole sequence, which do not
-        overlap, so that no token is copied for each block that it is in. The position is the same in all blocks, and so
-        becomes a part of the bias.
-        """
-        pieces, parts = x.shape[1] // self.stride, weight.split(self.stride * self.dim, dim=1)
-        x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
-        y = F.linear(x, parts[0], F.linear(self.position.flatten(), weight, bias))
-        if len(parts) == 1:
-            return y
-        y = y[:, : pieces - len(parts) + 1]  # block i starts with piece i
-        for i, part in enumerate(parts[1:], 1):
-            y = y + F.linear(x, part)[:, i : i + y.shape[1]]
-        return y
-
-
-class GroupedMLPCompressor(_LearnedCompressor):
-    """Position embedding, then an MLP over the whole block: (l·dim) → Linear → GELU (2·dim) → Linear → dim.
-
-    It starts as the mean, exactly: half of the hidden units hold the mean m, the other half −m, and
-    GELU(m) − GELU(−m) = m.
-
-    >>> GroupedMLPCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 5, 64])
-    """
-
-    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
-        super().__init__(dim, block, stride)
-        self.w_in, self.b_in = nn.Parameter(torch.empty(2 * dim, block * dim)), nn.Parameter(torch.empty(2 * dim))
-        self.w_out, self.b_out = nn.Parameter(torch.empty(dim, 2 * dim)), nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        identity = torch.eye(self.dim, device=self.w_in.device, dtype=self.w_in.dtype)
-        mean = identity.repeat(1, self.block) / self.block  # (dim, l·dim)
-        self.w_in.copy_(torch.cat([mean, -mean]))
-        self.w_out.copy_(torch.cat([identity, -identity], dim=1))
-        nn.init.zeros_(self.b_in)
-        nn.init.zeros_(self.b_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.gelu(self._linear(x, self.w_in, self.b_in)), self.w_out, self.b_out)
-
-
-class Conv1dCompressor(_LearnedCompressor):
-    """Position embedding, then a convolution over the tokens, of kernel l and stride d; it starts as the mean.
-
-    >>> Conv1dCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 5, 64])
-    """
-
-    def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
-        super().__init__(dim, block, stride)
-        self.weight, self.bias = nn.Parameter(torch.empty(dim, dim, block)), nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        identity = torch.eye(self.dim, device=self.weight.device, dtype=self.weight.dtype)
-        self.weight.copy_(identity[:, :, None].expand_as(self.weight) / self.block)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The embedding belongs to places in the block, not in the sequence, so that overlapping blocks disagree on it:
-        # the convolution is the product of each block with the kernel, (l·dim) × (dim, l·dim).
-        return self._linear(x, self.weight.transpose(1, 2).flatten(1), self.bias)
-
-
-_COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
-
-
-def _accepts(function: Callable[..., object], *arguments: object) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-class TokenCompressor(nn.Module):
-    """The compressor of that name or class, with its input and its output checked.
-
-    A class of the user's own is built as `method(dim, block, stride)`, or as `method(dim, block)` where it takes no
-    stride and stride == block. Its forward gets (b, T', dim), the tokens of the C whole blocks, and returns
-    (b, C, dim); it is not called where there is no whole block.
-
-    >>> TokenCompressor(64, 32, 16, method="conv1d")(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 5, 64])
-
-    Raises:
-        ValueError: an unknown name; a class that takes no stride where stride != block; an output of another shape.
-    """
-
-    def __init__(
-        self, dim: int, block: int, stride: int | None = None, method: str | type[nn.Module] = "grouped_mlp"
-    ) -> None:
-        super().__init__()
-        stride = block if stride is None else stride
-        for name, value in (("dim", dim), ("block", block), ("stride", stride)):
-            _check_integer(name, value, 1)
-        self.dim, self.block, self.stride = dim, block, stride
-        if isinstance(method, str):
-            _check(method in _COMPRESSOR_CLASSES, "method", method, _COMPRESSION_RULE)
-            method = _COMPRESSOR_CLASSES[method]
-        instance = isinstance(method, nn.Module)
-        _check(not instance, "method", type(method).__name__ + "(...)", _INSTANCE_RULE, TypeError)
-        _check(callable(method), "method", method, _COMPRESSION_RULE, TypeError)
-        takes_stride = _accepts(method, dim, block, stride)
-        rule = f"takes no stride, so that stride = {stride} must be block_size = {block}"
-        _check(takes_stride or stride == block, "compression", method, rule)
-        self.method = method(dim, block, stride) if takes_stride else method(dim, block)
-        _check(isinstance(self.method, nn.Module), "compression", method, "must build a torch.nn.Module", TypeError)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_tensor("x", x, 3, "(b, T, dim)")
-        _check(x.shape[2] == self.dim, "x.shape", tuple(x.shape), f"must have dim = {self.dim} in dimension 2")
-        count = _compressed_count(x.shape[1], self.block, self.stride)
-        if count == 0 or x.shape[0] == 0:  # the parameters take part all the same: DDP waits for all gradients
-            none = [parameter.flatten()[:0].sum().to(x.dtype) for parameter in self.method.parameters()]
-            return sum(none, x.new_empty(x.shape[0], count, self.dim))
-        out = self.method(x[:, : (count - 1) * self.stride + self.block])
-        expected, name = (x.shape[0], count, self.dim), type(self.method).__name__
-        _check(isinstance(out, Tensor), f"output of {name}", type(out).__name__, "must be a tensor", TypeError)
-        _check(tuple(out.shape) == expected, f"output of {name}", tuple(out.shape), f"must have shape {expected}")
-        return out
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 9  NativeSparseAttention, and NSACache, by which it goes on. One flow serves whole rows, packed and padded sequences.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class AttentionPatterns(NamedTuple):
-    """What each branch looked at: probabilities whose rows sum to 1, or to 0 where a query sees nothing."""
-
-    local: Tensor  # (B, H, T, T)
-    compressed: Tensor  # (B, H, T, C)
-    selective: Tensor  # (B, H, T, T)
-    gates: Tensor  # (B, T, H, 3)
-    block_indices: Tensor  # (B, T, K, S)
-
-
-class _Places(NamedTuple):
-    """Where tokens or blocks belong: the row of each, (n,), and its number there."""
-
-    row: Tensor
-    number: Tensor
-
-
-def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -> _Places:
-    """In each row i the numbers from starts[i] up to, not including, stops[i]; row after row."""
-    counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
-    table = torch.tensor([list(starts), counts], dtype=torch.int64, device="cpu")
-    start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
-    row, number = _runs(count, sum(counts))
-    return _Places(row, number + start[row])
-
-
-class _Padding(NamedTuple):
-    """Rows with places that hold no token, (B, T, ...), and the tokens alone, packed: (1, total, ...)."""
-
-    place: Tensor  # (total,) of each token, among the B·T
-    shape: tuple[int, int]  # B, T
-
-    def pack(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.place)[None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """0 where there is no token."""
-        rows = x.new_zeros(math.prod(self.shape), *x.shape[2:])
-        return rows.index_copy_(0, self.place, x[0]).unflatten(0, self.shape)
-
-
-def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor]:
-    """The padding of rows, and the cu_seqlens of their tokens."""
-    lengths = F.pad(mask.sum(1), (1, 0))
-    return _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape)), lengths.cumsum(0, dtype=torch.int32)
-
-
-def _without_padding(
-    function: Callable[[Tensor, NSACache | None, Tensor | None], Tensor],
-    x: Tensor,
-    cache: NSACache | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """`function` of x, cache, cu_seqlens; of the tokens alone, packed, where a key_padding_mask says which they are."""
-    if mask is None:
-        return function(x, cache, cu_seqlens)
-    _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
-    _check_tensor("x", x, 3, "(B, T, dim)")
-    _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
-    _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
-    _check_device("key_padding_mask", mask, "x's", x.device)
-    padding, cu_seqlens = _read(mask, _read_padding)
-    return padding.unpack(function(padding.pack(x), cache, cu_seqlens))
-
-
-class NSACache:
-    """Keys and values of the tokens that one NativeSparseAttention has seen, so that it can go on from there.
-
-    Each layer has its own. A forward with a cache takes the next tokens of every row, one or many, appends them, and
-    returns what one forward over all tokens of the row would at their positions. It belongs to the module that first
-    fills it, until `reset()`, and refuses another's tokens. It records nothing for gradients: where they are enabled
-    and something would need one, a call is refused.
-
-    >>> layers = [NSABlock(NSAConfig(dim=64, heads=4, seq_len=256)) for _ in range(2)]
-    >>> caches = [NSACache(layer.attn.cfg, batch=3, max_len=200) for layer in layers]
-    >>> x = torch.randn(3, 100, 64)  # the prompts
-    >>> with torch.inference_mode():
-    ...     for _ in range(5):
-    ...         for layer, cache in zip(layers, caches):
-    ...             x = layer(x, cache=cache)
-    ...         x = x[:, -1:]  # a model would sample a token from this, and go on with its embedding
-    >>> caches[0]
-    NSACache(batch=3, max_len=200, lengths=104, dtype=torch.float32, device=cpu)
-
-    All memory is allocated here. A token takes 2·K·D numbers in each row, 3·K·D where rope_theta is given, 6·K·D where
-    separate_kv is, and 2·K·D/d more for the compressed blocks, each number as many bytes as the dtype has. At the
-    paper's sizes (K = 4, D = 128, d = 16, separate_kv, bfloat16) that is 6272 bytes.
-
-    Args:
-        cfg: the configuration of the module that it serves.
-        batch: rows.
-        max_len: tokens that each row has room for, at most `cfg.seq_len`.
-        device, dtype: of the keys and values, those of the module's weights (under autocast, the autocast dtype).
-
-    Attributes:
-        lengths: a tuple of `batch` ints, the number of tokens in each row.
-        cfg, batch, max_len, device, dtype: as it was made.
-
-    Raises:
-        ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
-    """
-
-    def __init__(
-        self,
-        cfg: NSAConfig,
-        batch: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        _check(isinstance(cfg, NSAConfig), "cfg", type(cfg).__name__, "must be an NSAConfig", TypeError)
-        _check_integer("batch", batch, 1)
-        _check_integer("max_len", max_len, 1)
-        _check(max_len <= cfg.seq_len, "max_len", max_len, f"must be at most seq_len = {cfg.seq_len}")
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        _check(floating, "dtype", dtype, "must be a floating point type", TypeError)
-        self.cfg, self.batch, self.max_len = cfg, batch, max_len
-        self._lengths = (0,) * batch
-        self._owner: weakref.ref[nn.Module] | None = None  # the module whose tokens these are
-
-        def room(rows: int) -> Tensor:
-            return torch.zeros(batch, rows, cfg.kv_heads, cfg.dim_head, device=device, dtype=dtype)
-
-        with torch.inference_mode(False):  # what is made inside of it cannot be written outside
-            self.k, self.v = room(max_len), room(max_len)  # of the selective branch
-            self.k_local, self.v_local = (room(max_len), room(max_len)) if cfg.separate_kv else (self.k, self.v)
-            # What the compressors read, which is not rotated. All of it is kept, so that a cache can be cut anywhere.
-            self.k_raw = room(max_len) if cfg.separate_kv or cfg.rope_theta is not None else self.k
-            self.v_raw = room(max_len) if cfg.separate_kv else self.v
-            blocks = _compressed_count(max_len, cfg.block_size, cfg.stride)
-            self.k_cmp, self.v_cmp = room(blocks), room(blocks)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return self._lengths
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.k.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.k.device
-
-    def __repr__(self) -> str:
-        shortest, longest = min(self._lengths), max(self._lengths)
-        lengths = longest if shortest == longest else f"{shortest}..{longest}"
-        sizes = f"batch={self.batch}, max_len={self.max_len}, lengths={lengths}"
-        return f"NSACache({sizes}, dtype={self.dtype}, device={self.device})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_owner": None}  # a copy belongs to the module that next fills it
-
-    def reset(self) -> None:
-        """Forgets all tokens, and whose they were."""
-        self._lengths, self._owner = (0,) * self.batch, None
-
-    def truncate(self, n: int | Sequence[int] | Tensor) -> None:
-        """Keeps the first n tokens of every row, or n[row] of each, and forgets the others, so as to go on from there.
-
-        >>> cache = NSACache(NSAConfig(dim=64, heads=4, seq_len=256), batch=2, max_len=200)
-        >>> with torch.inference_mode():
-        ...     _ = NativeSparseAttention(cache.cfg)(torch.randn(2, 50, 64), cache=cache)
-        >>> cache.truncate([48, 49])
-        >>> cache.lengths
-        (48, 49)
-
-        Args:
-            n: an int, or `batch` of them as a list, a tuple or a tensor (read on the host).
-
-        Raises:
-            ValueError, TypeError: n is no such number or numbers, below 0, or above the length of a row.
-        """
-        n = n.tolist() if isinstance(n, Tensor) else n
-        lengths = self._of_rows("n", [n] * self.batch if isinstance(n, int) else n)
-        for row, (kept, length) in enumerate(zip(lengths, self._lengths, strict=True)):
-            _check(0 <= kept <= length, f"n[{row}]", kept, f"must be from 0 to the row's length, {length}")
-        self._lengths = lengths
-
-    @torch.no_grad()
-    def reorder(self, indices: Sequence[int] | Tensor) -> None:
-        """Row i becomes what row indices[i] was. A row may be taken many times, as beam search does, or never.
-
-        Args:
-            indices: `batch` ints from 0 to batch − 1, as a list, a tuple or a tensor (read on the host).
-
-        Raises:
-            ValueError, TypeError: indices are not `batch` numbers of rows.
-        """
-        sources = self._of_rows("indices", indices.tolist() if isinstance(indices, Tensor) else indices)
-        for i, source in enumerate(sources):
-            _check(0 <= source < self.batch, f"indices[{i}]", source, f"must be from 0 to batch - 1 = {self.batch - 1}")
-        moves = [(row, source) for row, source in enumerate(sources) if row != source]
-        if moves:
-            rows, taken = torch.tensor(moves, device=self.device).unbind(1)
-            longest = max(self._lengths[source] for _, source in moves)
-            blocks = _compressed_count(longest, self.cfg.block_size, self.cfg.stride)
-            for name, buffer in self._buffers().items():
-                used = buffer[:, : blocks if name in ("k_cmp", "v_cmp") else longest]
-                used[rows] = used[taken]
-        self._lengths = tuple(self._lengths[source] for source in sources)
-
-    def _of_rows(self, name: str, values: object) -> tuple[int, ...]:
-        integers = isinstance(values, list | tuple) and all(type(value) is int for value in values)
-        _check(integers, name, values, "must be an int for each row", TypeError)
-        _check(len(values) == self.batch, name, values, f"must be as many as there are rows, {self.batch}")
-        return tuple(values)
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """All tensors, by the first of the names that each has."""
-        names = ("k", "v", "k_local", "v_local", "k_raw", "v_raw", "k_cmp", "v_cmp")
-        named = {id(getattr(self, name)): name for name in reversed(names)}
-        return {name: getattr(self, name) for name in named.values()}
-
-    @contextlib.contextmanager
-    def _appending(self) -> Iterator[None]:
-        """Leaves the rows as long as they were if what runs inside fails."""
-        before = self._lengths, self._owner
-        try:
-            yield
-        except BaseException:
-            self._lengths, self._owner = before
-            raise
-
-    def _extend(self, lengths: tuple[int, ...], owner: nn.Module) -> None:
-        """Makes the rows as long as that: what the owner has written counts from now on."""
-        self._lengths = lengths
-        if any(lengths):
-            self._owner = weakref.ref(owner)
-
-    def _write(self, places: _Places, values: dict[str, Tensor]) -> None:
-        """Puts values, (B, T, K, D) or (1, total, K, D), where they belong. No row is longer for it yet."""
-        for name, buffer in self._buffers().items():
-            if name in values:
-                buffer.index_put_(tuple(places), values[name].flatten(0, 1).to(buffer.dtype))
-
-    def _check_room(self, cfg: NSAConfig, lengths: tuple[int, ...], device: torch.device) -> None:
-        """Checks that a module of such a configuration can append so many tokens to each row."""
-        for name in (field.name for field in fields(cfg)) if self.cfg != cfg else ():
-            value, same = getattr(self.cfg, name), name == "use_flash" or getattr(self.cfg, name) == getattr(cfg, name)
-            _check(same, f"cache.cfg.{name}", value, f"must be the module's, {getattr(cfg, name)!r}")
-        _check(self.batch == len(lengths), "cache.batch", self.batch, f"must be that of the tokens, {len(lengths)}")
-        _check(self.device == device, "cache.device", str(self.device), f"must be that of the tokens, {device}")
-        for row, (length, more) in enumerate(zip(self._lengths, lengths, strict=True)):
-            rule = f"must leave room for {more} more within max_len = {self.max_len}"
-            _check(length + more <= self.max_len, f"cache.lengths[{row}]", length, rule)
-
-    def _check_owner(self, owner: nn.Module, keys: Tensor) -> None:
-        """Checks that these keys of a module may go on from the tokens that are here."""
-        _check(self.dtype == keys.dtype, "cache.dtype", self.dtype, f"must be that of the module's keys, {keys.dtype}")
-        owned = self._owner is None or self._owner() is owner
-        _check(owned, "cache", self, "holds another module's tokens; each layer has a cache of its own (or reset() it)")
-        wanted = torch.is_grad_enabled() and (keys.requires_grad or any(p.requires_grad for p in owner.parameters()))
-        rule = "records no gradients, but x or a parameter wants one: call it under torch.no_grad() or inference_mode()"
-        _check(not wanted, "cache", self, rule)
-
-
-def _appending(cache: NSACache | None) -> contextlib.AbstractContextManager[None]:
-    """Surrounds a forward that may have a cache."""
-    if cache is None:
-        return contextlib.nullcontext()
-    _check(isinstance(cache, NSACache), "cache", type(cache).__name__, "must be an NSACache", TypeError)
-    return cache._appending()
-
-
-class _Projections(NamedTuple):
-    """What the branches and the compressors read of each token of an input x."""
-
-    q: Tensor  # (B, T, H, D); queries and keys are rotated by their positions already
-    k: Tensor  # (B, T, K, D)
-    v: Tensor
-    k_local: Tensor
-    v_local: Tensor
-    k_raw: Tensor  # for the compressors: not rotated
-    v_raw: Tensor
-    gates: Tensor  # (B, T, H, 3)
-    rotation: Tensor | None  # of the tokens
-
-
-def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Cosine and sine of positions·theta^(−2i/D) for i < D/2 = half: (..., T) → (2, ..., T, D/2)."""
-    options = {"base": theta, "dtype": torch.float64, "device": positions.device}  # a position may be a million
-    angles = positions[..., None] * torch.logspace(0, (1 - half) / half, half, **options)
-    turns = angles.new_empty((2, *angles.shape), dtype=dtype)
-    torch.cos(angles, out=turns[0])
-    torch.sin(angles, out=turns[1])
-    return turns
-
-
-# Compiled code that saw inside would compute them anew for each head and each use, which has taken a quarter of a step.
-_turns_as_operator = _registered(_turns)
-
-
-@_turns_as_operator.register_fake
-def _(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
-    return positions.new_empty((2, *positions.shape, half), dtype=dtype)
-
-
-def _rotation(positions: Tensor, theta: float, like: Tensor) -> Tensor:
-    """`_turns` for heads like those given (..., D): positions (T,) or (B, T) → (2, T, 1, D/2) or (2, B, T, 1, D/2)."""
-    turns = _turns_as_operator if torch.compiler.is_compiling() else _turns
-    return turns(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
-
-
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, T, H, D): dimensions i and i + D/2 turn as a pair."""
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
-    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    wide = _accumulation_dtype(q)
-    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
-    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
-
-
-def _check_tokens(x: Tensor, dim: int, first: nn.Module) -> None:
-    """Checks that x can go through a module of that width, whose first layer is given.
-
-    Quantised layers and adapters may have no weight, or none of a floating point type; they know what they take.
-    """
-    _check_tensor("x", x, 3, "(B, T, dim)")
-    _check(x.shape[2] == dim, "x.shape", tuple(x.shape), f"must have dim = {dim} in dimension 2")
-    _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
-    weight = getattr(first, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-        _check(cast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
-        _check_device("x", x, "the weights'", weight.device)
-
-
-def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
-    """Complains about arguments that other attention modules take."""
-    name, rule = type(module).__name__, "takes x and, by name, cache, cu_seqlens or key_padding_mask."
-    if arguments:
-        given = f"{1 + len(arguments)} positional arguments"
-        raise TypeError(f"{name} {rule} It projects x to queries, keys and values itself; it was given {given}")
-    for argument in named:
-        masks = "It is causal by itself; give padding as key_padding_mask, True for a token"
-        raise TypeError(f"{name} {rule} {masks}; it was given {argument}")
-
-
-class NativeSparseAttention(nn.Module):
-    """Multi-head Native Sparse Attention, causal: (B, T, dim) → (B, T, dim). Takes the place of self-attention.
-
-    >>> attention = NativeSparseAttention(NSAConfig(dim=256, heads=4, seq_len=1024))
-    >>> attention(torch.randn(2, 300, 256)).shape
-    torch.Size([2, 300, 256])
-    """
-
-    def __init__(self, config: NSAConfig) -> None:
-        super().__init__()
-        _check(isinstance(config, NSAConfig), "config", type(config).__name__, "must be an NSAConfig", TypeError)
-        self.cfg = cfg = config
-        sets = 3 if cfg.separate_kv else 1  # of keys and values: for the local, compressed and selective branch
-        self.to_q = nn.Linear(cfg.dim, cfg.heads * cfg.dim_head, bias=cfg.bias)
-        self.to_k = nn.Linear(cfg.dim, sets * cfg.kv_heads * cfg.dim_head, bias=cfg.bias)
-        self.to_v = nn.Linear(cfg.dim, sets * cfg.kv_heads * cfg.dim_head, bias=cfg.bias)
-        self.to_out = nn.Linear(cfg.heads * cfg.dim_head, cfg.dim, bias=cfg.bias)
-        self.dropout = nn.Dropout(cfg.dropout)
-        self.compress_k = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
-        self.compress_v = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
-        # Plain parameters, so that a model's own `apply(init_weights)` leaves gate_init in place.
-        self.gate_bias = nn.Parameter(torch.empty(cfg.heads, 3))
-        self.gate_weight = nn.Parameter(torch.empty(cfg.heads * 3, cfg.dim)) if cfg.gate_mode == "q_cond" else None
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.gate_bias.copy_(self.gate_bias.new_tensor(self.cfg.gate_init).expand(self.cfg.heads, 3))
-        if self.gate_weight is not None:
-            nn.init.zeros_(self.gate_weight)
-
-    def forward(
-        self,
-        x: Tensor,
-        *others: object,
-        cache: NSACache | None = None,
-        cu_seqlens: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        **unknown: object,
-    ) -> Tensor:
-        """(B, T, dim) → (B, T, dim).
-
-        >>> attention = NativeSparseAttention(NSAConfig(dim=64, heads=2, seq_len=128))
-        >>> x, mask = torch.randn(2, 70, 64), torch.arange(70) >= torch.tensor([[0], [30]])  # 30 places of left padding
-        >>> y = attention(x, key_padding_mask=mask)
-        >>> bool((y[1, :30] == 0).all()), torch.allclose(y[1, 30:], attention(x[1:, 30:])[0], atol=1e-5)
-        (True, True)
-
-        Args:
-            x: (B, T, dim), T at most seq_len, of the weights' dtype and device.
-            cache: x holds the next tokens of its rows, which it appends to the cache. The output is that of one forward
-                over all tokens of each row. Where gradients are enabled, nothing may require one. What fails leaves the
-                cache as it was.
-            cu_seqlens: int32 or int64 (n + 1,), x is (1, total, dim): the tokens of n sequences one after another, as
-                in `local_attention`, each at most seq_len. The output is that of each sequence alone; with a cache,
-                sequence i goes on from row i.
-            key_padding_mask: bool (B, T), True for a token, in any pattern. The output is that of each row's tokens by
-                themselves, positions counted among them; elsewhere it is 0, and x has no gradient. With a cache, rows
-                append as many tokens as they have.
-
-        Raises:
-            ValueError, TypeError: an argument breaks one of these rules, or the cache is full or of another module,
-                configuration, batch, dtype or device.
-        """
-        _check_call(self, others, unknown)
-        with _appending(cache):
-            return _without_padding(self._attend, x, cache, cu_seqlens, key_padding_mask)
-
-    def _attend(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
-        """One flow for whole rows, for packed sequences, and for either going on from a cache."""
-        cfg, packed = self.cfg, cu_seqlens is not None
-        first, stop = self._check_input(x, cache, cu_seqlens)
-        past = any(first)  # there are keys that x does not hold
-        positions = torch.arange(x.shape[1], device=x.device)
-        if packed or cache is not None:
-            tokens = _places(first, stop, x.device)
-            positions = tokens.number.view(x.shape[:2])
-            counts = ([_compressed_count(n, cfg.block_size, cfg.stride) for n in edge] for edge in (first, stop))
-            blocks = _places(*counts, x.device)  # those that x completes
-        p = self._project(x, positions)
-        if cache is not None:
-            cache._check_owner(self, p.k)
-            cache._write(tokens, p._asdict())
-        if past:
-            k_cmp, v_cmp = self._compress(cache, blocks.number, blocks.row * cache.max_len)
-        elif packed:
-            k_cmp, v_cmp = self._compress(p, blocks.number, cu_seqlens[blocks.row])
-        else:
-            k_cmp, v_cmp = self._compress(p)
-        if cache is not None:
-            cache._write(blocks, {"k_cmp": k_cmp, "v_cmp": v_cmp})
-        # No more slots than there can be blocks to fill them.
-        most = max(_selection_count(cfg.seq_len, cfg.select_block_size), cfg.init_blocks + cfg.local_blocks)
-        sizes = {"local_window": cfg.local_window, **cfg.selection, "topk_blocks": min(cfg.topk_blocks, most)}
-        sizes["backend"] = self._backend
-        if past:
-            lengths = [end - begin for begin, end in zip(first, stop, strict=True)] if packed else None
-            o = self._attend_past(p, cache, positions, lengths, **sizes)
-        else:
-            tensors, local = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates), {"k_local": p.k_local, "v_local": p.v_local}
-            o = nsa_attention(*tensors, **local, **sizes, cu_seqlens=cu_seqlens)
-        y = self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
-        if cache is not None:
-            cache._extend(stop, self)
-        return y
-
-    @torch.no_grad()
-    def attention_patterns(self, x: Tensor) -> AttentionPatterns:
-        """Dense probabilities of every branch, for study and plots: T × T in memory. Same x as for forward.
-
-        >>> attention = NativeSparseAttention(NSAConfig(dim=64, heads=2, seq_len=128))
-        >>> attention.attention_patterns(torch.randn(1, 70, 64)).compressed.shape
-        torch.Size([1, 2, 70, 2])
-        """
-        self._check_input(x)
-        cfg, key = self.cfg, torch.arange(x.shape[1], device=x.device)
-        p = self._project(x, key)
-        k_cmp, v_cmp = self._compress(p)
-        options = {"block_size": cfg.block_size, "stride": cfg.stride, "backend": self._backend}
-        lse = compressed_attention(p.q, k_cmp, v_cmp, **options)[1]
-        chosen = select_blocks(p.q, k_cmp, lse, **cfg.selection, backend=self._backend)
-        query, block = key[:, None], torch.arange(k_cmp.shape[1], device=x.device)
-        of_chosen = (key // cfg.select_block_size == chosen.transpose(1, 2)[..., None]).any(3)  # (B, K, T, T)
-        of_chosen = of_chosen.repeat_interleave(cfg.heads // cfg.kv_heads, dim=1)
-        return AttentionPatterns(
-            local=_dense_probabilities(p.q, p.k_local, _Window(cfg.local_window).sees(query, key)),
-            compressed=_dense_probabilities(p.q, k_cmp, _Staircase(cfg.block_size, cfg.stride).sees(query, block)),
-            selective=_dense_probabilities(p.q, p.k, of_chosen & (key <= query)),
-            gates=p.gates.to(_accumulation_dtype(p.gates)),
-            block_indices=chosen,
-        )
-
-    @property
-    def _backend(self) -> str:
-        return "auto" if self.cfg.use_flash else "torch"
-
-    def _project(self, x: Tensor, positions: Tensor) -> _Projections:
-        cfg = self.cfg
-        # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
-        heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
-        queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
-        rotation = None if cfg.rope_theta is None else _rotation(positions, cfg.rope_theta, queries)
-        rotated = lambda y: y if rotation is None else _rotate(y, rotation)  # noqa: E731
-        keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
-        values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
-        k_local = rotated(keys[0])
-        return _Projections(
-            q=rotated(queries),
-            k=rotated(keys[-1]) if cfg.separate_kv else k_local,
-            v=values[-1],
-            k_local=k_local,
-            v_local=values[0],
-            k_raw=keys[len(keys) // 2],
-            v_raw=values[len(values) // 2],
-            gates=self._gates(x),
-            rotation=rotation,
-        )
-
-    def _compress(
-        self, tokens: _Projections | NSACache, number: Tensor | None = None, origin: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compressed keys and values of all blocks of whole rows, (B, C, K, D).
-
-        Or of some blocks, (1, n, K, D): the number of each, (n,), and where its sequence begins among the B·T tokens.
-        """
-        cfg, compressed = self.cfg, []
-        for compressor, x in ((self.compress_k, tokens.k_raw), (self.compress_v, tokens.v_raw)):
-            if origin is not None:  # each block is a sequence of its own, (n, l, K, D)
-                begin, x = (origin + number * cfg.stride)[:, None], x.flatten(0, 1)
-                none = x.new_empty(0, cfg.block_size, *x.shape[1:])  # a block may be longer than all memory
-                x = x[begin + torch.arange(cfg.block_size, device=x.device)] if len(number) else none
-            y = compressor(rearrange(x, "b t k d -> (b k) t d"))
-            y = rearrange(y, "(b k) c d -> b c k d", k=cfg.kv_heads)
-            compressed.append(y if origin is None else y.transpose(0, 1))
-        k_cmp, v_cmp = compressed
-        if cfg.rope_theta is not None:
-            # Keys are compressed before rotation; compressed key i then turns as position i·d, as its first token does.
-            if number is None:
-                rotation = tokens.rotation[..., :: cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
-            else:
-                rotation = _rotation(number * cfg.stride, cfg.rope_theta, k_cmp)
-            k_cmp = _rotate(k_cmp, rotation)
-        return k_cmp, v_cmp
-
-    def _attend_past(
-        self, p: _Projections, cache: NSACache, positions: Tensor, lengths: list[int] | None, **sizes: Any
-    ) -> Tensor:
-        """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of sequences of `lengths`."""
-        keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
-        if lengths is None:
-            return _cached_attention(p.q, *keys, p.gates, positions.int(), **sizes)
-        places, longest = _places([0] * len(lengths), lengths, positions.device), max(lengths)
-        padding = _Padding(places.row * longest + places.number, (len(lengths), longest))
-        positions = padding.unpack(positions + 1) - 1
-        o = _cached_attention(padding.unpack(p.q), *keys, padding.unpack(p.gates), positions.int(), **sizes)
-        return padding.pack(o)
-
-    def _gates(self, x: Tensor) -> Tensor:
-        """(B, T, H, 3): a sigmoid for each token, head and branch."""
-        if self.gate_weight is None:
-            return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
-        gates = F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid()
-        return torch.unflatten(gates, -1, (self.cfg.heads, 3))
-
-    def _check_input(
-        self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
-        _check_tokens(x, self.cfg.dim, self.to_q)
-        cfg, (batch, tokens) = self.cfg, x.shape[:2]
-        if cu_seqlens is None:
-            _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
-            lengths = (tokens,) * batch
-        else:
-            _, lengths = _sequences(cu_seqlens, batch, tokens, x.device)
-            for i, n in enumerate(lengths):
-                rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
-                _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
-        if cache is None:
-            return (0,) * len(lengths), lengths
-        cache._check_room(cfg, lengths, x.device)
-        return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 10  NSABlock
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class NSABlock(nn.Module):
-    """A Transformer block with Native Sparse Attention: x + attention(norm(x)), then x + feed-forward(norm(x)).
-
-    >>> model = nn.Sequential(*(NSABlock(NSAConfig(dim=64, heads=4, seq_len=256)) for _ in range(2)))
-    >>> model(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
-    """
-
-    def __init__(self, config: NSAConfig) -> None:
-        super().__init__()
-        self.attn = NativeSparseAttention(config)
-        hidden = config.ffn_mult * config.dim
-        self.norm1 = nn.LayerNorm(config.dim, bias=config.bias)
-        self.norm2 = nn.LayerNorm(config.dim, bias=config.bias)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, hidden, bias=config.bias),
-            nn.GELU(),
-            nn.Linear(hidden, config.dim, bias=config.bias),
-            nn.Dropout(config.dropout),
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        *others: object,
-        cache: NSACache | None = None,
-        cu_seqlens: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        **unknown: object,
-    ) -> Tensor:
-        """(B, T, dim) → (B, T, dim); arguments and errors are those of `NativeSparseAttention.forward`.
-
-        A cache is one of this block alone, made with `block.attn.cfg`.
-
-        Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
-        """
-        _check_call(self, others, unknown)
-        with _appending(cache):
-            return _without_padding(self._residuals, x, cache, cu_seqlens, key_padding_mask)
-
-    def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
-        _check_tokens(x, self.attn.cfg.dim, self.norm1)  # PyTorch would complain in its own words
-        x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
-        return x + self.ffn(self.norm2(x))
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 11  Self-tests: what `python native_sparse_attention.py` runs, wherever this file was copied to
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class _Skip(Exception):
-    """A self-test that cannot run here, and why."""
-
-
-class _Failure(AssertionError):
-    """A self-test that failed, and how."""
-
-
-def _require(holds: bool, failure: str) -> None:
-    """An assert that `python -O` does not remove."""
-    if not holds:
-        raise _Failure(failure)
-
-
-def _reference(attention: NativeSparseAttention, x: Tensor) -> Tensor:
-    """NSA by dense masks in float64: each branch a softmax over the whole row. For small sizes."""
-    cfg, s = attention.cfg, torch.arange(x.shape[1])
-    chosen = attention.attention_patterns(x).block_indices
-    p = attention._project(x, s)
-    k_cmp, v_cmp = attention._compress(p)
-    t, i, group = s[:, None], torch.arange(k_cmp.shape[1]), cfg.heads // cfg.kv_heads
-    in_chosen = (chosen.transpose(1, 2)[..., None] == s // cfg.select_block_size).any(3)  # (B, K, T, T)
-    masks = {
-        "local": (s <= t) & (s > t - cfg.local_window),
-        "compressed": i * cfg.stride + cfg.block_size - 1 <= t,
-        "selective": in_chosen.repeat_interleave(group, 1) & (s <= t),
-    }
-    pairs = {"local": (p.k_local, p.v_local), "compressed": (k_cmp, v_cmp), "selective": (p.k, p.v)}
-    o = torch.zeros_like(p.q, dtype=torch.float64)
-    for branch, (name, (k, v)) in enumerate(pairs.items()):
-        k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
-        scores = torch.einsum("bthd,bshd->bhts", p.q.double(), k) / math.sqrt(p.q.shape[3])
-        weights = scores.masked_fill(~masks[name], -math.inf).softmax(-1).nan_to_num(0.0)
-        o = o + p.gates[..., branch, None] * torch.einsum("bhts,bshd->bthd", weights, v)
-    return attention.to_out(o.flatten(2))
-
-
-def _selftest_configs() -> dict[str, NSAConfig]:
-    base = {"dim": 64, "heads": 4, "seq_len": 256, "local_window": 24, "block_size": 16, "topk_blocks": 3}
-    paper = {"kv_heads": 2, "gate_mode": "q_cond", "separate_kv": True, "init_blocks": 1}
-    overlap = {"stride": 8, "select_block_size": 32}
-    return {
-        "grouped_mlp": NSAConfig(**base),
-        "conv1d, overlapping": NSAConfig(**base, **overlap, compression="conv1d"),
-        "avgpool, one key head": NSAConfig(**base, kv_heads=1, compression="avgpool"),
-        "rotary positions": NSAConfig(**base, rope_theta=10000.0, dropout=0.1, bias=True),
-        "as in the paper": NSAConfig(**base, **overlap, **paper),
-    }
-
-
-def _selftest_smoke() -> str:
-    configs = _selftest_configs()
-    for cfg in configs.values():
-        block, lengths = NSABlock(cfg), (1, 15, 16, 100, 256)
-        for tokens in lengths:
-            x = torch.randn(2, tokens, cfg.dim, requires_grad=True)
-            y = block(x)
-            y.square().mean().backward()
-            _require(y.shape == x.shape, f"{cfg}: {tuple(x.shape)} became {tuple(y.shape)}")
-            _require(bool(y.isfinite().all() and x.grad.isfinite().all()), f"{cfg}: not finite at T = {tokens}")
-    return f"{len(configs)} configurations, forward and backward, T = 1 to 256"
-
-
-def _selftest_causality() -> str:
-    for name, cfg in _selftest_configs().items():
-        attention, x = NativeSparseAttention(cfg).eval(), torch.randn(1, 120, cfg.dim)
-        for at in (1, 47, 96):
-            changed = torch.cat([x[:, :at], torch.randn(1, 120 - at, cfg.dim)], dim=1)
-            error = (attention(x) - attention(changed))[:, :at].abs().max().item()
-            _require(error < 1e-5, f"{name}: a change from token {at} on moves earlier outputs by {error:.1e}")
-            x.requires_grad_()
-            (gradient,) = torch.autograd.grad(attention(x)[:, :at].sum(), x)
-            _require(not gradient[:, at:].any(), f"{name}: the output before token {at} has a gradient in the future")
-            x = x.detach()
-    return "the future changes no output and takes no gradient"
-
-
-def _selftest_dense() -> str:
-    q, k, v = (torch.randn(2, 150, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
-    every_block = torch.arange(10, dtype=torch.int32).expand(2, 150, 2, 10)
-    o = selective_attention(q, k, v, every_block, 16)
-    by_head = (x.transpose(1, 2) for x in (q, k, v))
-    dense = F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True).transpose(1, 2)
-    upstream = torch.randn_like(dense)
-    ours, theirs = ((x, *torch.autograd.grad(x, (q, k, v), upstream)) for x in (o, dense))
-    error = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-    _require(error < 1e-10, f"selecting every block differs from dense attention by {error:.1e}")
-    return f"selecting every block is dense attention, gradients too: error {error:.0e}"
-
-
-def _selftest_reference() -> str:
-    worst = 0.0
-    for name, cfg in _selftest_configs().items():
-        attention, x = NativeSparseAttention(cfg).double(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
-        y, exact = attention.eval()(x), _reference(attention, x)
-        names, weights = zip(*attention.named_parameters(), strict=True)
-        upstream = torch.randn_like(y)
-        options = {"retain_graph": True, "allow_unused": True}
-        ours, theirs = ((o, *torch.autograd.grad(o, weights, upstream, **options)) for o in (y, exact))
-        for label, a, b in zip(("output", *names), ours, theirs, strict=True):
-            _require((a is None) == (b is None), f"{name}: only one side has a gradient for {label}")
-            error = 0.0 if a is None else (a - b).abs().max().item()
-            _require(error < 1e-9, f"{name}: {label} differs from the reference by {error:.1e}")
-            worst = max(worst, error)
-    return f"PyTorch path is the exact reference, all gradients: error {worst:.0e}"
-
-
-@torch.no_grad()
-def _selftest_cache() -> str:
-    """Prompts of 70 and 53 tokens, then pieces of all lengths, for both rows or for one of them."""
-    worst = 0.0
-    for name, cfg in _selftest_configs().items():
-        block, x = NSABlock(cfg).double().eval(), torch.randn(2, 160, cfg.dim, dtype=torch.float64)
-        y, cache, rows = block(x), NSACache(cfg, batch=2, max_len=160, dtype=torch.float64), torch.arange(2)[:, None]
-        for lengths in ((70, 53), (1, 1), (1, 1), (17, 34), (0, 1), (40, 7), (1, 0), (30, 63)):
-            more = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-            at = (torch.tensor(cache.lengths)[:, None] + torch.arange(max(lengths))).clamp(max=159)
-            new, whole = block(x[rows, at], cache=cache, key_padding_mask=more), y[rows, at]
-            error = (new - whole)[more].abs().max().item()
-            _require(error < 1e-10, f"{name}: with a cache of {cache.lengths} tokens the output is off by {error:.1e}")
-            worst = max(worst, error)
-    return f"a cache gives what one forward does, at every split: error {worst:.0e}"
-
-
-def _selftest_learning() -> str:
-    """Recall of a token seen once, far outside the window: only the compressed and the selective branch can do it."""
-    cfg = NSAConfig(dim=32, heads=2, seq_len=64, local_window=4, block_size=4, topk_blocks=4, gate_init=(0.0, 0.0, 0.0))
-    embedding, block, head = nn.Embedding(16, 32), NSABlock(cfg), nn.Linear(32, 8)
-    optimizer = torch.optim.AdamW([*embedding.parameters(), *block.parameters(), *head.parameters()], lr=5e-3)
-    schedule, losses = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200), []
-    for _ in range(schedule.total_iters):
-        tokens = torch.randint(8, 15, (32, 32))
-        answer = torch.randint(0, 8, (32,))
-        tokens[torch.arange(32), torch.randint(0, 20, (32,))] = answer
-        losses.append(F.cross_entropy(head(block(embedding(tokens))[:, -1]), answer))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-        schedule.step()
-    chance, loss = math.log(8), torch.stack(losses[-20:]).mean().item()
-    _require(loss < chance / 10, f"loss {loss:.2f} after {len(losses)} steps, {chance:.2f} is chance")
-    return f"recalls a token beyond the window: loss {loss:.2f} after {len(losses)} steps, chance {chance:.2f}"
-
-
-def _selftest_flash() -> str:
-    q, k, v = (torch.randn(2, 300, 4, 64) for _ in range(3))
-    if not torch.cuda.is_available():
-        raise _Skip("no CUDA device")
-    q, k, v = (x.cuda().bfloat16() for x in (q, k, v))
-    if _flash_attention(q) is None:
-        raise _Skip("flash-attn is not installed")
-    exact = local_attention(q.double(), k.double(), v.double(), 64, backend="torch")
-    ours, flash = (local_attention(q, k, v, 64, backend=backend) for backend in ("torch", "auto"))
-    limit, error = 2 * (ours - exact).abs().max().item(), (flash - exact).abs().max().item()
-    _require(error <= max(limit, 1e-2), f"flash-attn differs by {error:.1e}, PyTorch by {limit / 2:.1e}")
-    return f"local branch by flash-attn: error {error:.0e}"
-
-
-def _selftest_triton() -> str:
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    probe = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
-    obstacle = _triton_obstacle(probe, probe, 1.0)
-    if obstacle is not None:
-        raise _Skip(obstacle)
-    tokens = 1000 if device == "cuda" else 70
-    for heads, kv_heads in ((4, 4), (4, 1)):
-        shapes = [(tokens, heads), (tokens, kv_heads), (tokens, kv_heads), *[(tokens // 16 - 1, kv_heads)] * 2]
-        leaves = [torch.randn(1, *shape, 64, device=device, dtype=dtype) for shape in shapes]  # q, k, v, k_cmp, v_cmp
-        chosen = torch.arange(3, device=device, dtype=torch.int32).expand(1, tokens, kv_heads, 3)
-        upstream = torch.randn_like(leaves[0])
-        results = []
-        for precision, backend in ((torch.float64, "torch"), (dtype, "torch"), (dtype, "triton")):
-            q, k, v, k_cmp, v_cmp = x = [leaf.to(precision).requires_grad_() for leaf in leaves]
-            o = local_attention(q, k, v, 64, backend=backend)
-            o = o + selective_attention(q, k, v, chosen, 32, backend=backend)
-            o = o + compressed_attention(q, k_cmp, v_cmp, 32, 16, backend=backend)[0]
-            results.append((o, *torch.autograd.grad(o, x, upstream.to(precision))))
-        for label, exact, plain, kernel in zip(("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp"), *results, strict=True):
-            limit, error = (((y - exact).norm() / exact.norm()).item() for y in (plain, kernel))
-            worst = f"G = {heads // kv_heads}: {label} is off by {error:.1e}, PyTorch by {limit:.1e}"
-            _require(error <= 2 * limit + 1e-6, worst)
-    return "each branch within twice PyTorch's error, all gradients"
-
-
-_SELFTESTS = {
-    "smoke": _selftest_smoke,
-    "causality": _selftest_causality,
-    "dense": _selftest_dense,
-    "reference": _selftest_reference,
-    "cache": _selftest_cache,
-    "learning": _selftest_learning,
-    "flash-attn": _selftest_flash,
-    "triton": _selftest_triton,
-}
-
-
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 12  Main
-# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-def _main() -> int:
-    """Runs the self-tests and prints a table of them. Exit code 1 if one fails."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
-    print(f"native_sparse_attention {__version__} · torch {torch.__version__} · {device}\n")
-    print(f"{'test':<12}{'result':<8}{'seconds':>8}   what")
-    results = {"pass": 0, "FAIL": 0, "skip": 0}
-    for name, test in _SELFTESTS.items():
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        try:
-            result, what = "pass", test()
-        except _Skip as reason:
-            result, what = "skip", str(reason)
-        except _Failure as failure:
-            result, what = "FAIL", str(failure)
-        except Exception as error:
-            result, what = "FAIL", f"{type(error).__name__}: {error}"
-        results[result] += 1
-        print(f"{name:<12}{result:<8}{time.perf_counter() - start:>8.1f}   {what}", flush=True)
-    print(f"\n{results['pass']} passed, {results['FAIL']} failed, {results['skip']} skipped")
-    return 1 if results["FAIL"] else 0
+_BACKENDS["triton"] = _Backend(
+    _Branch(_triton_local_forward, _triton_local_backward),
+    _Branch(_triton_compressed_forward, _triton_compressed_backward),
+    _Branch(_triton_selective_forward, _triton_selective_backward),
+    _triton_select,
+    _taken_over,
+    _triton_gated_selective,
+    _kept_pairs,
+    _triton_row_terms,
+    _triton_gated_row_terms,
+    _triton_decode,
+)
+
+
+# End of Part II
 
 
 if __name__ == "__main__":
