@@ -26,27 +26,33 @@ Letters, here and everywhere below. Tensors are (B, T, H, D), flash-attention's 
 
 Where the paper's equations live.
 
-    eq. 5      gated sum of the branches             nsa_attention
+    eq. 5      gated sum of the branches             nsa_attention; kernels: _store_selected
     eq. 7      compression of a block of tokens      GroupedMLPCompressor, Conv1dCompressor, AvgPoolCompressor
     eq. 8      compressed attention probabilities    compressed_attention
-    eq. 9, 10  importance of a selection block       _block_importance; in kernels _fold_importance
-    eq. 11     choice of the S highest blocks        _choose_blocks; in kernels _store_highest; both: select_blocks
+    eq. 9, 10  importance of a selection block       _block_importance; kernels: _fold_importance
+    eq. 11     choice of the S highest blocks        select_blocks: _choose_blocks; kernels: _store_highest
     eq. 12     attention over the chosen tokens      selective_attention
     §3.3.3     sliding window                        local_attention
+    all        by dense masks, in 30 lines           _dense_attention
 
-Sections; each one calls only those above it.
+Contents, callers above callees.
 
-     1 imports and capability      5 Triton kernels                  9 NativeSparseAttention, NSACache
-     2 configuration               6 autograd and operators         10 NSABlock
-     3 block arithmetic            7 functions: the functional API  11 self-tests
-     4 PyTorch branches            8 compressors                    12 main
+    Part I   1 imports, NSAConfig                          Part II  9 launching, shared steps
+             2 the definition                              Triton  10 local and compressed attention
+             3 the model: NSABlock, attention, compressors         11 choice of blocks
+             4 functions                                           12 selected attention
+             5 batches: packed, padded, NSACache                   13 decoding
+             6 operators and autograd                              14 registration
+             7 block rules, PyTorch backend
+             8 self-tests
+
+Part I is complete by itself: without Part II the library is pure PyTorch.
 """
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 1  Imports and configuration
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-
 
 from __future__ import annotations
 
@@ -171,9 +177,7 @@ class NSAConfig:
         self.stride = self.block_size if self.stride is None else self.stride
         self.select_block_size = self.block_size if self.select_block_size is None else self.select_block_size
         self._derived = {name: getattr(self, name) for name in missing}
-        _check(
-            self.heads % self.kv_heads == 0, "heads", self.heads, f"must be divisible by kv_heads = {self.kv_heads}"
-        )
+        _check(self.heads % self.kv_heads == 0, "heads", self.heads, f"must be divisible by kv_heads = {self.kv_heads}")
         _check_blocks(**self.selection)
         self._check_choices()
 
@@ -262,35 +266,12 @@ def _once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 2  The definition: what every backend computes, by dense masks
+# 2  The definition: Native Sparse Attention by dense masks. All else in this file computes the same, faster.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def _reference(attention: NativeSparseAttention, x: Tensor) -> Tensor:
-    """NSA by dense masks in float64: each branch a softmax over the whole row. For small sizes."""
-    cfg, s = attention.cfg, torch.arange(x.shape[1])
-    chosen = attention.attention_patterns(x).block_indices
-    p = attention._project(x, s)
-    k_cmp, v_cmp = attention._compress(p)
-    t, i, group = s[:, None], torch.arange(k_cmp.shape[1]), cfg.heads // cfg.kv_heads
-    in_chosen = (chosen.transpose(1, 2)[..., None] == s // cfg.select_block_size).any(3)  # (B, K, T, T)
-    masks = {
-        "local": (s <= t) & (s > t - cfg.local_window),
-        "compressed": i * cfg.stride + cfg.block_size - 1 <= t,
-        "selective": in_chosen.repeat_interleave(group, 1) & (s <= t),
-    }
-    pairs = {"local": (p.k_local, p.v_local), "compressed": (k_cmp, v_cmp), "selective": (p.k, p.v)}
-    o = torch.zeros_like(p.q, dtype=torch.float64)
-    for branch, (name, (k, v)) in enumerate(pairs.items()):
-        k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
-        scores = torch.einsum("bthd,bshd->bhts", p.q.double(), k) / math.sqrt(p.q.shape[3])
-        weights = scores.masked_fill(~masks[name], -math.inf).softmax(-1).nan_to_num(0.0)
-        o = o + p.gates[..., branch, None] * torch.einsum("bhts,bshd->bthd", weights, v)
-    return attention.to_out(o.flatten(2))
-
-
 class AttentionPatterns(NamedTuple):
-    """What each branch looked at: probabilities whose rows sum to 1, or to 0 where a query sees nothing."""
+    """Dense probabilities of each branch, whose rows sum to 1, or to 0 where a query sees nothing."""
 
     local: Tensor  # (B, H, T, T)
     compressed: Tensor  # (B, H, T, C)
@@ -299,38 +280,57 @@ class AttentionPatterns(NamedTuple):
     block_indices: Tensor  # (B, T, K, S)
 
 
-def _dense_probabilities(q: Tensor, k: Tensor, sees: Tensor) -> Tensor:
-    """softmax of q·kᵀ/sqrt(D) over the keys that are seen; rows of zeros where there are none.  → (B, H, T, keys)"""
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    wide = _accumulation_dtype(q)
-    s = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * q.shape[3] ** -0.5
-    return s.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0).masked_fill(~sees, 0.0)
+def _dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    k_local: Tensor,
+    v_local: Tensor,
+    *,
+    local_window: int,
+    block_size: int,
+    stride: int,
+    select_block_size: int,
+    topk_blocks: int,
+    init_blocks: int,
+    local_blocks: int,
+    block_indices: Tensor | None = None,
+) -> tuple[Tensor, AttentionPatterns]:
+    """o (B, T, H, D) and all probabilities of `nsa_attention`, with T × T numbers in memory.
 
-
-def _check_tokens(x: Tensor, dim: int, first: nn.Module) -> None:
-    """Checks that x can go through a module of that width, whose first layer is given.
-
-    Quantised layers and adapters may have no weight, or none of a floating point type; they know what they take.
+    Given block_indices take the place of the choice.
     """
-    _check_tensor("x", x, 3, "(B, T, dim)")
-    _check(x.shape[2] == dim, "x.shape", tuple(x.shape), f"must have dim = {dim} in dimension 2")
-    _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
-    weight = getattr(first, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-        _check(cast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
-        _check_device("x", x, "the weights'", weight.device)
+    (_, tokens, _, dim), kv_heads, blocks = q.shape, k.shape[2], _selection_count(q.shape[1], select_block_size)
+    t, s = torch.arange(tokens, device=q.device)[:, None], torch.arange(tokens, device=q.device)
+    i, j = torch.arange(k_cmp.shape[1], device=q.device), torch.arange(blocks, device=q.device)
+    per_head = lambda x: x.repeat_interleave(q.shape[2] // kv_heads, dim=2)  # noqa: E731
 
+    def probabilities(k: Tensor, sees: Tensor) -> Tensor:  # (B, keys, K, D), (..., T, keys) → (B, H, T, keys)
+        scores = torch.einsum("bthd,bshd->bhts", q, per_head(k)) / math.sqrt(dim)
+        return scores.masked_fill(~sees, -math.inf).softmax(-1).masked_fill(~sees, 0.0)
 
-def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
-    """Complains about arguments that other attention modules take."""
-    name, rule = type(module).__name__, "takes x and, by name, cache, cu_seqlens or key_padding_mask."
-    if arguments:
-        given = f"{1 + len(arguments)} positional arguments"
-        raise TypeError(f"{name} {rule} It projects x to queries, keys and values itself; it was given {given}")
-    for argument in named:
-        masks = "It is causal by itself; give padding as key_padding_mask, True for a token"
-        raise TypeError(f"{name} {rule} {masks}; it was given {argument}")
+    local = probabilities(k_local, (s <= t) & (s > t - local_window))  # §3.3.3
+    compressed = probabilities(k_cmp, i * stride + block_size - 1 <= t)  # eq. 8
+    if block_indices is None:
+        first, last = torch.maximum(i * stride, (j * select_block_size)[:, None]), (j + 1) * select_block_size
+        overlap = (torch.minimum(i * stride + block_size, last[:, None]) - first).clamp(min=0) / stride  # (N, C)
+        importance = torch.einsum("bhti,ji->bhtj", compressed, overlap.to(q.dtype))
+        importance = importance.unflatten(1, (kv_heads, -1)).sum(2)  # eq. 9 and 10: (B, K, T, N), one for a group
+        own = t // select_block_size
+        importance = importance.masked_fill((j < init_blocks) | (j > own - local_blocks), math.inf)
+        ranked = importance.masked_fill(j > own, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        chosen = ranked[..., :topk_blocks].sort(dim=-1).values  # eq. 11, with the forced blocks of §3.3.2
+        chosen = F.pad(chosen.masked_fill(chosen > own, -1), (0, topk_blocks - chosen.shape[-1]), value=-1)
+        block_indices = chosen.transpose(1, 2).int()
+    in_chosen = (block_indices.transpose(1, 2)[..., None] == s // select_block_size).any(3)  # (B, K, T, T)
+    selective = probabilities(k, in_chosen.repeat_interleave(q.shape[2] // kv_heads, dim=1) & (s <= t))  # eq. 12
+    o = torch.zeros_like(q)  # eq. 5
+    for c, (p, values) in enumerate(((local, v_local), (compressed, v_cmp), (selective, v))):
+        o = o + gates[..., c, None] * torch.einsum("bhts,bshd->bthd", p, per_head(values))
+    return o, AttentionPatterns(local, compressed, selective, gates, block_indices)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -376,12 +376,12 @@ class NSABlock(nn.Module):
         """
         _check_call(self, others, unknown)
         with _appending(cache):
-            return _without_padding(self._residuals, x, cache, cu_seqlens, key_padding_mask)
-
-    def _residuals(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
-        _check_tokens(x, self.attn.cfg.dim, self.norm1)  # PyTorch would complain in its own words
-        x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=cu_seqlens)
-        return x + self.ffn(self.norm2(x))
+            batch = _read_batch(self.attn.cfg, self.norm1, x, cache, cu_seqlens, key_padding_mask)
+            # Our own attention need not check again; another module in its place takes tensors.
+            checked = batch if isinstance(self.attn, NativeSparseAttention) else batch.cu_seqlens
+            x = batch.pack(x)
+            x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=checked)
+            return batch.unpack(x + self.ffn(self.norm2(x)))
 
 
 class NativeSparseAttention(nn.Module):
@@ -448,20 +448,23 @@ class NativeSparseAttention(nn.Module):
             ValueError, TypeError: an argument breaks one of these rules, or the cache is full or of another module,
                 configuration, batch, dtype or device.
         """
+        if isinstance(cu_seqlens, _Batch):  # an NSABlock has checked all
+            return self._attend(x, cache, cu_seqlens)
         _check_call(self, others, unknown)
         with _appending(cache):
-            return _without_padding(self._attend, x, cache, cu_seqlens, key_padding_mask)
+            batch = _read_batch(self.cfg, self.to_q, x, cache, cu_seqlens, key_padding_mask)
+            return batch.unpack(self._attend(batch.pack(x), cache, batch))
 
-    def _attend(self, x: Tensor, cache: NSACache | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, cache: NSACache | None, batch: _Batch) -> Tensor:
         """One flow for whole rows, for packed sequences, and for either going on from a cache."""
-        cfg, packed = self.cfg, cu_seqlens is not None
-        first, stop = self._check_input(x, cache, cu_seqlens)
-        past = any(first)  # there are keys that x does not hold
+        cfg, packed = self.cfg, batch.cu_seqlens is not None
+        past = any(batch.starts)  # there are keys that x does not hold
         positions = torch.arange(x.shape[1], device=x.device)
         if packed or cache is not None:
-            tokens = _places(first, stop, x.device)
+            tokens = _places(batch.starts, batch.stops, x.device)
             positions = tokens.number.view(x.shape[:2])
-            counts = ([_compressed_count(n, cfg.block_size, cfg.stride) for n in edge] for edge in (first, stop))
+            ends = (batch.starts, batch.stops)
+            counts = ([_compressed_count(n, cfg.block_size, cfg.stride) for n in end] for end in ends)
             blocks = _places(*counts, x.device)  # those that x completes
         p = self._project(x, positions)
         if cache is not None:
@@ -470,24 +473,21 @@ class NativeSparseAttention(nn.Module):
         if past:
             k_cmp, v_cmp = self._compress(cache, blocks.number, blocks.row * cache.max_len)
         elif packed:
-            k_cmp, v_cmp = self._compress(p, blocks.number, cu_seqlens[blocks.row])
+            k_cmp, v_cmp = self._compress(p, blocks.number, batch.cu_seqlens[blocks.row])
         else:
             k_cmp, v_cmp = self._compress(p)
         if cache is not None:
             cache._write(blocks, {"k_cmp": k_cmp, "v_cmp": v_cmp})
-        # No more slots than there can be blocks to fill them.
-        most = max(_selection_count(cfg.seq_len, cfg.select_block_size), cfg.init_blocks + cfg.local_blocks)
-        sizes = {"local_window": cfg.local_window, **cfg.selection, "topk_blocks": min(cfg.topk_blocks, most)}
-        sizes["backend"] = self._backend
         if past:
-            lengths = [end - begin for begin, end in zip(first, stop, strict=True)] if packed else None
-            o = self._attend_past(p, cache, positions, lengths, **sizes)
+            o = self._attend_past(p, cache, positions, batch)
         else:
-            tensors, local = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates), {"k_local": p.k_local, "v_local": p.v_local}
-            o = nsa_attention(*tensors, **local, **sizes, cu_seqlens=cu_seqlens)
+            own_keys = (p.k_local, p.v_local) if cfg.separate_kv else (None, None)
+            tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
+            packing = {"cu_seqlens": batch.cu_seqlens, "lengths": batch.lengths if packed else ()}
+            o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, **packing)
         y = self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
         if cache is not None:
-            cache._extend(stop, self)
+            cache._extend(batch.stops, self)
         return y
 
     @torch.no_grad()
@@ -498,27 +498,25 @@ class NativeSparseAttention(nn.Module):
         >>> attention.attention_patterns(torch.randn(1, 70, 64)).compressed.shape
         torch.Size([1, 2, 70, 2])
         """
-        self._check_input(x)
-        cfg, key = self.cfg, torch.arange(x.shape[1], device=x.device)
-        p = self._project(x, key)
+        _read_batch(self.cfg, self.to_q, x)
+        p = self._project(x, torch.arange(x.shape[1], device=x.device))
         k_cmp, v_cmp = self._compress(p)
-        options = {"block_size": cfg.block_size, "stride": cfg.stride, "backend": self._backend}
+        options = {"block_size": self.cfg.block_size, "stride": self.cfg.stride, "backend": self._settings["backend"]}
         lse = compressed_attention(p.q, k_cmp, v_cmp, **options)[1]
-        chosen = select_blocks(p.q, k_cmp, lse, **cfg.selection, backend=self._backend)
-        query, block = key[:, None], torch.arange(k_cmp.shape[1], device=x.device)
-        of_chosen = (key // cfg.select_block_size == chosen.transpose(1, 2)[..., None]).any(3)  # (B, K, T, T)
-        of_chosen = of_chosen.repeat_interleave(cfg.heads // cfg.kv_heads, dim=1)
-        return AttentionPatterns(
-            local=_dense_probabilities(p.q, p.k_local, _Window(cfg.local_window).sees(query, key)),
-            compressed=_dense_probabilities(p.q, k_cmp, _Staircase(cfg.block_size, cfg.stride).sees(query, block)),
-            selective=_dense_probabilities(p.q, p.k, of_chosen & (key <= query)),
-            gates=p.gates.to(_accumulation_dtype(p.gates)),
-            block_indices=chosen,
-        )
+        chosen = select_blocks(p.q, k_cmp, lse, **self.cfg.selection, backend=self._settings["backend"])
+        tensors = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates, p.k_local, p.v_local)
+        wide = (y.to(_accumulation_dtype(y)) for y in tensors)
+        window = self.cfg.local_window
+        return _dense_attention(*wide, local_window=window, **self.cfg.selection, block_indices=chosen)[1]
 
     @property
-    def _backend(self) -> str:
-        return "auto" if self.cfg.use_flash else "torch"
+    def _settings(self) -> dict[str, Any]:
+        """Window, choice and backend of a forward. There are no more slots than blocks to fill them."""
+        cfg = self.cfg
+        most = max(_selection_count(cfg.seq_len, cfg.select_block_size), cfg.init_blocks + cfg.local_blocks)
+        choice = _Choice(**cfg.selection | {"topk_blocks": min(cfg.topk_blocks, most)})
+        backend = "auto" if cfg.use_flash else "torch"
+        return {"local_window": cfg.local_window, "choice": choice, "backend": backend}
 
     def _project(self, x: Tensor, positions: Tensor) -> _Projections:
         cfg = self.cfg
@@ -568,18 +566,16 @@ class NativeSparseAttention(nn.Module):
             k_cmp = _rotate(k_cmp, rotation)
         return k_cmp, v_cmp
 
-    def _attend_past(
-        self, p: _Projections, cache: NSACache, positions: Tensor, lengths: list[int] | None, **sizes: Any
-    ) -> Tensor:
-        """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of sequences of `lengths`."""
+    def _attend_past(self, p: _Projections, cache: NSACache, positions: Tensor, batch: _Batch) -> Tensor:
+        """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of packed sequences."""
         keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
-        if lengths is None:
-            return _cached_attention(p.q, *keys, p.gates, positions.int(), **sizes)
+        if batch.cu_seqlens is None:
+            return _cached_attention(p.q, keys, p.gates, positions.int(), **self._settings)
+        lengths = batch.lengths
         places, longest = _places([0] * len(lengths), lengths, positions.device), max(lengths)
         padding = _Padding(places.row * longest + places.number, (len(lengths), longest))
-        positions = padding.unpack(positions + 1) - 1
-        o = _cached_attention(padding.unpack(p.q), *keys, padding.unpack(p.gates), positions.int(), **sizes)
-        return padding.pack(o)
+        q, gates, positions = (padding.unpack(y) for y in (p.q, p.gates, positions + 1))
+        return padding.pack(_cached_attention(q, keys, gates, (positions - 1).int(), **self._settings))
 
     def _gates(self, x: Tensor) -> Tensor:
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
@@ -587,25 +583,6 @@ class NativeSparseAttention(nn.Module):
             return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
         gates = F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid()
         return torch.unflatten(gates, -1, (self.cfg.heads, 3))
-
-    def _check_input(
-        self, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Checks all. Of each row or sequence, returns the position of the first token, and the one behind the last."""
-        _check_tokens(x, self.cfg.dim, self.to_q)
-        cfg, (batch, tokens) = self.cfg, x.shape[:2]
-        if cu_seqlens is None:
-            _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
-            lengths = (tokens,) * batch
-        else:
-            _, lengths = _sequences(cu_seqlens, batch, tokens, x.device)
-            for i, n in enumerate(lengths):
-                rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
-                _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
-        if cache is None:
-            return (0,) * len(lengths), lengths
-        cache._check_room(cfg, lengths, x.device)
-        return cache.lengths, tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
 
 
 class _Projections(NamedTuple):
@@ -868,8 +845,9 @@ def nsa_attention(
     """
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    own = k_local is not None and not (k_local is k and v_local is v)
-    local = {"k_local": k_local, "v_local": v_local} if own else {}
+    if k_local is k and v_local is v:
+        k_local = v_local = None
+    local = {} if k_local is None else {"k_local": k_local, "v_local": v_local}
     scale = _check_query(q, scale)
     _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v, **local)
     cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
@@ -878,19 +856,12 @@ def nsa_attention(
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
-    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    _check_choice(*sizes)
-    on = _choose_backend(backend, q, k, scale, obstacle=_select_obstacle(block_size, select_block_size))
-    if backend == "auto" and not lengths and _flash_attention(q) is not None:  # its part has a backward of its own
-        o_local = local_attention(q, *((k_local, v_local) if own else (k, v)), local_window, scale=scale)
-        o_compressed, lse = compressed_attention(q, k_cmp, v_cmp, block_size, stride, scale=scale)
-        chosen = _select([q, k_cmp, lse.detach()], None, [], on, sizes, scale)
-        o_selective = selective_attention(q, k, v, chosen, select_block_size, scale=scale)
-        return _torch_gate(gates, o_local, o_compressed, o_selective)
-    settings, none = (lengths, on, local_window, sizes, scale), [None] * (2 - len(local))
-    gated = lambda gates: _AttentionFunction.apply(  # noqa: E731
-        settings, cu_seqlens, *_apart(q, k, v, k_cmp, v_cmp, gates, *local.values()), *none
-    )[0]
+    choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    _check_choice(choice)
+    settings = {"local_window": local_window, "choice": choice, "cu_seqlens": cu_seqlens, "lengths": lengths}
+    gated = lambda gates: _attention(  # noqa: E731
+        q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings, scale=scale, backend=backend
+    )
     if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
         return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
     return gated(gates)
@@ -928,8 +899,8 @@ def local_attention(
             is that of each sequence alone. Its values are read on the host, which waits for the GPU; a CUDA graph is
             captured for those of the call before, and replayed on no others.
         scale: factor on q·k; None is 1/sqrt(D).
-        backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs (flash-attn for this branch,
-            where it is installed), PyTorch elsewhere; "torch"; or "triton", which says so where it cannot run.
+        backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs; PyTorch elsewhere, with
+            flash-attn for this branch where it is installed. "torch"; or "triton", which says so where it cannot run.
 
     Returns:
         (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
@@ -943,10 +914,10 @@ def local_attention(
     _check_integer("window", window, 1)
     cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
-    flash = _flash_attention(q) if backend == "auto" and not lengths else None
+    flash = _flash_attention(q) if (backend, on, lengths) == ("auto", "torch", ()) else None
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _BranchFunction.apply((lengths, on, "local", [window], scale), cu_seqlens, *_apart(q, k, v), None)[0]
+    return _branch(q, k, v, None, _Span(window), (cu_seqlens, lengths, scale, on))[0]
 
 
 def compressed_attention(
@@ -992,8 +963,7 @@ def compressed_attention(
     cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
     _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
     on = _choose_backend(backend, q, k_cmp, scale)
-    settings = (lengths, on, "compressed", [block_size, stride], scale)
-    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k_cmp, v_cmp), None)
+    return _branch(q, k_cmp, v_cmp, None, _Span(0, block_size, stride), (cu_seqlens, lengths, scale, on))
 
 
 @torch.no_grad()
@@ -1043,10 +1013,10 @@ def select_blocks(
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check_device("lse", lse, "q's", q.device)
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
-    sizes = [block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks]
-    _check_choice(*sizes)
-    on = _choose_backend(backend, q, k_cmp, scale, obstacle=_select_obstacle(block_size, select_block_size))
-    return _select([q, k_cmp, lse], cu_seqlens, lengths, on, sizes, scale)
+    choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    _check_choice(choice)
+    on = _choose_backend(backend, q, k_cmp, scale, choice)
+    return _select(q, k_cmp, lse, cu_seqlens, lengths, on, *choice, scale)
 
 
 def selective_attention(
@@ -1091,54 +1061,84 @@ def selective_attention(
     _check_device("block_indices", block_indices, "q's", q.device)
     cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
-    settings = (lengths, on, "selective", [select_block_size], scale)
-    return _BranchFunction.apply(settings, cu_seqlens, *_apart(q, k, v), block_indices)[0]
+    blocks = _Span(0, select_block_size, select_block_size)
+    return _branch(q, k, v, block_indices, blocks, (cu_seqlens, lengths, scale, on))[0]
+
+
+# Behind the door: what modules call, with arguments that have been checked ────────────────────────────────────────────
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gates: Tensor,
+    k_local: Tensor | None,
+    v_local: Tensor | None,
+    *,
+    local_window: int,
+    choice: _Choice,
+    cu_seqlens: Tensor | None,
+    lengths: tuple[int, ...],
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve."""
+    on = _choose_backend(backend, q, k, scale, choice)
+    flash = _flash_attention(q) if (backend, on, lengths) == ("auto", "torch", ()) else None
+    if flash is not None:  # it has a backward of its own, so that the branches are joined by autograd
+        local = (k, v) if k_local is None else (k_local, v_local)
+        o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
+        o_compressed, lse = _branch(q, k_cmp, v_cmp, None, choice.span, (cu_seqlens, lengths, scale, on))
+        chosen = _select(q, k_cmp, lse.detach(), cu_seqlens, lengths, on, *choice, scale)
+        blocks = _Span(0, choice.select_block_size, choice.select_block_size)
+        o_selective, _ = _branch(q, k, v, chosen, blocks, (cu_seqlens, lengths, scale, on))
+        return _torch_gate(gates, o_local, o_compressed, o_selective)
+    tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
+    return _AttentionFunction.apply((lengths, on, local_window, *choice, scale), cu_seqlens, *tensors)[0]
+
+
+def _branch(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None, span: _Span, how: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """o and lse of one branch; `how` is cu_seqlens, lengths, scale and the backend that has been chosen."""
+    cu_seqlens, lengths, scale, on = how
+    return _BranchFunction.apply((lengths, on, *span, scale), cu_seqlens, *_apart(q, k, v), block_indices)
 
 
 @torch.no_grad()
 def _cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_local: Tensor,
-    v_local: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    positions: Tensor,
-    *,
-    local_window: int,
+    q: Tensor, keys: Sequence[Tensor], gates: Tensor, positions: Tensor, local_window: int, choice: _Choice,
     backend: str,
-    **choice: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`nsa_attention` of the next tokens of some rows over the keys of a cache: q, gates (B, M, ...) → (B, M, H, D).
 
-    The queries stand at `positions`, int32 (B, M), −1 where a row has fewer than M. The keys, (B, max_len, K, D) and
-    (B, C, K, D), hold theirs already; what a cache holds behind a query is not seen.
+    The queries stand at `positions`, int32 (B, M), −1 where a row has fewer than M. The keys, k, v, k_local, v_local
+    (B, max_len, K, D) and k_cmp, v_cmp (B, C, K, D), hold theirs already; what is behind a query is not seen.
     """
     q, gates = _autocast(q, gates)
-    scale = _check_query(q, None)
     if q.numel() == 0:
         return q
-    obstacle = _decode_obstacle(choice["block_size"], choice["stride"], choice["select_block_size"])
-    on = _choose_backend(backend, q, k, scale, obstacle=obstacle)
+    scale = q.shape[3] ** -0.5
+    on = _choose_backend(backend, q, keys[0], scale, choice, decoding=True)
     with torch.autocast(q.device.type, enabled=False):
-        tensors = (q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions)
-        return _BACKENDS[on].decode(*tensors, local_window=local_window, **choice, scale=scale)
+        return _BACKENDS[on].decode(q, *keys, gates, positions, local_window, choice, scale)
 
 
-def _choose_backend(backend: str, q: Tensor, k: Tensor, scale: float, obstacle: str | None = None) -> str:
-    """An explicit choice never falls back silently. "auto" takes the kernels where they have been tested: on Hopper.
-
-    `obstacle`: why the caller's function has no kernel for its other arguments, if so.
-    """
-    _check(backend in ("auto", *_BACKENDS), "backend", backend, "must be 'auto', 'torch' or 'triton'")
+def _choose_backend(
+    backend: str, q: Tensor, k: Tensor, scale: float, choice: _Choice | None = None, decoding: bool = False
+) -> str:
+    """Name of the backend. An explicit choice never falls back silently."""
+    _check(backend in ("auto", "torch", "triton"), "backend", backend, "must be 'auto', 'torch' or 'triton'")
     if backend == "torch":
         return "torch"
-    obstacle = obstacle or _triton_obstacle(q, k, scale)
+    kernels = _BACKENDS.get("triton")
+    obstacle = "this file has no kernels" if kernels is None else kernels.obstacle(q, k, scale, choice, decoding)
     usable = obstacle is None
     if backend == "auto":
-        usable = usable and q.is_cuda and _capability(q.device)[0] == 9
+        usable = usable and kernels.preferred(q.device)
     else:
         _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
     return "triton" if usable and q.numel() > 0 else "torch"
@@ -1251,15 +1251,37 @@ def _check_compressed(
     _check_keys(q, "(B, C, K, D)", rows, **keys_and_values)
 
 
-def _check_choice(
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
-) -> None:
+def _check_choice(choice: _Choice) -> None:
     """Checks the sizes of the choice; block_size and stride have been checked."""
-    for name, value in (("select_block_size", select_block_size), ("topk_blocks", topk_blocks)):
-        _check_integer(name, value, 1)
-    for name, value in (("init_blocks", init_blocks), ("local_blocks", local_blocks)):
-        _check_integer(name, value, 0)
-    _check_blocks(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    for name in ("select_block_size", "topk_blocks", "init_blocks", "local_blocks"):
+        _check_integer(name, getattr(choice, name), 0 if name.endswith("_blocks") and name != "topk_blocks" else 1)
+    _check_blocks(*choice)
+
+
+def _check_tokens(x: Tensor, dim: int, first: nn.Module) -> None:
+    """Checks that x can go through a module of that width, whose first layer is given.
+
+    Quantised layers and adapters may have no weight, or none of a floating point type; they know what they take.
+    """
+    _check_tensor("x", x, 3, "(B, T, dim)")
+    _check(x.shape[2] == dim, "x.shape", tuple(x.shape), f"must have dim = {dim} in dimension 2")
+    _check(x.is_floating_point(), "x.dtype", x.dtype, "must be a floating point type", TypeError)
+    weight = getattr(first, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        _check(cast or x.dtype == weight.dtype, "x.dtype", x.dtype, f"must be the weights', {weight.dtype}")
+        _check_device("x", x, "the weights'", weight.device)
+
+
+def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
+    """Complains about arguments that other attention modules take."""
+    name, rule = type(module).__name__, "takes x and, by name, cache, cu_seqlens or key_padding_mask."
+    if arguments:
+        given = f"{1 + len(arguments)} positional arguments"
+        raise TypeError(f"{name} {rule} It projects x to queries, keys and values itself; it was given {given}")
+    for argument in named:
+        masks = "It is causal by itself; give padding as key_padding_mask, True for a token"
+        raise TypeError(f"{name} {rule} {masks}; it was given {argument}")
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1267,34 +1289,116 @@ def _check_choice(
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-# What was last read of a tensor that is still alive and on a GPU.
-_READINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class _Segments:
+    """Packed sequences, one after another in a batch of 1, as kernels know them: by tables on the device."""
+
+    def __init__(self, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> None:
+        self.cu_seqlens, self.lengths = cu_seqlens.contiguous(), lengths
+        self._cu_keys: dict[_Span, Tensor] = {}
+
+    def of_keys(self, span: _Span) -> tuple[int, int, Tensor, Tensor]:
+        """(number of sequences, tokens of the longest, offsets (n + 1,) of their tokens, offsets of their keys)."""
+        if span not in self._cu_keys:
+            counts = ((self.cu_seqlens.diff() - span.block_size) // span.stride + 1).clamp(min=0)
+            self._cu_keys[span] = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return len(self.lengths), max(self.lengths), self.cu_seqlens, self._cu_keys[span]
+
+    @functools.cached_property
+    def of_tokens(self) -> tuple[Tensor, Tensor, int]:
+        """Sequence of each token, int32 (total,), the offsets of the sequences, and their number."""
+        token = torch.arange(sum(self.lengths), dtype=torch.int32, device=self.cu_seqlens.device)
+        segment = torch.searchsorted(self.cu_seqlens, token, right=True, out_int32=True) - 1
+        return segment, self.cu_seqlens, len(self.lengths)
 
 
-def _read(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    """`read(tensor)`, for which the host waits. In the capture of a CUDA graph, where it must not: what that last gave.
-
-    The graph is then replayed on the same numbers only. Elsewhere nothing is taken from memory: numpy, DLPack or
-    `.data` may have changed the tensor, and torch would not know.
-    """
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        _check(tensor in _READINGS, "values on the GPU", "not read", "run the same call before it is captured")
-        return _READINGS[tensor]
-    result = read(tensor)
-    if tensor.is_cuda:
-        _READINGS[tensor] = result
-    return result
+def _numbered(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Segment id and offset of each row, (total,), of segments of `counts` rows, one after another."""
+    end = counts.cumsum(0, dtype=counts.dtype)
+    row = torch.arange(total, dtype=counts.dtype, device=counts.device)
+    segment = torch.searchsorted(end, row, right=True)
+    return segment, row - (end - counts)[segment]
 
 
-def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
-    """The lengths of packed sequences, on the host."""
-    edges = cu_seqlens.tolist()
-    _check(edges[0] == 0, "cu_seqlens[0]", edges[0], "must be 0, where the first sequence begins")
-    lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
-    for i, length in enumerate(lengths):
-        rule = f"must be at least cu_seqlens[{i}] = {edges[i]}, where the sequence begins that ends here"
-        _check(length >= 0, f"cu_seqlens[{i + 1}]", edges[i + 1], rule)
-    return lengths
+class _Places(NamedTuple):
+    """Row of each token or block, (n,), and its number there."""
+
+    row: Tensor
+    number: Tensor
+
+
+def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -> _Places:
+    """Numbers from starts[i] up to, not including, stops[i] in each row i; row after row."""
+    counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    table = torch.tensor([list(starts), counts], dtype=torch.int64, device="cpu")
+    start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
+    row, number = _numbered(count, sum(counts))
+    return _Places(row, number + start[row])
+
+
+class _Padding(NamedTuple):
+    """Rows with places that hold no token, (B, T, ...), and the tokens alone, packed: (1, total, ...)."""
+
+    place: Tensor  # (total,) of each token, among the B·T
+    shape: tuple[int, int]  # B, T
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.place)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Rows that are 0 where there is no token."""
+        rows = x.new_zeros(math.prod(self.shape), *x.shape[2:])
+        return rows.index_copy_(0, self.place, x[0]).unflatten(0, self.shape)
+
+
+class _Batch(NamedTuple):
+    """Rows or packed sequences of one call, all arguments checked."""
+
+    starts: tuple[int, ...]  # tokens of each that a cache holds already
+    stops: tuple[int, ...]  # tokens of each after the call
+    cu_seqlens: Tensor | None = None  # int32, of packed sequences
+    padding: _Padding | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x if self.padding is None else self.padding.pack(x)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x if self.padding is None else self.padding.unpack(x)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+
+
+def _read_batch(
+    cfg: NSAConfig,
+    layer: nn.Module,
+    x: Tensor,
+    cache: NSACache | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> _Batch:
+    """Checks the arguments of a module's forward, whose first layer is given; once, whatever else they pass through."""
+    _check_tokens(x, cfg.dim, layer)
+    (batch, tokens), padding = x.shape[:2], None
+    if mask is not None:
+        _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
+        _check_shape("key_padding_mask", mask, "(B, T)", (batch, tokens))
+        _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
+        _check_device("key_padding_mask", mask, "x's", x.device)
+        padding, cu_seqlens, lengths = _read(mask, _read_padding)
+    elif cu_seqlens is not None:
+        cu_seqlens, lengths = _sequences(cu_seqlens, batch, tokens, x.device)
+    else:
+        _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
+        lengths = (tokens,) * batch
+    for i, n in enumerate(lengths if cu_seqlens is not None else ()):
+        rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
+        _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
+    if cache is None:
+        return _Batch((0,) * len(lengths), lengths, cu_seqlens, padding)
+    cache._check_room(cfg, lengths, x.device)
+    stops = tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
+    return _Batch(cache.lengths, stops, cu_seqlens, padding)
 
 
 def _sequences(
@@ -1314,60 +1418,42 @@ def _sequences(
     return cu_seqlens.int(), lengths
 
 
-class _Places(NamedTuple):
-    """Where tokens or blocks belong: the row of each, (n,), and its number there."""
-
-    row: Tensor
-    number: Tensor
+# Last readings of tensors that are still alive and on a GPU.
+_READINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -> _Places:
-    """In each row i the numbers from starts[i] up to, not including, stops[i]; row after row."""
-    counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
-    table = torch.tensor([list(starts), counts], dtype=torch.int64, device="cpu")
-    start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
-    row, number = _runs(count, sum(counts))
-    return _Places(row, number + start[row])
+def _read(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """`read(tensor)`, for which the host waits. In the capture of a CUDA graph, where it must not: the last reading.
+
+    The graph is then replayed on the same numbers only. Elsewhere nothing is taken from memory: numpy, DLPack or
+    `.data` may have changed the tensor, and torch would not know.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        _check(tensor in _READINGS, "values on the GPU", "not read", "run the same call before it is captured")
+        return _READINGS[tensor]
+    result = read(tensor)
+    if tensor.is_cuda:
+        _READINGS[tensor] = result
+    return result
 
 
-class _Padding(NamedTuple):
-    """Rows with places that hold no token, (B, T, ...), and the tokens alone, packed: (1, total, ...)."""
-
-    place: Tensor  # (total,) of each token, among the B·T
-    shape: tuple[int, int]  # B, T
-
-    def pack(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.place)[None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """0 where there is no token."""
-        rows = x.new_zeros(math.prod(self.shape), *x.shape[2:])
-        return rows.index_copy_(0, self.place, x[0]).unflatten(0, self.shape)
+def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """Lengths of packed sequences, on the host."""
+    offsets = cu_seqlens.tolist()
+    _check(offsets[0] == 0, "cu_seqlens[0]", offsets[0], "must be 0, where the first sequence begins")
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(offsets))
+    for i, length in enumerate(lengths):
+        rule = f"must be at least cu_seqlens[{i}] = {offsets[i]}, where the sequence begins that ends here"
+        _check(length >= 0, f"cu_seqlens[{i + 1}]", offsets[i + 1], rule)
+    return lengths
 
 
-def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor]:
-    """The padding of rows, and the cu_seqlens of their tokens."""
-    lengths = F.pad(mask.sum(1), (1, 0))
-    return _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape)), lengths.cumsum(0, dtype=torch.int32)
-
-
-def _without_padding(
-    function: Callable[[Tensor, NSACache | None, Tensor | None], Tensor],
-    x: Tensor,
-    cache: NSACache | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """`function` of x, cache, cu_seqlens; of the tokens alone, packed, where a key_padding_mask says which they are."""
-    if mask is None:
-        return function(x, cache, cu_seqlens)
-    _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
-    _check_tensor("x", x, 3, "(B, T, dim)")
-    _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
-    _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
-    _check_device("key_padding_mask", mask, "x's", x.device)
-    padding, cu_seqlens = _read(mask, _read_padding)
-    return padding.unpack(function(padding.pack(x), cache, cu_seqlens))
+def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor, tuple[int, ...]]:
+    """Padding of rows, and cu_seqlens and lengths of their tokens."""
+    lengths = mask.sum(1)
+    cu_seqlens = F.pad(lengths, (1, 0)).cumsum(0, dtype=torch.int32)
+    padding = _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape))
+    return padding, cu_seqlens, tuple(lengths.tolist())
 
 
 class NSACache:
@@ -1573,225 +1659,321 @@ def _appending(cache: NSACache | None) -> contextlib.AbstractContextManager[None
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 6  Operators and autograd: one function for a branch, one for the whole, on every backend
+# 6  Operators and autograd: one function for the whole, one for a branch, on every backend
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-class _Branch(NamedTuple):
-    """A branch on a backend. The sizes are its integers: the window, l and d, or l'. `_on` adds packed sequences.
+class _RowTerms(NamedTuple):
+    """lse and delta of each query row, in a layout of the backend's own (PyTorch: (B, T, H)).
 
-    forward(q, k, v[, block_indices], *sizes, scale) → o, lse
-    backward(do, terms, q, k, v[, block_indices], *sizes, scale, dq) → dq, dk, dv; added to the dq that is given, if any
-
-    The selective branch adds to dk and dv as well where they are given, and takes the pairs that its forward kept. The
-    local branch's forward returns o and lse over recent blocks as well, if it does any for the selective branch, whose
-    terms its backward then takes, too.
+    With p = exp(s − lse) the gradient of a branch's scores is ds = p·(do·v − do·o + dlse). Under a gate g, do is g
+    times the gradient of the sum, so that ds = g·p·(do·v − do·o): the gate goes into the exponent, and into nothing
+    else. So a row brings two numbers: lse − log g, +∞ where nothing flows; and delta = do·o − dlse.
     """
 
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    lse: Tensor
+    delta: Tensor
 
 
 class _Backend(NamedTuple):
-    """All that a backend must bring."""
+    """All that a backend must bring. `segments` are packed sequences; PyTorch is given one sequence at a time instead.
 
-    local: _Branch
-    compressed: _Branch
-    selective: _Branch
+    span_forward(q, k, v, span, scale, segments) → o, lse
+    span_backward(do, terms, q, k, v, span, scale, dq, segments) → dq, dk, dv; added to the dq that is given
+    select(q, k_cmp, lse, choice, scale, segments) → block_indices
+    selected_forward(q, k, v, block_indices, l', scale, gated, segments) → o, lse, and the gated sum of all branches
+        where `gated` is (gates, o_local, o_compressed)
+    selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments) → dq, dk, dv; likewise
+    preprocess(do, outputs, lses, kv_heads, gates, dlse) → the terms of each branch, dgates
+    decode(q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions, window, choice, scale) → o
+    obstacle(q, k, scale, choice, decoding) → why it cannot run, or None
+    preferred(device) → whether "auto" takes it
+    """
+
+    span_forward: Callable[..., tuple[Tensor, Tensor]]
+    span_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     select: Callable[..., Tensor]
-    taken_over: Callable[..., _Recent]  # what the local branch does for the selective one
-    gated_selective: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
-    kept_pairs: Callable[..., list[tuple[int, ...]]]  # shapes of what the former returns last, for the backward
-    row_terms: Callable[..., _RowTerms]
-    gated_row_terms: Callable[..., tuple[Tensor, list[_RowTerms]]]
+    selected_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    selected_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    preprocess: Callable[..., tuple[list[_RowTerms], Tensor | None]]
     decode: Callable[..., Tensor]
+    obstacle: Callable[..., str | None]
+    preferred: Callable[[torch.device], bool]
 
 
-# Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the second function of a
-# pair tells it the shapes. Precision is the branches' own business, under autocast too: they accumulate in float32.
+_BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton" by section 14
 
-
-# The namespace of the operators. A module may have a name that is no identifier; its bytes then keep such names apart.
+# The namespace of the operators: the module's own name, so that two copies of this file in one process keep to
+# themselves. A module may have a name that is no identifier; its bytes then keep such names apart.
 _LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa_{__name__.encode().hex()}"
 
-
-def _registered(function: Callable[..., Any]) -> Any:
-    """`function` as an operator <name of this module>::<its name>; it changes none of its arguments.
-
-    By the module's own name, so that two copies of this file in one process keep to themselves.
-    """
-    return torch.library.custom_op(f"{_LIBRARY}::{function.__name__.lstrip('_')}", function, mutates_args=())
+# Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the fake of an operator
+# tells it the shapes. cu_seqlens and lengths are those of packed sequences, else None and [].
 
 
 def _operator(function: Callable[..., Any]) -> Any:
-    """An operator of the branches. Packed sequences are their cu_seqlens and lengths, else None and []."""
+    """`function` as an operator, <name of this module>::<its name>, which changes none of its arguments.
+
+    Precision is its own business, under autocast too. PyTorch runs packed sequences one at a time.
+    """
+    names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
-    def in_full_precision(
-        tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, *settings: Any
-    ) -> Any:
-        *_, sizes, _scale = settings
-        lengths = [length for length in lengths if length > 0]
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            if backend == "torch" and lengths:  # PyTorch runs each alone
-                of_one = lambda sequence: function(sequence, None, [], backend, *settings)  # noqa: E731
-                return _each_sequence(of_one, tensors, lengths, *(sizes[:2] if len(sizes) > 1 else ()))
-            return function(tensors, cu_seqlens, lengths, backend, *settings)
+    def in_full_precision(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            given = dict(zip(names, arguments, strict=True))
+            if given.get("backend") == "torch" and any(given["lengths"]):
+                return _each_sequence(function, **given)
+            return function(*arguments)
 
-    return _registered(in_full_precision)
+    name = f"{_LIBRARY}::{function.__name__.lstrip('_')}"
+    return torch.library.custom_op(name, in_full_precision, mutates_args=())
 
 
-def _fake_output(q: Tensor) -> list[Tensor]:
+def _each_sequence(function: Callable[..., Any], *, cu_seqlens: Tensor, lengths: list[int], **arguments: Any) -> Any:
+    """`function` of each of some packed sequences alone, its results one after another.
+
+    A tensor (1, rows, ...) has a row for each token or for each compressed block. Their numbers tell which: no sequence
+    has more blocks than tokens, so where there are as many overall, every sequence has as many.
+    """
+    lengths = [length for length in lengths if length > 0]
+    blocks = [_compressed_count(n, arguments["block_size"], arguments["stride"]) for n in lengths]
+    rows = {sum(blocks): blocks, sum(lengths): lengths}
+    pieces = {name: x.split(rows[x.shape[1]], dim=1) for name, x in arguments.items() if isinstance(x, Tensor)}
+    results = []
+    for i in range(len(lengths)):
+        alone = arguments | {name: x[i] for name, x in pieces.items()}
+        results.append(function(**alone, cu_seqlens=None, lengths=[]))
+    if isinstance(results[0], Tensor):
+        return torch.cat(results, dim=1)
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+
+
+def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> tuple[_Backend, dict[str, _Segments]]:
+    """The backend, and the argument `segments` for its functions where sequences are packed."""
+    return _BACKENDS[backend], {"segments": _Segments(cu_seqlens, tuple(lengths))} if any(lengths) else {}
+
+
+def _fake_output(q: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes of o and lse."""
-    return [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
 
 
-def _recent_blocks(backend: str, q: Tensor, own_local_keys: bool, window: int, sizes: list[int]) -> _Recent:
-    """Those that the local branch does, which must have the selective one's keys; the sizes are those of `_select`."""
-    _, _, select_block_size, topk_blocks, _, local_blocks = sizes
-    if own_local_keys:
-        return _NOTHING_RECENT
-    return _BACKENDS[backend].taken_over(q, window, select_block_size, topk_blocks, local_blocks)
-
-
-def _fake_choice(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
-    """Shape of block_indices; the sizes are those of `_select`."""
-    return q.new_empty(*q.shape[:2], k.shape[2], sizes[3], dtype=torch.int32)
+def _fake_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 @_operator
 def _branch_forward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    branch: str,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """q, k, v[, block_indices] → o, lse."""
-    return list(getattr(_on(backend, cu_seqlens, lengths), branch).forward(*tensors, *sizes, scale))
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
+    cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    window: int, block_size: int, stride: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and lse over the blocks of `block_size` tokens that are chosen; without a choice, over the spans."""
+    on, packed = _on(backend, cu_seqlens, lengths)
+    if block_indices is None:
+        return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **packed)
+    return on.selected_forward(q, k, v, block_indices, block_size, scale, **packed)[:2]
 
 
 @_branch_forward.register_fake
-def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
-    return _fake_output(tensors[0])
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_output(q)
 
 
 @_operator
 def _branch_backward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    branch: str,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """do, dlse, o, lse, q, k, v[, block_indices] → dq, dk, dv."""
-    (do, dlse, o, lse, *inputs), on = tensors, _on(backend, cu_seqlens, lengths)
-    terms = on.row_terms(do, dlse, o, lse, inputs[1].shape[2])
-    dq, dk, dv = getattr(on, branch).backward(do, terms, *inputs, *sizes, scale, None)
-    return [dq.to(do.dtype).contiguous(), dk, dv]
+    do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
+    cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    window: int, block_size: int, stride: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    on, packed = _on(backend, cu_seqlens, lengths)
+    (terms,), _ = on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)
+    if block_indices is None:
+        span = _Span(window, block_size, stride)
+        dq, dk, dv = on.span_backward(do, terms, q, k, v, span, scale, **packed)
+    else:
+        dq, dk, dv = on.selected_backward(do, terms, q, k, v, block_indices, block_size, scale, **packed)
+    return dq.to(q.dtype).contiguous(), dk, dv
 
 
 @_branch_backward.register_fake
-def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in tensors[4:7]]
+def _(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _fake_like(*inputs[:3])
 
 
 @_operator
 def _select(
-    tensors: list[Tensor], cu_seqlens: Tensor | None, lengths: list[int], backend: str, sizes: list[int], scale: float
-) -> Tensor:
-    """q, k_cmp, lse → block_indices; sizes: l, d, l', S, forced first, forced last."""
-    return _on(backend, cu_seqlens, lengths).select(*tensors, *sizes, scale)
+    q: Tensor, k_cmp: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """block_indices."""
+    on, packed = _on(backend, cu_seqlens, lengths)
+    choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    return on.select(q, k_cmp, lse, choice, scale, **packed)
 
 
 @_select.register_fake
-def _(tensors: list[Tensor], *settings: Any) -> Tensor:
-    return _fake_choice(*tensors[:2], settings[-2])
+def _(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, *_: Any,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:2], k_cmp.shape[2], topk_blocks, dtype=torch.int32)
 
 
 @_operator
 def _attention_forward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    window: int,
-    sizes: list[int],
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+    k_local: Tensor | None, v_local: Tensor | None,
+    cu_seqlens: Tensor | None, lengths: list[int], backend: str, local_window: int,
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
     scale: float,
-) -> list[Tensor]:
-    """q, k, v, k_cmp, v_cmp, gates[, k_local, v_local] → o, o and lse of each branch, block_indices, and kept pairs."""
-    q, k, v, k_cmp, v_cmp, gates, *local = tensors
-    on = _on(backend, cu_seqlens, lengths, _recent_blocks(backend, q, bool(local), window, sizes))
-    o_local, lse_local, *recent_part = on.local.forward(q, *(local or (k, v)), window, scale)
-    o_compressed, lse_compressed = on.compressed.forward(q, k_cmp, v_cmp, *sizes[:2], scale)
-    chosen = on.select(q, k_cmp, lse_compressed, *sizes, scale)
-    selective = (q, k, v, chosen, sizes[2], scale)
-    o, o_selective, lse_selective, kept = on.gated_selective(gates, o_local, o_compressed, *selective, *recent_part)
-    outputs, lses = (o_local, o_compressed, o_selective), (lse_local, lse_compressed, lse_selective)
-    return [o.contiguous(), *outputs, *lses, chosen, *kept]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o; o of the local, the compressed and the selective branch; their lse; block_indices."""
+    on, packed = _on(backend, cu_seqlens, lengths)
+    choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    local = (k, v) if k_local is None else (k_local, v_local)
+    o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **packed)
+    o_compressed, lse_compressed = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, **packed)
+    chosen = on.select(q, k_cmp, lse_compressed, choice, scale, **packed)
+    o_selective, lse_selective, o = on.selected_forward(
+        q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), **packed
+    )
+    return o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen
 
 
 @_attention_forward.register_fake
 def _(
-    tensors: list[Tensor], _: Tensor | None, lengths: list[int], backend: str, window: int, sizes: list[int], __: float
-) -> list[Tensor]:
-    q, k = tensors[:2]
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
+    v_local: Tensor | None, cu_seqlens: Tensor | None, lengths: list[int], backend: str, local_window: int,
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    recent = _recent_blocks(backend, q, len(tensors) > 6, window, sizes)
-    kept = _BACKENDS[backend].kept_pairs(q, k.shape[2], sizes[3] - recent.blocks, sizes[2], lengths)
-    kept = [q.new_empty(shape, dtype=torch.int32) for shape in kept]
-    return [q.new_empty(q.shape), *outputs, *lses, _fake_choice(q, k, sizes), *kept]
+    return *_fake_like(q), *outputs, *lses, q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
 
 
 @_operator
 def _attention_backward(
-    tensors: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: list[int],
-    backend: str,
-    kept: list[Tensor],
-    window: int,
-    sizes: list[int],
-    scale: float,
-) -> list[Tensor]:
-    """do, the results of the forward but for o and the kept pairs, and its arguments → the gradients of the arguments.
+    do: Tensor,
+    o_local: Tensor, o_compressed: Tensor, o_selective: Tensor,
+    lse_local: Tensor, lse_compressed: Tensor, lse_selective: Tensor, block_indices: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+    k_local: Tensor | None, v_local: Tensor | None,
+    cu_seqlens: Tensor | None, lengths: list[int], backend: str, local_window: int,
+    block_size: int, stride: int, select_block_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_local, dv_local; the last two are empty where k and v serve all.
 
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
-    do, *outputs, chosen, q, k, v, k_cmp, v_cmp, gates = tensors[:14]
-    k_local, v_local = tensors[14:] or (k, v)
-    recent = _recent_blocks(backend, q, bool(tensors[14:]), window, sizes)
-    on = _on(backend, cu_seqlens, lengths, recent)
-    dgates, terms = on.gated_row_terms(do, gates, outputs[:3], outputs[3:], k.shape[2])
-    also = terms[2:] if recent.blocks else []
-    dq, dk_local, dv_local = on.local.backward(do, terms[0], q, k_local, v_local, window, scale, None, *also)
-    dq, dk_cmp, dv_cmp = on.compressed.backward(do, terms[1], q, k_cmp, v_cmp, *sizes[:2], scale, dq)
-    shared = (None, None) if tensors[14:] else (dk_local, dv_local)
-    dq, dk, dv = on.selective.backward(do, terms[2], q, k, v, chosen, sizes[2], scale, dq, *shared, kept)
-    gradients = [dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates]
-    return [*gradients, dk_local, dv_local] if tensors[14:] else gradients
+    on, packed = _on(backend, cu_seqlens, lengths)
+    outputs, lses = [o_local, o_compressed, o_selective], [lse_local, lse_compressed, lse_selective]
+    (local, compressed, selective), dgates = on.preprocess(do, outputs, lses, k.shape[2], gates=gates)
+    own_keys = k_local is not None
+    keys = (k_local, v_local) if own_keys else (k, v)
+    dq, dk_local, dv_local = on.span_backward(do, local, q, *keys, _Span(local_window), scale, **packed)
+    span = _Span(0, block_size, stride)
+    dq, dk_cmp, dv_cmp = on.span_backward(do, compressed, q, k_cmp, v_cmp, span, scale, dq=dq, **packed)
+    sums = {"dq": dq} if own_keys else {"dq": dq, "dk": dk_local, "dv": dv_local}
+    dq, dk, dv = on.selected_backward(do, selective, q, k, v, block_indices, select_block_size, scale, **sums, **packed)
+    if not own_keys:
+        dk_local, dv_local = _no_tokens(k), _no_tokens(v)
+    return dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates, dk_local, dv_local
+
+
+def _no_tokens(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], 0, *x.shape[2:])
 
 
 @_attention_backward.register_fake
-def _(tensors: list[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in tensors[8:]]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, k_local, v_local = arguments[8:16]
+    local = _fake_like(k_local, v_local) if k_local is not None else map(_no_tokens, inputs[1:3])
+    return *_fake_like(*inputs), *local
 
 
 # torch.compile takes no tensor twice as an argument of an autograd function. Where nothing needs a gradient, it counts
 # the parameters of `forward` to learn whether a context comes first, so that *tensors would mislead it.
 
 
-def _apart(*tensors: Tensor) -> list[Tensor]:
+def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, each its own: one that came before comes again as a view."""
-    return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
+    again = lambda i, x: x is not None and any(x is y for y in tensors[:i])  # noqa: E731
+    return [x.view_as(x) if again(i, x) else x for i, x in enumerate(tensors)]
 
 
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
+class _BranchFunction(torch.autograd.Function):
+    """One branch → o, lse. Saves its arguments and results, never a probability.
+
+    settings: lengths, backend, window, block_size, stride, scale.
+    """
+
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...],
+        cu_seqlens: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return _branch_forward(q, k, v, block_indices, cu_seqlens, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        with torch.no_grad():
+            gradients = _branch_backward(do, dlse, *saved, *ctx.settings)
+        return None, None, *_first_gradients(gradients, do, dlse, *saved), None
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """Gated sum of the branches → o, and what backward reads.
+
+    settings: lengths, backend, window, the six numbers of a `_Choice`, scale.
+    """
+
+    @staticmethod
+    def forward(
+        settings: tuple[Any, ...],
+        cu_seqlens: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        gates: Tensor,
+        k_local: Tensor | None,
+        v_local: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return _attention_forward(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, cu_seqlens, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
+        ctx.save_for_backward(*output[1:], *tensors, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if do is None:  # o took no part in what is differentiated
+            return (None,) * 10
+        lengths, backend, window, block_size, stride, select_block_size, *_, scale = ctx.settings
+        settings, saved = (lengths, backend, window, block_size, stride, select_block_size, scale), ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _attention_backward(do, *saved, *settings)
+        gradients = _first_gradients(gradients, do, *saved)
+        own_keys = ctx.needs_input_grad[8] or ctx.needs_input_grad[9]
+        return None, None, *gradients[:6], *(gradients[6:] if own_keys else (None, None))
 
 
 class _FirstGradients(torch.autograd.Function):
@@ -1821,74 +2003,7 @@ def _first_gradients(gradients: Sequence[Tensor], *inputs: Tensor | None) -> Seq
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
-    return _FirstGradients.apply(len(gradients), *gradients, *_given(*inputs))
-
-
-class _BranchFunction(torch.autograd.Function):
-    """A branch by itself → o, lse. Saves what goes in and out, never a probability."""
-
-    @staticmethod
-    def forward(
-        settings: tuple[Any, ...],
-        cu_seqlens: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        block_indices: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return tuple(_branch_forward(_given(q, k, v, block_indices), cu_seqlens, *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings, cu_seqlens, *tensors = inputs
-        ctx.save_for_backward(cu_seqlens, *output, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        cu_seqlens, *saved = ctx.saved_tensors
-        with torch.no_grad():
-            gradients = _branch_backward([do, dlse, *_given(*saved)], cu_seqlens, *ctx.settings)
-        gradients = _first_gradients(gradients, do, dlse, *saved)
-        return None, None, *gradients, None  # settings, cu_seqlens, and block_indices
-
-
-class _AttentionFunction(torch.autograd.Function):
-    """The gated sum of the branches → o, and what backward reads."""
-
-    @staticmethod
-    def forward(
-        settings: tuple[Any, ...],
-        cu_seqlens: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cmp: Tensor,
-        v_cmp: Tensor,
-        gates: Tensor,
-        k_local: Tensor | None,
-        v_local: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return tuple(_attention_forward(_given(q, k, v, k_cmp, v_cmp, gates, k_local, v_local), cu_seqlens, *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, cu_seqlens, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.n_kept = len(output[8:])
-        ctx.save_for_backward(cu_seqlens, *output[8:], *output[1:8], *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if do is None:  # o took no part in what is differentiated
-            return (None,) * 10
-        cu_seqlens, *saved = ctx.saved_tensors
-        kept, saved = saved[: ctx.n_kept], _given(*saved[ctx.n_kept :])
-        (lengths, backend, *sizes) = ctx.settings
-        with torch.no_grad():
-            gradients = _attention_backward([do, *saved], cu_seqlens, lengths, backend, kept, *sizes)
-        gradients = _first_gradients(gradients, do, *saved)
-        return None, None, *gradients, *[None] * (8 - len(gradients))  # settings, cu_seqlens, local keys if not given
+    return _FirstGradients.apply(len(gradients), *gradients, *(x for x in inputs if x is not None))
 
 
 def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -1902,7 +2017,7 @@ def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Te
 
 
 # Compiled code that saw inside would compute them anew for each head and each use, which has taken a quarter of a step.
-_turns_as_operator = _registered(_turns)
+_turns_as_operator = _operator(_turns)
 
 
 @_turns_as_operator.register_fake
@@ -1925,74 +2040,41 @@ def _selection_count(tokens: int, select_block_size: int) -> int:
     return -(-tokens // select_block_size)
 
 
-def _runs(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Runs of so many rows each, one after another, `total` in all: each row's run, and its number there, (total,)."""
-    end = counts.cumsum(0, dtype=counts.dtype)
-    row = torch.arange(total, dtype=counts.dtype, device=counts.device)
-    run = torch.searchsorted(end, row, right=True, out_int32=counts.dtype == torch.int32)
-    return run, row - (end - counts)[run]
+class _Span(NamedTuple):
+    """Keys that a query sees in the local and in the compressed branch: one contiguous span.
 
-
-class _Window(NamedTuple):
-    """Who sees whom in the local branch: the query at t sees the keys at t − W < s ≤ t."""
+    Key i covers the tokens [i·d, i·d + l), and a query at t sees it once its last token is there: i·d + l − 1 ≤ t. In
+    the local branch a key is a token, l = d = 1, and the last W count; a window of 0 has no limit.
+    """
 
     window: int
+    block_size: int = 1
+    stride: int = 1
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key > query - self.window)
+        seen = key * self.stride + self.block_size - 1 <= query
+        return seen & (key > query - self.window) if self.window else seen
 
     def keys(self, start: int, stop: int) -> slice:
-        """The keys that the queries [start, stop) see between them."""
-        return slice(max(0, start - self.window + 1), stop)
-
-    def span(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """The first key that each query sees, and one past the last."""
-        return (query - self.window + 1).clamp(min=0), query + 1
-
-    def seen_by(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The first query that sees each key, and one past the last, where the sequence is long enough."""
-        return key, key + self.window
+        """Keys that any of the queries [start, stop) sees."""
+        first = max(0, start - self.window + 1) if self.window else 0
+        return slice(first, _compressed_count(stop, self.block_size, self.stride))
 
 
-class _Staircase(NamedTuple):
-    """Who sees whom in the compressed branch: block i is visible once its last token is there, i·d + l − 1 ≤ t."""
+class _Choice(NamedTuple):
+    """Sizes of the choice of blocks."""
 
     block_size: int
     stride: int
-
-    def sees(self, query: Tensor, block: Tensor) -> Tensor:
-        return block * self.stride + self.block_size - 1 <= query
-
-    def keys(self, start: int, stop: int) -> slice:
-        return slice(0, _compressed_count(stop, self.block_size, self.stride))
-
-    def span(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(query), ((query + 1 - self.block_size) // self.stride + 1).clamp(min=0)
-
-    def seen_by(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        return block * self.stride + self.block_size - 1, torch.full_like(block, torch.iinfo(block.dtype).max)
-
-
-class _Recent(NamedTuple):
-    """The last blocks of each query, up to its own, which it chooses whatever their scores (§3.3.2)."""
-
     select_block_size: int
-    blocks: int
+    topk_blocks: int
+    init_blocks: int
+    local_blocks: int
 
-    def others(self, block_indices: Tensor) -> Tensor:
-        """The slots, ascending, without those that only recent blocks take."""
-        return block_indices[..., : block_indices.shape[-1] - self.blocks]
-
-    def first(self, query: Tensor) -> Tensor:
-        """The first key of each query's recent blocks."""
-        return ((query // self.select_block_size - self.blocks + 1) * self.select_block_size).clamp(min=0)
-
-    def end(self, key: Tensor) -> Tensor:
-        """The first query that no longer has each key in its recent blocks."""
-        return (key // self.select_block_size + self.blocks) * self.select_block_size
-
-
-_NOTHING_RECENT = _Recent(1, 0)
+    @property
+    def span(self) -> _Span:
+        """Compressed keys that a query sees."""
+        return _Span(0, self.block_size, self.stride)
 
 
 def _block_importance(p: Tensor, block_size: int, stride: int, select_block_size: int, blocks: int) -> Tensor:
@@ -2034,9 +2116,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     return index.sort(dim=-1).values
 
 
-def _choose_blocks(
-    importance: Tensor, query: Tensor, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int
-) -> Tensor:
+def _choose_blocks(importance: Tensor, query: Tensor, choice: _Choice) -> Tensor:
     """Paper eq. 11 with the forced blocks of §3.3.2: the S highest blocks of each row, ascending, −1 in free slots.
 
     Candidates start at or before the query. Forced ones rank before all others; ties go to the lower index.
@@ -2044,14 +2124,14 @@ def _choose_blocks(
     importance: (..., T, N), 0 or more; query: (T,) positions → int32 (..., T, S).
     """
     block = torch.arange(importance.shape[-1], device=importance.device)
-    own = (query // select_block_size)[:, None]  # (T, 1): the block that the query stands in
-    forced = (block < init_blocks) | (block > own - local_blocks)
+    own = (query // choice.select_block_size)[:, None]  # (T, 1): the block that the query stands in
+    forced = (block < choice.init_blocks) | (block > own - choice.local_blocks)
     # Blocks behind the query take distinct negative scores: they fill what is left over, last and in order.
     scores = importance.masked_fill(forced, math.inf)
     scores = torch.where(block > own, -1.0 - block.to(scores.dtype), scores)
-    chosen = _highest(scores, min(topk_blocks, scores.shape[-1]))
+    chosen = _highest(scores, min(choice.topk_blocks, scores.shape[-1]))
     chosen = chosen.masked_fill(chosen > own, -1)  # ascending already puts them last
-    return F.pad(chosen, (0, topk_blocks - chosen.shape[-1]), value=-1).int()
+    return F.pad(chosen, (0, choice.topk_blocks - chosen.shape[-1]), value=-1).int()
 
 
 # 4  PyTorch branches: forward and backward of each branch on any device, in tiles, so that nothing of size T × T exists
@@ -2144,8 +2224,8 @@ class _Rows(NamedTuple):
 
     q: Tensor
     do: Tensor
-    shift: Tensor  # the gradient's share of a key is exp(s − shift)
-    delta: Tensor  # what the normalisation of the softmax takes back
+    lse: Tensor  # as in `_RowTerms`
+    delta: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> _Rows:
         return _Rows(*map(function, self))
@@ -2154,52 +2234,35 @@ class _Rows(NamedTuple):
 def _tile_backward(
     rows: _Rows, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P = exp(scale·Q·Kᵀ − shift), for the shift of whole rows, which may span tiles; then
+    """P = exp(scale·Q·Kᵀ − lse), for the lse of whole rows, which may span tiles; then
 
     dV = Pᵀ·dO,  dS = P·(dO·Vᵀ − delta),  dQ = scale·dS·K,  dK = scale·dSᵀ·Q.  → (b, M·G, D), twice (b, n, D)
     """
     # In powers of two, which a CPU computes several times faster than exp.
-    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, rows.shift[..., None] * -_LOG2E).exp2_()
+    p = _tile_scores(rows.q, k, mask, scale * _LOG2E, rows.lse[..., None] * -_LOG2E).exp2_()
     ds = torch.baddbmm(rows.delta[..., None], rows.do, v.mT, beta=-1).mul_(p)
     dq = torch.bmm(ds, k).mul_(scale)
     dk = torch.bmm(ds.mT, rows.q).mul_(scale)
     return dq, dk, torch.bmm(p.mT, rows.do)
 
 
-# What a backward needs of each query row ──────────────────────────────────────────────────────────────────────────────
-#
-# With p = exp(s − lse) the gradient of a branch's scores is ds = p·(do·v − do·o + dlse). Under a gate g, do is g times
-# the gradient of the sum, so that ds = g·p·(do·v − do·o): the gate goes into the exponent, and into nothing else. So a
-# row brings two numbers, in the accumulation dtype: shift = lse − log g, +∞ where nothing flows; delta = do·o − dlse.
-
-
-class _RowTerms(NamedTuple):
-    """Of each query row, laid out as the backend likes it; here (B, T, H)."""
-
-    shift: Tensor
-    delta: Tensor
-
-
-def _row_dots(do: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
-    """do·o, (B, T, H)."""
-    return torch.einsum("bthd,bthd->bth", do.to(dtype), o.to(dtype))
-
-
-def _torch_row_terms(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _RowTerms:
-    """Those of a branch that stands alone."""
-    return _RowTerms(lse.masked_fill(lse == -math.inf, math.inf), _row_dots(do, o, lse.dtype) - dlse)
-
-
-def _torch_gated_row_terms(
-    do: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], kv_heads: int
-) -> tuple[Tensor, list[_RowTerms]]:
-    """dgates, (B, T, H, 3), and those of the three branches under their gates."""
-    dots = [_row_dots(do, o, lse.dtype) for o, lse in zip(outputs, lses, strict=True)]
+def _torch_preprocess(
+    do: Tensor,
+    outputs: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    kv_heads: int,
+    gates: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> tuple[list[_RowTerms], Tensor | None]:
+    """lse and delta of each branch, and the gradient of the gates where they have any."""
+    dot = lambda o, dtype: torch.einsum("bthd,bthd->bth", do.to(dtype), o.to(dtype))  # noqa: E731
+    dots = [dot(o, lse.dtype) for o, lse in zip(outputs, lses, strict=True)]
     terms = []
-    for gate, lse, dot in zip(gates.unbind(3), lses, dots, strict=True):
-        shift = (lse - gate.to(lse.dtype).log()).masked_fill_((gate == 0) | (lse == -math.inf), math.inf)
-        terms.append(_RowTerms(shift, dot))
-    return torch.stack(dots, dim=-1).to(gates.dtype), terms
+    for c, (lse, delta) in enumerate(zip(lses, dots, strict=True)):
+        gate = torch.ones_like(lse) if gates is None else gates[..., c].to(lse.dtype)
+        gated = (lse - gate.log()).masked_fill_((gate == 0) | (lse == -math.inf), math.inf)
+        terms.append(_RowTerms(gated, delta if dlse is None else delta - dlse))
+    return terms, None if gates is None else torch.stack(dots, dim=-1).to(gates.dtype)
 
 
 # Local and compressed: tiles along the sequence ───────────────────────────────────────────────────────────────────────
@@ -2240,33 +2303,34 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, (m, g)).unflatten(0, (b, k)).transpose(1, 2)
 
 
-def _sequence_tiles(q: Tensor, rule: _Window | _Staircase, first: int = 0) -> Iterator[_Tile]:
+def _sequence_tiles(q: Tensor, span: _Span, first: int = 0) -> Iterator[_Tile]:
     """Tiles of q (B, T, K, G, D): some query tokens, all keys that they see, as many heads as fit the cache.
 
     The first query stands at position `first`, the first key always at 0.
     """
     batch, tokens, heads, group, _ = q.shape
-    seen = rule.keys(first + tokens - 1, first + tokens)
+    seen = span.keys(first + tokens - 1, first + tokens)
     # Half as many queries as keys: few scores are computed in vain, and the matrix product is still of a fair size.
     size = max(1, min(512 // group, max(32, (seen.stop - seen.start) // 2)))
     for start in range(0, tokens, size):
         queries = slice(start, min(start + size, tokens))
         positions = slice(first + queries.start, first + queries.stop)
-        keys = rule.keys(positions.start, positions.stop)
+        keys = span.keys(positions.start, positions.stop)
         query = torch.arange(positions.start, positions.stop, device=q.device)[:, None, None]
-        mask = _hide(~rule.sees(query, torch.arange(keys.start, keys.stop, device=q.device)), q)
+        mask = _hide(~span.sees(query, torch.arange(keys.start, keys.stop, device=q.device)), q)
         most = max(1, _TILE_SCORES // max(1, mask.numel() * group))  # heads in the tile, over all its sequences
         for b, h in itertools.product(range(0, batch, max(1, most // heads)), range(0, heads, most)):
             yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, positions, keys, mask)
 
 
-def _sequence_forward(
-    q: Tensor, k: Tensor, v: Tensor, rule: _Window | _Staircase, scale: float, first: int = 0
+def _torch_span_forward(
+    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, first: int = 0
 ) -> tuple[Tensor, Tensor]:
+    """o and lse of queries that begin at position `first`, over keys that begin at 0."""
     q, k, v = (_grouped(x, k.shape[2]) for x in (q, k, v))
     o = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:4], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
-    for tile in _sequence_tiles(q, rule, first):
+    for tile in _sequence_tiles(q, span, first):
         if tile.mask.numel() > 0:
             rows, keys, values = _fold(tile.rows(q)), _fold(tile.columns(k)), _fold(tile.columns(v))
             o_tile, lse_tile = _tile_forward(rows, keys, values, tile.mask, scale)
@@ -2275,21 +2339,22 @@ def _sequence_forward(
     return o.flatten(2, 3), lse.flatten(2, 3)
 
 
-def _sequence_backward(
+def _torch_span_backward(
     do: Tensor,
     terms: _RowTerms,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rule: _Window | _Staircase,
+    span: _Span,
     scale: float,
-    dq: Tensor | None,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, added to the one that is given; dk, dv."""
     dq = _wide_zeros(q) if dq is None else dq
     rows = _Rows(q, do, *terms).map(lambda x: _grouped(x, k.shape[2]))
     k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(dq, k.shape[2])
     dk, dv = _wide_zeros(k), _wide_zeros(v)
-    for tile in _sequence_tiles(rows.q, rule):
+    for tile in _sequence_tiles(rows.q, span):
         tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
         keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
         dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.mask, scale)
@@ -2299,58 +2364,16 @@ def _sequence_backward(
     return dq, dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
 
 
-def _torch_local_forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    return _sequence_forward(q, k, v, _Window(window), scale)
-
-
-def _torch_local_backward(
-    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _sequence_backward(do, terms, q, k, v, _Window(window), scale, dq)
-
-
-def _torch_compressed_forward(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, stride: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _sequence_forward(q, k_cmp, v_cmp, _Staircase(block_size, stride), scale)
-
-
-def _torch_compressed_backward(
-    do: Tensor,
-    terms: _RowTerms,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    block_size: int,
-    stride: int,
-    scale: float,
-    dq: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _sequence_backward(do, terms, q, k_cmp, v_cmp, _Staircase(block_size, stride), scale, dq)
-
-
 # Choice of blocks: the compressed tiles once more ─────────────────────────────────────────────────────────────────────
 
 
-def _torch_select(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-    first: int = 0,
-) -> Tensor:
+def _torch_select(q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, first: int = 0) -> Tensor:
     """Chosen blocks (B, T, K, S), a tile of queries at a time: scores are (M, n), never (T, C) or (T, N)."""
     kv_heads, group = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
     k_cmp = k_cmp.where(k_cmp.isfinite(), 0.0)  # a row that sees NaN has it in its lse; the others must not
     q, lse, k_cmp = (_grouped(x, kv_heads) for x in (q, lse, k_cmp))
-    chosen = torch.empty(*q.shape[:3], 1, topk_blocks, dtype=torch.int32, device=q.device)
-    for tile in _sequence_tiles(q, _Staircase(block_size, stride), first):
+    chosen = torch.empty(*q.shape[:3], 1, choice.topk_blocks, dtype=torch.int32, device=q.device)
+    for tile in _sequence_tiles(q, choice.span, first):
         rows, keys, row_lse = _fold(tile.rows(q)), _fold(tile.columns(k_cmp)), _fold(tile.rows(lse))
         if tile.mask.numel() > 0:
             p, tile_lse = _tile_softmax(rows, keys, tile.mask, scale)
@@ -2358,10 +2381,10 @@ def _torch_select(
         else:
             p = rows.new_zeros(*rows.shape[:2], 0)  # no block is complete yet
         p = p.unflatten(1, (-1, group)).sum(2)  # (b, M·G, n) → (b, M, n): one choice for the group
-        candidates = _selection_count(tile.positions.stop, select_block_size)
-        importance = _block_importance(p, block_size, stride, select_block_size, candidates)
+        candidates = _selection_count(tile.positions.stop, choice.select_block_size)
+        importance = _block_importance(p, *choice[:3], candidates)
         query = torch.arange(tile.positions.start, tile.positions.stop, device=q.device)
-        highest = _choose_blocks(importance, query, select_block_size, topk_blocks, init_blocks, local_blocks)
+        highest = _choose_blocks(importance, query, choice)
         tile.rows(chosen).copy_(_unfold(highest, tile.rows(chosen)))
     return chosen.squeeze(3)
 
@@ -2413,7 +2436,7 @@ def _pair_tiles(
     offset = (count.cumsum(0) - count)[1:]  # where in `order` they begin
     count = count[1:]
     tiles = (count + pairs - 1) // pairs
-    block, nth = _runs(tiles, int(tiles.sum()))  # (n,): of each tile its block, of b·K·N, and its number there
+    block, nth = _numbered(tiles, int(tiles.sum()))  # (n,): of each tile its block, of b·K·N, and its number there
     slot = nth[:, None] * pairs + torch.arange(pairs, device=device)  # (n, M): place among the block's pairs
     last = count[block, None] - 1
     spare = slot > last  # such a pair repeats the block's last, whose row meets these keys anyway, whatever it holds
@@ -2457,9 +2480,17 @@ def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return o.mul_(weight[..., None]).sum(1), total
 
 
-def _torch_selective_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float, first: int = 0
-) -> tuple[Tensor, Tensor]:
+def _torch_selected_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    select_block_size: int,
+    scale: float,
+    gated: tuple[Tensor, ...] = (),
+    first: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse; and the gated sum, where gates and the outputs of the other branches are given."""
     block_indices = _without_free_slots(block_indices, _selection_count(first + q.shape[1], select_block_size))
     slots, group, dim = block_indices.shape[3], q.shape[2] // k.shape[2], q.shape[3]
     rows, keys, values = (x.reshape(-1, g, dim) for x, g in ((q, group), (k, 1), (v, 1)))  # (B·T·K, g, D)
@@ -2481,10 +2512,11 @@ def _torch_selective_forward(
         o_chunk, lse_chunk = _merge_partials(*by_row)
         o.index_copy_(0, chunk, o_chunk.to(o.dtype))
         lse.index_copy_(0, chunk, lse_chunk)
-    return o.view(q.shape), lse.view(q.shape[:3])
+    o, lse = o.view(q.shape), lse.view(q.shape[:3])
+    return o, lse, _torch_gate(*gated, o).contiguous() if gated else o
 
 
-def _torch_selective_backward(
+def _torch_selected_backward(
     do: Tensor,
     terms: _RowTerms,
     q: Tensor,
@@ -2493,11 +2525,11 @@ def _torch_selective_backward(
     block_indices: Tensor,
     select_block_size: int,
     scale: float,
-    dq: Tensor | None,
+    dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
-    sorted_pairs: list[Tensor] | None = None,  # there are none
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, added to those that are given."""
     dq = _wide_zeros(q) if dq is None else dq
     block_indices = _without_free_slots(block_indices, _selection_count(q.shape[1], select_block_size))
     group, dim = q.shape[2] // k.shape[2], q.shape[3]
@@ -2508,8 +2540,8 @@ def _torch_selective_backward(
     for chunk in _row_chunks(block_indices, group * dim):
         for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, dq):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
-            # What only fills up a tile has no gradient.
-            tile_rows.shift.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
+            # pairs that only fill up a tile have no gradient
+            tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
             dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, k_tile, v_tile, tiles.mask, scale)
             dq_rows.index_add_(0, tiles.row.flatten(), dq_tile.reshape(-1, group, dim))
@@ -2530,14 +2562,6 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     first, second, third = gates.unsqueeze(-1).unbind(3)  # each (B, T, H, 1)
     o = first * branches[0]
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
-
-
-def _torch_gated_selective(
-    gates: Tensor, o_local: Tensor, o_compressed: Tensor, *selective: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The selective branch, and the gated sum of all three: o, o of the branch, its lse; for the backward, nothing."""
-    o, lse = _torch_selective_forward(*selective)
-    return _torch_gate(gates, o_local, o_compressed, o), o, lse, []
 
 
 # Cached keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2563,14 +2587,8 @@ def _torch_decode(
     v_cmp: Tensor,
     gates: Tensor,
     positions: Tensor,
-    *,
     local_window: int,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
+    choice: _Choice,
     scale: float,
 ) -> Tensor:
     """The gated sum of the branches for a few queries q (B, M, H, D) over many keys: (B, M, H, D).
@@ -2580,69 +2598,28 @@ def _torch_decode(
     queries, and o is 0.
     """
     o = torch.zeros_like(q)
-    choice = (block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     for rows, first, count in _equal_rows(positions):
         queries, blocks = q[rows, :count], k_cmp[rows]
-        o_local, _ = _sequence_forward(queries, k_local[rows], v_local[rows], _Window(local_window), scale, first)
-        o_compressed, lse = _sequence_forward(queries, blocks, v_cmp[rows], _Staircase(*choice[:2]), scale, first)
-        chosen = _torch_select(queries, blocks, lse, *choice, scale, first)
-        o_selective, _ = _torch_selective_forward(queries, k[rows], v[rows], chosen, select_block_size, scale, first)
-        o[rows, :count] = _torch_gate(gates[rows, :count], o_local, o_compressed, o_selective)
+        o_local, _ = _torch_span_forward(queries, k_local[rows], v_local[rows], _Span(local_window), scale, first)
+        o_compressed, lse = _torch_span_forward(queries, blocks, v_cmp[rows], choice.span, scale, first)
+        chosen = _torch_select(queries, blocks, lse, choice, scale, first)
+        others = (gates[rows, :count], o_local, o_compressed)
+        selected = (queries, k[rows], v[rows], chosen, choice.select_block_size, scale, others, first)
+        _, _, o[rows, :count] = _torch_selected_forward(*selected)
     return o
 
 
-def _each_sequence(
-    function: Callable[[list[Tensor]], list[Tensor] | Tensor], tensors: list[Tensor], lengths: list[int], *blocks: int
-) -> list[Tensor] | Tensor:
-    """`function` of each of some packed sequences alone, its results one after another.
-
-    A tensor (1, rows, ...) has a row for each token or for each compressed block, of l and d in `blocks`. Their numbers
-    tell which: no sequence has more blocks than tokens, so where there are as many overall, every sequence has as many.
-    """
-    counts = [_compressed_count(n, *blocks) for n in lengths] if blocks else lengths
-    rows = {sum(counts): counts, sum(lengths): lengths}
-    sequences = zip(*(x.split(rows[x.shape[1]], dim=1) for x in tensors), strict=True)
-    results = [function(list(sequence)) for sequence in sequences]
-    if isinstance(results[0], Tensor):
-        return torch.cat(results, dim=1)
-    return [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
-
-
-_BACKENDS = {
-    "torch": _Backend(
-        _Branch(_torch_local_forward, _torch_local_backward),
-        _Branch(_torch_compressed_forward, _torch_compressed_backward),
-        _Branch(_torch_selective_forward, _torch_selective_backward),
-        _torch_select,
-        lambda *_: _NOTHING_RECENT,
-        _torch_gated_selective,
-        lambda *_: [],
-        _torch_row_terms,
-        _torch_gated_row_terms,
-        _torch_decode,
-    ),
-}
-
-
-def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int], recent: _Recent = _NOTHING_RECENT) -> _Backend:
-    """The backend, for packed sequences and for recent blocks that the local branch does, where there are any.
-
-    PyTorch's is given one sequence at a time, and its selective branch all blocks.
-    """
-    on = _BACKENDS[backend]
-    if recent.blocks:
-        apart = lambda function: functools.partial(function, recent=recent)  # noqa: E731
-        selective = _Branch(on.selective.forward, apart(on.selective.backward))
-        on = on._replace(
-            local=_Branch(*map(apart, on.local)), selective=selective, gated_selective=apart(on.gated_selective)
-        )
-    if lengths:
-        packing = _Packing(cu_seqlens, lengths)
-        packed = lambda function: functools.partial(function, packing=packing)  # noqa: E731
-        local, compressed, selective = (_Branch(*map(packed, branch)) for branch in on[:3])
-        branches = {"local": local, "compressed": compressed, "selective": selective}
-        on = on._replace(**branches, select=packed(on.select), gated_selective=packed(on.gated_selective))
-    return on
+_BACKENDS["torch"] = _Backend(
+    _torch_span_forward,
+    _torch_span_backward,
+    _torch_select,
+    _torch_selected_forward,
+    _torch_selected_backward,
+    _torch_preprocess,
+    _torch_decode,
+    obstacle=lambda *_: None,
+    preferred=lambda _: True,
+)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2743,8 +2720,11 @@ def _selftest_dense() -> str:
 def _selftest_reference() -> str:
     worst = 0.0
     for name, cfg in _selftest_configs().items():
-        attention, x = NativeSparseAttention(cfg).double(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
-        y, exact = attention.eval()(x), _reference(attention, x)
+        attention, x = NativeSparseAttention(cfg).double().eval(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
+        p = attention._project(x, torch.arange(130))
+        tensors = (p.q, p.k, p.v, *attention._compress(p), p.gates, p.k_local, p.v_local)
+        exact, _ = _dense_attention(*tensors, local_window=cfg.local_window, **cfg.selection)
+        y, exact = attention(x), attention.to_out(exact.flatten(2))
         names, weights = zip(*attention.named_parameters(), strict=True)
         upstream = torch.randn_like(y)
         options = {"retain_graph": True, "allow_unused": True}
@@ -2754,7 +2734,7 @@ def _selftest_reference() -> str:
             error = 0.0 if a is None else (a - b).abs().max().item()
             _require(error < 1e-9, f"{name}: {label} differs from the reference by {error:.1e}")
             worst = max(worst, error)
-    return f"PyTorch path is the exact reference, all gradients: error {worst:.0e}"
+    return f"the module is its definition, gradients too: error {worst:.0e}"
 
 
 @torch.no_grad()
@@ -2794,24 +2774,11 @@ def _selftest_learning() -> str:
     return f"recalls a token beyond the window: loss {loss:.2f} after {len(losses)} steps, chance {chance:.2f}"
 
 
-def _selftest_flash() -> str:
-    q, k, v = (torch.randn(2, 300, 4, 64) for _ in range(3))
-    if not torch.cuda.is_available():
-        raise _Skip("no CUDA device")
-    q, k, v = (x.cuda().bfloat16() for x in (q, k, v))
-    if _flash_attention(q) is None:
-        raise _Skip("flash-attn is not installed")
-    exact = local_attention(q.double(), k.double(), v.double(), 64, backend="torch")
-    ours, flash = (local_attention(q, k, v, 64, backend=backend) for backend in ("torch", "auto"))
-    limit, error = 2 * (ours - exact).abs().max().item(), (flash - exact).abs().max().item()
-    _require(error <= max(limit, 1e-2), f"flash-attn differs by {error:.1e}, PyTorch by {limit / 2:.1e}")
-    return f"local branch by flash-attn: error {error:.0e}"
-
-
 def _selftest_triton() -> str:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     probe = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
-    obstacle = _triton_obstacle(probe, probe, 1.0)
+    kernels = _BACKENDS.get("triton")
+    obstacle = "this file has no kernels" if kernels is None else kernels.obstacle(probe, probe, 1.0)
     if obstacle is not None:
         raise _Skip(obstacle)
     tokens = 1000 if device == "cuda" else 70
@@ -2841,15 +2808,22 @@ _SELFTESTS = {
     "reference": _selftest_reference,
     "cache": _selftest_cache,
     "learning": _selftest_learning,
-    "flash-attn": _selftest_flash,
     "triton": _selftest_triton,
 }
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # Part II  Triton kernels
+#
+# The same functions for GPUs. Part I does not need this part: cut it out, and the PyTorch backend serves everywhere.
+# A kernel's docstring is its formula. Letters beyond those of the header: Z = B·K, key heads in all; BLOCK_M query rows
+# by BLOCK_N keys, a tile; BLOCK_D, the head dim D rounded up to a power of two. Scores and log-sum-exps are to the base
+# 2 on their way. Nothing here waits for the GPU, and no gradient is summed by atomics: results repeat to the bit.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 9  Launching: tile sizes, plans, and the device functions that all kernels share
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 try:
     import triton
@@ -2860,19 +2834,50 @@ try:
 
     triton.jit(_probe)  # reads this file, of which there may be the bytecode alone
     _INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
-except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch path serves
+except Exception:  # not installed, too old for tensor descriptors, or broken: the PyTorch backend serves
     triton = tl = TensorDescriptor = None
     _INTERPRETED = False
 
+# (BLOCK_M, BLOCK_N, warps, stages) of each kernel for head dims up to 64, 128 and 256, in 16-bit types; one row for all
+# kernels in float32. Tuned on an H200 by tests/benchmarks/gpu.py for head dims 64 and 128. In the query-outer kernel
+# the warps are those of every 16 heads.
+_TILES = {
+    "local_forward": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+    "local_dq": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+    "local_dkv": ((32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 8, 2)),
+    "compressed_forward": ((64, 64, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2)),
+    "compressed_dq": ((64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "compressed_dkv": ((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 8, 2)),
+    "scores": ((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2)),
+    "selected_by_query": ((64, 64, 1, 2), (64, 64, 1, 2), (64, 64, 2, 2)),
+    "selected_by_block": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
+    "selected_backward": ((64, 64, 4, 2), (32, 64, 4, 4), (16, 32, 8, 1)),
+    "selected_backward_large_group": ((64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 8, 1)),
+    "decode_compressed": ((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+    "decode_local": ((64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2)),
+    "decode_selected": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    "float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+_LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
+_MAX_ROWS = 128  # the most query rows in a tile; where a row keeps a number, rows are padded by that many
 
-# A kernel's docstring is its formula. Letters beyond those of the header: Z = B·K key heads in all, and DP or DIM, the
-# head dim D as the matrix unit wants it. Each room below is device helpers, kernels, launchers; the launchers have the
-# signatures of section 4, and take packed sequences all at once, as a `packing`. Nothing here waits for the GPU, and no
-# gradient is summed by atomics, so that results are the same from run to run.
+# Bytes of memory that the intermediate results of one chunk of queries may take.
+_SCORE_BYTES = 256 << 20  # importance of selection blocks
+_PARTIAL_BYTES = 2 << 30  # partial outputs and gradients of the selective branch
+_COUNT_BYTES = 64 << 20  # counts of pairs
+_DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
+
+_RUN = 1024  # pairs that one program counts or places; more where the counts would pass their limit
+_CUT = 2048  # blocks that are cut into tiles at a time
+_FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
+_SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
+_DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
+_DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
+_FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
 
 
 def _kernel(function: Callable | None = None, **options: Any) -> Callable:
-    """triton.jit, where there is a Triton; without one, kernels are functions that nobody calls."""
+    """`triton.jit(function)`; without a Triton, the function itself, which nobody calls."""
     if function is None:
         return functools.partial(_kernel, **options)
     return function if triton is None else triton.jit(function, **options)
@@ -2886,322 +2891,723 @@ _TL_LOG2E = _constexpr(_LOG2E)  # exp(x) = exp2(x·log2 e), and exp2 is the inst
 _TL_LN2 = _constexpr(math.log(2.0))
 _TL_FORCED = _constexpr(0x7F800000)  # the bits of infinity
 
-# Launch settings: every tile size, in one place. tests/benchmarks/gpu.py times what they give. ────────────────────────
-
-# (query rows, keys, warps, stages) of each kernel's tile by padded head dim. Head dims 64 and 128 are the best of a
-# sweep on an H200 in bf16 (G = 1 and 16; the local ones with recent blocks, G = 4 as well); 256 and float32 are right
-# but not tuned. Two programs of 4 warps on a multiprocessor overlap one's softmax with the other's products, which
-# mostly beats one program of 8 warps.
-_SPAN_TILES = {
-    "compressed_forward": {64: (64, 64, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
-    "compressed_dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "compressed_dkv": {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 2)},
-    "local_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (128, 64, 8, 2)},
-    "local_dq": {64: (64, 32, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-    "local_dkv": {64: (32, 64, 4, 3), 128: (32, 64, 4, 4), 256: (32, 64, 8, 2)},
-    "float32": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-}
-_FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
-_MAX_ROWS = 128  # the most rows in a tile; where a value of each row is kept, rows are padded to a multiple of it
-
-# (bytes of a number, padded D up to, one head a group): tiles of the scores. With several heads two tiles share a load
-# of the queries, and 128 registers let two programs overlap products with exponentials (64/4 heads, 64k: 6.8 ms with
-# the choice, 8.1 without the limit, 7.4 with one tile; 32/8: 5.7, 6.9, 5.9). One head, 16/16, 32k: 1.6; two: 1.85.
-_SELECT_TILES = {
-    (2, 128, True): {"TILES": 1, "TOKENS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
-    (2, 128, False): {"TILES": 2, "TOKENS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-    (2, 256, True): {"TILES": 1, "TOKENS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
-    (2, 256, False): {"TILES": 1, "TOKENS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
-    (4, 128, True): {"TILES": 1, "TOKENS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1},
-    (4, 128, False): {"TILES": 1, "TOKENS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1},
-    (4, 256, True): {"TILES": 1, "TOKENS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1},
-    (4, 256, False): {"TILES": 1, "TOKENS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1},
-}
-
-# (pass, bytes of a number, padded D up to): tiles of rows (query, head) and keys. Each comparison is of the kernel in
-# one run on an H200, bf16, ms. Forward, 16/16 heads, D 64, 32k: 0.70 (1 stage 0.73, 3 stages 0.78, 128 rows 1.4); 32/8,
-# D 128, 64k: 5.6 (1 stage 6.2, 3 stages 7.0, 128 rows 9.0). Backward, 16/16: 1.65 (3 stages 1.8, 32 rows 1.7); 32/8:
-# 10.0 (3 stages 11.2, 64 rows and 2 stages 12.5, with 3 and 8 warps 17.2, with 3 stages 31). What spills in the loop
-# loses: two sums of 64 × 128 numbers leave few registers. D above 128 and float32 are right but not tuned.
-_SELECTIVE_TILES = {
-    ("forward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
-    ("forward", 2, 128): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
-    ("forward", 2, 256): {"ROWS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 1},
-    ("forward", 4, 64): {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
-    ("forward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
-    ("backward", 2, 64): {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
-    ("backward", 2, 128): {"ROWS": 32, "KEYS": 64, "num_warps": 4, "num_stages": 4},
-    ("backward", 2, 256): {"ROWS": 16, "KEYS": 32, "num_warps": 8, "num_stages": 1},
-    ("backward", 4, 64): {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
-    ("backward", 4, 256): {"ROWS": 16, "KEYS": 16, "num_warps": 8, "num_stages": 1},
-}
-
-# Block scores of one chunk of queries take at most this much memory.
-_SCORE_BYTES = 256 << 20
-
-# Pairs in a run: the fewer, the more programs; longer where the table of counts would pass its limit.
-_RUN = 1024
-_COUNT_BYTES = 64 << 20
-_PLACE = {"TILE": 32, "num_warps": 1}
-_CUT = 2048  # blocks that are cut into tiles at a time
-
-# Heads in a group from which on the query is the outer loop, in the forward. In the backward their rows lie side by
-# side, and one stage less will do. 64/4 heads, D 128, 64k: 18.6 ms (4 stages 20.0).
-_QUERY_OUTER_GROUP = 16
-_LARGE_GROUP_STAGES = 3
-# A warp for every 16 heads. 64/4 heads, D 128, 64k: 13.6 ms (2 warps 14.0, 3 stages 14.6, 4 warps and 3 stages 15.2).
-_QUERY_TILES = {"KEYS": 64, "STAGES": 2}
-
-# Partial results of one chunk of queries take at most this much memory.
-_PARTIAL_BYTES = 2 << 30
-_FORWARD_SPAN = 512  # rows that a program takes while a block's keys stay
-
-# Rows that one program sums into dk and dv, by bytes of a number: long sums cost float32 its last digits.
-_SPAN = {2: 4096, 4: 512}
-
-# Decoding, (kernel, bytes of a number, padded D up to): keys of a tile, and how many programs a multiprocessor gets.
-# 16-bit numbers, D up to 128: the best of `tests/benchmarks/gpu.py decode --sweep` on an H200. The rest is not tuned.
-_DECODE_TILES = {
-    ("compressed", 2, 128): {"PROGRAMS": 1, "KEYS": 128, "STAGES": 3, "num_warps": 8},
-    ("compressed", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("compressed", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("compressed", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 2, 128): {"PROGRAMS": 1, "KEYS": 32, "STAGES": 3, "num_warps": 4},
-    ("local", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("local", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("local", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("selected", 2, 128): {"PROGRAMS": 1, "KEYS": 64, "STAGES": 3, "num_warps": 4},
-    ("selected", 2, 256): {"PROGRAMS": 2, "KEYS": 64, "STAGES": 2, "num_warps": 8},
-    ("selected", 4, 128): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-    ("selected", 4, 256): {"PROGRAMS": 2, "KEYS": 16, "STAGES": 1, "num_warps": 8},
-}
-_DECODE_MAX_KEYS = 128  # the most keys in a tile
-_DECODE_MAX_PARTS = 32  # the most parts of a row in each branch
-_DECODE_HEADS = {2: 64, 4: 16}  # the most heads of a group in a tile, by bytes of a number
-_DECODE_BYTES = 256 << 20  # partial results of one chunk of new tokens take at most this much memory
-
 
 def _cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton's own takes microseconds, some fifty times a step; so does its next power of two."""
+    """Quotient rounded up. Triton's own takes microseconds; so does its next power of two."""
     return -(-a // b)
 
 
 def _power_of_2(n: int) -> int:
-    """The least one from n on."""
+    """Least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, which is all that the kernels ask for."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _padded(D: int) -> int:
-    """The head dim as the matrix unit wants it: a power of two, 16 at least."""
+def _block_d(D: int) -> int:
+    """Head dim as the matrix unit takes it: a power of two, 16 at least."""
     return max(_power_of_2(D), 16)
 
 
-def _precision() -> str:
-    """float32 products are exact unless torch's own switch allows tf32; half types do not care."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _chunk_tokens(bytes_per_token: int, T: int) -> int:
-    """How many queries may have their partial results in memory at a time: a multiple of 64, or all."""
-    return min(max(_PARTIAL_BYTES // bytes_per_token // 64, 1) * 64, T)
-
-
 def _merge_rows(D: int) -> int:
-    """Rows that a program of a merge takes: 16 numbers a thread."""
-    return max(2048 // _padded(D), 1)
+    """Rows of one program of a kernel that only adds or scales rows: 16 numbers a thread."""
+    return max(2048 // _block_d(D), 1)
 
 
 def _unroll(slots: int) -> int:
-    """How many slots to read at a time, so that none are left over."""
+    """Number of slots to read at a time, so that none are left over."""
     return max(n for n in range(1, 8) if slots % n == 0)
 
 
-def _key_tile(keys: int, select_block_size: int) -> int:
-    """A tile of keys, shorter where blocks are."""
-    return min(keys, max(_power_of_2(select_block_size), 16))
+def _precision() -> str:
+    """Precision of float32 products: exact unless torch's own switch allows tf32. 16-bit types do not care."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _selective_tiles(pass_: str, D: int, select_block_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes for a head dim and type."""
-    key = (pass_, dtype.itemsize)
-    entry = min(width for *name, width in _SELECTIVE_TILES if tuple(name) == key and width >= _padded(D))
-    tiles = dict(_SELECTIVE_TILES[key + (entry,)])
-    tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
-    return tiles
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    """Multiprocessors of the GPU; under the interpreter, a small number."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
-#
-# A kernel knows them by int32 tables, which are None for a batch of equal rows. They are made on the device, by the
-# rules of section 3, from what is there; the host knows all sizes and waits for nothing.
+def _constants(kernel: str, H: int, K: int, D: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    """Constants and launch options that all matrix kernels take: sizes of heads, groups and tiles."""
+    row = _TILES[kernel if dtype.itemsize == 2 else "float32"]
+    block_m, block_n, warps, stages, *registers = row[0 if D <= 64 else 1 if D <= 128 else 2]
+    heads = {"K": K, "GROUP": H // K, "D": D, "BLOCK_D": _block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
+    options = {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
+    return heads | options | ({"maxnreg": registers[0]} if registers else {})
 
 
-def _edges(counts: Tensor) -> Tensor:
-    """Where each of some runs of so many rows begins, and where the last one ends."""
-    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+class _Plan(NamedTuple):
+    """Everything about a launch that follows from shapes, dtype and settings. Made once for each, and remembered."""
+
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    splits: int = 1  # parts that the rows are split into, whose results are added
+    chunk: int = 0  # queries whose intermediate results are in memory at a time
 
 
-class _Packing:
-    """Sequences that lie one after another in a batch of 1."""
-
-    def __init__(self, cu_seqlens: Tensor, lengths: list[int]) -> None:
-        self.edges, self.on_host = cu_seqlens.contiguous(), lengths
-        self.lengths = self.edges.diff()
-        self.known: dict[_Staircase, tuple[Tensor, Tensor]] = {}
-
-    @functools.cached_property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """The sequence of every token, and the token's position there."""
-        return _runs(self.lengths, sum(self.on_host))
-
-    def compressed(self, rule: _Staircase) -> tuple[Tensor, Tensor]:
-        """How many compressed keys each sequence has, and their edges."""
-        if rule not in self.known:
-            counts = rule.span(self.lengths - 1)[1]  # a sequence's last query sees its last key
-            self.known[rule] = counts, _edges(counts)
-        return self.known[rule]
+def _unit_stride(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, else a copy; kernels take any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# Choice of blocks ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def _addressable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can address x: unit stride last; start and other strides multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself where a descriptor can address it, else a copy whose rows are padded to 16 bytes."""
+    if _addressable(x):
+        return x
+    unit = 16 // x.element_size()
+    return x.new_empty((*x.shape[:-1], _cdiv(x.shape[-1], unit) * unit))[..., : x.shape[-1]].copy_(x)
+
+
+def _key_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """(B, T, K, D) as (B, K, T, D), in tiles of (rows, D)."""
+    (B, T, K, D), (sb, st, sk, sd) = x.shape, x.stride()
+    return TensorDescriptor(x, [B, K, T, D], [sb, sk, st, sd], [1, 1, rows, _block_d(D)])
+
+
+def _query_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
+    """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
+    (B, T, H, D), (sb, st, sh, sd) = x.shape, x.stride()
+    G, pad = H // K, _power_of_2(H // K)
+    box = [1, 1, max(1, rows // pad), min(rows, pad), _block_d(D)]
+    return TensorDescriptor(x, [B, K, T, G, D], [sb, G * sh, st, sh, sd], box)
+
+
+# Rows and tiles ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @_kernel
-def _load_tile(base, rows, stride, row_mask, D: tl.constexpr, DP: tl.constexpr):
-    """base[rows, :D] as a (len(rows), DP) tile, zero outside; DP is D rounded up to a power of two."""
-    d = tl.arange(0, DP)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(pointers, mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
+def _offsets(strides, b, t, h):
+    """Offsets of the rows (b, t, h) of a (B, T, heads, D) tensor."""
+    return b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
 
 
 @_kernel
-def _store_tile(base, tile, rows, stride, row_mask, D: tl.constexpr, DP: tl.constexpr):
-    """base[rows, :D] = tile."""
-    d = tl.arange(0, DP)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=row_mask[:, None] & (d < D)[None, :])
+def _load_rows(x_ptr, offsets, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[offsets, :D] as a (len(offsets), BLOCK_D) tile, 0 where a row or a column does not exist."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(x_ptr + offsets[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
 
 
 @_kernel
-def _load_pair_rows(
-    base, pairs, rows, row_mask, t0, stride_t, stride_h,
-    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+def _store_rows(x_ptr, offsets, x, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[offsets, :D] = the tile, where rows and columns exist."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = x_ptr + offsets[:, None] + d[None, :]
+    tl.store(pointers, x.to(x_ptr.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+
+
+# Segments: packed sequences, one after another in a batch of 1. Every tile lies in one segment, so that nothing of a
+# neighbour is seen, NaN included. The tiles of a segment begin anew: with tiles of SIZE rows, the first tile of segment
+# s is offsets[s] // SIZE + s, which leaves room for all tiles of those before it. Hence `total // SIZE + n` tiles are
+# enough for n segments, and the number of a tile tells its segment. Selection blocks are numbered in the same way.
+
+
+@_kernel
+def _find_segment(tile, offsets_ptr, n_segments, UNIT: tl.constexpr, SIZE: tl.constexpr):
+    """Segment of a tile of SIZE rows, and the tile's first row there; an item of a segment has UNIT rows."""
+    low = tile * 0
+    high = low + n_segments
+    while high - low > 1:
+        middle = (low + high) // 2
+        later = tl.load(offsets_ptr + middle) * UNIT // SIZE + middle > tile
+        low, high = tl.where(later, low, middle), tl.where(later, middle, high)
+    return low, (tile - tl.load(offsets_ptr + low) * UNIT // SIZE - low) * SIZE
+
+
+@_kernel
+def _query_tile(
+    tile, cu_seqlens, cu_keys, n_segments, T, C, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """The rows (pair, head) of a (T, G, D) tensor: base[t0 + pair // S, row % G]."""
-    d = tl.arange(0, DP)
-    offsets = (t0 + pairs // S).to(tl.int64) * stride_t + (rows % G).to(tl.int64) * stride_h
-    return tl.load(base + offsets[:, None] + d[None, :], mask=row_mask[:, None] & (d < D)[None, :], other=0.0)
+    """(first row of a tile in its segment; the segment's first token, its tokens, its first key, its keys)."""
+    row, token, key = tile * BLOCK_M, tile * 0, tile * 0
+    if cu_seqlens is not None:
+        segment, row = _find_segment(tile, cu_seqlens, n_segments, GROUP_PAD, BLOCK_M)
+        token, key = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
+        T, C = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - key
+    return row, token, T, key, C
+
+
+@_kernel
+def _segment_of_token(t, of_token, cu_seqlens, exists, SELECT: tl.constexpr):
+    """(first token, first selection block) of the segment of token t."""
+    token, block = t * 0, t * 0
+    if cu_seqlens is not None:
+        segment = tl.load(of_token + t, mask=exists, other=0)
+        token = tl.load(cu_seqlens + segment, mask=exists, other=0)
+        block = token // SELECT + segment
+    return token, block
+
+
+@_kernel
+def _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT: tl.constexpr):
+    """[first, end): the tokens of selection block j, of which no more than SELECT count."""
+    first, end = j * SELECT, T
+    if cu_seqlens is not None:
+        segment, first = _find_segment(j, cu_seqlens, n_segments, 1, SELECT)
+        first += tl.load(cu_seqlens + segment)
+        end = tl.load(cu_seqlens + segment + 1)
+    return first, end
+
+
+# Attention ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_kernel
+def _softmax_step(acc, m_i, q, k_t, v, visible, scale, PRECISION: tl.constexpr):
+    """One tile of keys of the online softmax: s = scale·q·k, p = exp2(s − m_i), acc += p·v; → acc, m_i, alpha, p.
+
+    `visible` is None where every row sees every key. `alpha` is the factor that brings older sums to the new maximum.
+    """
+    s = tl.dot(q, k_t, input_precision=PRECISION)
+    if visible is not None:
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+    shift = m_new
+    if visible is not None:  # a row without a visible key so far: any finite shift keeps its exponentials at exactly 0
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * scale - shift[:, None])
+    alpha = tl.exp2(m_i - shift)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, alpha, p
+
+
+@_kernel
+def _probabilities(s, lse, visible, scale):
+    """p = exp2(scale·s − lse), 0 where not visible; `visible` is None where everything is."""
+    p = tl.exp2(s * scale - lse)
+    if visible is not None:
+        p = tl.where(visible, p, 0.0)
+    return p
+
+
+@_kernel
+def _dscores(p, dp, delta):
+    """ds = p·(dp − delta): the gradient of the scores, dp = do·v."""
+    return p * (dp - delta)
+
+
+# Preprocess: lse and delta of each query row, as in `_RowTerms` but to the base 2, for row n of key head z: token
+# n // Gp, head n % Gp of the group, where Gp is G rounded up to a power of two. In rows that do not exist lse is +inf,
+# so that their p is 0.
+
+
+@_kernel(do_not_specialize=["T"])
+def _preprocess_kernel(
+    do_ptr, dlse_ptr, gates_ptr, o_0, o_1, o_2, lse_0, lse_1, lse_2, dgates_ptr, lse_ptr, delta_ptr, T, rows_pad,
+    do_strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BRANCHES: tl.constexpr,
+):  # fmt: skip
+    """Of each branch c: dgates[c] = do·o_c, delta[c] = do·o_c − dlse, lse[c] = lse_c − log gates[c].
+
+    One branch stands alone, ungated, with the gradient of its lse; three are under their gates, which have gradients.
+    """
+    z = tl.program_id(1)
+    b, n = z // K, tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    t, h = n // GROUP_PAD, z % K * GROUP + n % GROUP_PAD
+    exists = (t < T) & (n % GROUP_PAD < GROUP)
+    row = (b.to(tl.int64) * T + t) * (K * GROUP) + h  # of the contiguous (B, T, H)
+    do = _load_rows(do_ptr, _offsets(do_strides, b, t, h), exists, D, BLOCK_D).to(tl.float32)
+    for c in tl.static_range(BRANCHES):
+        o_ptr = o_0 if c == 0 else (o_1 if c == 1 else o_2)
+        branch_lse = lse_0 if c == 0 else (lse_1 if c == 1 else lse_2)
+        delta = tl.sum(do * _load_rows(o_ptr, row * D, exists, D, BLOCK_D).to(tl.float32), axis=1)
+        lse = tl.load(branch_lse + row, mask=exists, other=float("-inf")) * _TL_LOG2E
+        log_gate = tl.zeros([BLOCK_M], tl.float32)
+        if BRANCHES > 1:
+            gate = gates_ptr + _offsets(gate_strides, b, t, h) + c * gate_strides[3]
+            tl.store(dgates_ptr + row * BRANCHES + c, delta.to(dgates_ptr.dtype.element_ty), mask=exists)
+            log_gate = tl.log2(tl.load(gate, mask=exists, other=0.0).to(tl.float32))
+        else:
+            delta -= tl.load(dlse_ptr + row, mask=exists, other=0.0)
+        out = (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n
+        nothing = (lse == float("-inf")) | (log_gate == float("-inf"))
+        tl.store(lse_ptr + out, tl.where(nothing, float("inf"), lse - log_gate))
+        tl.store(delta_ptr + out, delta)
+
+
+def _triton_preprocess(
+    do: Tensor, outputs: Sequence[Tensor], lses: Sequence[Tensor], kv_heads: int,
+    gates: Tensor | None = None, dlse: Tensor | None = None,
+) -> tuple[list[_RowTerms], Tensor | None]:  # fmt: skip
+    B, T, H, D = do.shape
+    group_pad, branches, rows = _power_of_2(H // kv_heads), len(outputs), _merge_rows(D)
+    rows_pad = (_cdiv(T * group_pad, _MAX_ROWS) + 1) * _MAX_ROWS  # a tile may begin at any token of the last rows
+    lse, delta = torch.empty(2, branches, B, kv_heads, rows_pad, dtype=torch.float32, device=do.device)
+    dgates = None if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
+    _preprocess_kernel[(_cdiv(rows_pad, rows), B * kv_heads)](
+        do, None if dlse is None else dlse.contiguous(), gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, lse, delta,
+        T, rows_pad, do.stride(), (0, 0, 0, 0) if gates is None else gates.stride(),
+        K=kv_heads, GROUP=H // kv_heads, GROUP_PAD=group_pad, D=D, BLOCK_D=_block_d(D), BLOCK_M=rows, BRANCHES=branches,
+    )  # fmt: skip
+    return [_RowTerms(*terms) for terms in zip(lse, delta, strict=True)], dgates
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 10  Span attention: the local and the compressed branch
+#
+# In both a query sees one contiguous span of keys, first(t) ≤ i < end(t), so one algorithm serves them:
+#
+#     compressed   first(t) = 0                    end(t) = (t + 1 − l)//d + 1, at least 0
+#     local        first(t) = max(0, t + 1 − W)    end(t) = t + 1, which is the rule above with l = d = 1
+#
+# A tile of query rows packs tokens × G heads, so that the heads of a group share every key that is loaded: row n of key
+# head k is token n // Gp, head k·G + n % Gp.
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@_kernel
+def _span(t, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """(first, end): the query at t sees the keys [first, end). A window of 0 has no limit."""
+    first = t * 0
+    if WINDOW > 0:
+        first = tl.maximum(t + 1 - WINDOW, 0)
+    return first, tl.maximum(t + 1 - BLOCK + STRIDE, 0) // STRIDE
+
+
+@_kernel
+def _span_of_key(key, T, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """(first, end): the queries [first, end) see the key."""
+    end = key * 0 + T
+    if WINDOW > 0:
+        end = tl.minimum(key + WINDOW, T)
+    return key * STRIDE + (BLOCK - 1), end
+
+
+@_kernel
+def _key_tiles(
+    t_low, t_high, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr
+):  # fmt: skip
+    """Tiles of the keys that the queries t_low..t_high see: (first key, tiles before the full ones, full ones, all).
+
+    Every query sees all keys of a full one.
+    """
+    first, end_of_all = _span(t_low, WINDOW, BLOCK, STRIDE)
+    first_of_all, end = _span(t_high, WINDOW, BLOCK, STRIDE)
+    before = tl.cdiv(first_of_all - first, BLOCK_N)
+    full = tl.maximum((end_of_all - first) // BLOCK_N - before, 0)
+    return first, before, full, tl.cdiv(end - first, BLOCK_N)
+
+
+@_kernel
+def _query_tiles(
+    key_low, key_high, T, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the query rows that see any of the keys key_low..key_high: (first, first full, end of full, end).
+
+    Every row of a full one sees all keys.
+    """
+    first, full_end = _span_of_key(key_low, T, WINDOW, BLOCK, STRIDE)
+    full, end = _span_of_key(key_high, T, WINDOW, BLOCK, STRIDE)
+    first, end = tl.minimum(first, T) * GROUP_PAD // BLOCK_M, tl.cdiv(end * GROUP_PAD, BLOCK_M)
+    full = tl.minimum(tl.cdiv(tl.minimum(full, T) * GROUP_PAD, BLOCK_M), end)
+    return first, full, tl.maximum(full_end * GROUP_PAD // BLOCK_M, full), end
+
+
+@_kernel
+def _load_keys(desc, b, k, start, end, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr):
+    """(ROWS, BLOCK_D) keys or values from `start` on. With CUT, those from `end` on are a neighbour's, and 0 here."""
+    x = desc.load([b, k, start, 0]).reshape(ROWS, BLOCK_D)
+    if CUT:
+        x = tl.where((start + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
+    return x
+
+
+@_kernel
+def _load_queries(
+    desc, b, k, n, end, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr
+):  # fmt: skip
+    """(ROWS, BLOCK_D) query rows from row n on; likewise."""
+    x = desc.load([b, k, n // GROUP_PAD, n % GROUP_PAD, 0]).reshape(ROWS, BLOCK_D)
+    if CUT:
+        x = tl.where((n + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
+    return x
+
+
+# Query rows that stay for a whole program come by plain pointers, so that they are an operand in shared memory: through
+# a descriptor they would be one in registers, and ptxas (13.0) has been seen to overwrite such registers in the loop.
+
+
+@_kernel
+def _span_forward_tile(
+    acc, m_i, l_i, q, k_desc, v_desc, b, k, key, start, keys, first, end, scale,
+    MASKED: tl.constexpr, CUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, `start` in its segment; where it is masked, a row sees the keys [first, end)."""
+    visible = None
+    if MASKED:
+        i = (start + tl.arange(0, BLOCK_N))[None, :]
+        visible = (i >= first[:, None]) & (i < end[:, None])
+    k_t = tl.trans(_load_keys(k_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, False))
+    v = _load_keys(v_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, MASKED and CUT)
+    acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, visible, scale, PRECISION)
+    return acc, m_i, l_i * alpha + tl.sum(p, 1)
+
+
+@_kernel(do_not_specialize=["n_segments", "T", "C"])
+def _span_forward_kernel(
+    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z, scale, q_strides,
+    K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o_t = sum_i p_ti v_i, p_ti = exp(scale·q_t·k_i − lse_t), lse_t = log sum_i exp(scale·q_t·k_i), i in span(t)."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    # The last tokens see the most keys and go first, so that no long program starts late.
+    tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
+    b, k = z // K, z % K
+    row, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, C, GROUP_PAD, BLOCK_M)
+    if PACKED:
+        if row >= tokens * GROUP_PAD:
+            return
+    n = row + tl.arange(0, BLOCK_M)
+    t, h, exists = n // GROUP_PAD, k * GROUP + n % GROUP_PAD, (n // GROUP_PAD < tokens) & (n % GROUP_PAD < GROUP)
+    q = _load_rows(q_ptr, _offsets(q_strides, b, token + t, h), exists, D, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    first, end = _span(t, WINDOW, BLOCK, STRIDE)
+    t_low, t_high = row // GROUP_PAD, tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
+    start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
+
+    # tiles that every row sees whole, then the ones at both edges of the span
+    for j in range(before, before + full):
+        acc, m_i, l_i = _span_forward_tile(
+            acc, m_i, l_i, q, k_desc, v_desc, b, k, key, start + j * BLOCK_N, keys, first, end, scale * _TL_LOG2E,
+            False, PACKED, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for j in range(tiles - full):
+        edge = start + tl.where(j < before, j, j + full) * BLOCK_N
+        acc, m_i, l_i = _span_forward_tile(
+            acc, m_i, l_i, q, k_desc, v_desc, b, k, key, edge, keys, first, end, scale * _TL_LOG2E,
+            True, PACKED, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+
+    # a row that saw nothing has l_i = 0 and m_i = -inf, hence o = 0 and lse = -inf
+    out = (b.to(tl.int64) * T + token + t) * (K * GROUP) + h
+    _store_rows(o_ptr, out * D, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], exists, D, BLOCK_D)
+    tl.store(lse_ptr + out, (m_i + tl.log2(l_i)) * _TL_LN2, mask=exists)
+
+
+@_kernel
+def _span_dq_tile(
+    dq, q, do, lse, delta, k_desc, v_desc, b, k, key, start, keys, first, end, scale,
+    MASKED: tl.constexpr, CUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: p = exp2(scale·q·k − lse), ds = p·(do·v − delta), dq += ds·k."""
+    visible = None
+    if MASKED:
+        i = (start + tl.arange(0, BLOCK_N))[None, :]
+        visible = (i >= first[:, None]) & (i < end[:, None])
+    k_tile = _load_keys(k_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, MASKED and CUT)
+    v = _load_keys(v_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, MASKED and CUT)
+    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = _dscores(_probabilities(s, lse[:, None], visible, scale), dp, delta[:, None])
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+
+
+@_kernel(do_not_specialize=["n_segments", "T", "C"])
+def _span_dq_kernel(
+    do_ptr, q_ptr, k_desc, v_desc, lse_ptr, delta_ptr, dq_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z, rows_pad,
+    scale, do_strides, q_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq_t = scale·sum_i ds_ti k_i, ds_ti = p_ti (do_t·v_i − delta_t), p_ti = exp(scale·q_t·k_i − lse_t).
+
+    With ADD it is added to what dq holds.
+    """
+    PACKED: tl.constexpr = cu_seqlens is not None
+    tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
+    b, k = z // K, z % K
+    row, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, C, GROUP_PAD, BLOCK_M)
+    if PACKED:
+        if row >= tokens * GROUP_PAD:
+            return
+    n = row + tl.arange(0, BLOCK_M)
+    t, h, exists = n // GROUP_PAD, k * GROUP + n % GROUP_PAD, (n // GROUP_PAD < tokens) & (n % GROUP_PAD < GROUP)
+    do = _load_rows(do_ptr, _offsets(do_strides, b, token + t, h), exists, D, BLOCK_D)
+    q = _load_rows(q_ptr, _offsets(q_strides, b, token + t, h), exists, D, BLOCK_D)
+    term = z.to(tl.int64) * rows_pad + token * GROUP_PAD + n
+    lse, delta = tl.load(lse_ptr + term), tl.load(delta_ptr + term)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first, end = _span(t, WINDOW, BLOCK, STRIDE)
+    t_low, t_high = row // GROUP_PAD, tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
+    start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
+
+    # tiles that every row sees whole, then the ones at both edges of the span
+    for j in range(before, before + full):
+        dq = _span_dq_tile(
+            dq, q, do, lse, delta, k_desc, v_desc, b, k, key, start + j * BLOCK_N, keys, first, end, scale * _TL_LOG2E,
+            False, PACKED, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for j in range(tiles - full):
+        edge = start + tl.where(j < before, j, j + full) * BLOCK_N
+        dq = _span_dq_tile(
+            dq, q, do, lse, delta, k_desc, v_desc, b, k, key, edge, keys, first, end, scale * _TL_LOG2E,
+            True, PACKED, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+
+    dq *= scale
+    out = ((b.to(tl.int64) * T + token + t) * (K * GROUP) + h) * D
+    if ADD:
+        dq += _load_rows(dq_ptr, out, exists, D, BLOCK_D)
+    _store_rows(dq_ptr, out, dq, exists, D, BLOCK_D)
+
+
+@_kernel
+def _span_dkv_tile(
+    dk, dv, keys, values, q_desc, do_desc, lse_ptr, delta_ptr, b, k, row0, row, rows, first, end, scale,
+    MASKED: tl.constexpr, CUT: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows, transposed so that p is an operand as it stands: dv += p'·do, dk += ds'·q.
+
+    `row` in a segment that begins at row0; where the tile is masked, a key is seen by the queries [first, end).
+    """
+    n, visible = row + tl.arange(0, BLOCK_M), None
+    if MASKED and CUT:
+        lse = tl.load(lse_ptr + row0 + n, mask=n < rows, other=float("inf"))
+        delta = tl.load(delta_ptr + row0 + n, mask=n < rows, other=0.0)
+    else:
+        lse, delta = tl.load(lse_ptr + row0 + n), tl.load(delta_ptr + row0 + n)
+    if MASKED:
+        t = (n // GROUP_PAD)[None, :]
+        visible = (t >= first[:, None]) & (t < end[:, None])
+    q = _load_queries(q_desc, b, k, row0 + row, row0 + rows, BLOCK_M, GROUP_PAD, BLOCK_D, MASKED and CUT)
+    do = _load_queries(do_desc, b, k, row0 + row, row0 + rows, BLOCK_M, GROUP_PAD, BLOCK_D, MASKED and CUT)
+    s = tl.dot(keys, tl.trans(q), input_precision=PRECISION)
+    dp = tl.dot(values, tl.trans(do), input_precision=PRECISION)
+    p = _probabilities(s, lse[None, :], visible, scale)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = _dscores(p, dp, delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
+def _span_dkv_kernel(
+    do_desc, q_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z,
+    rows_pad, key_tiles, tiles_per_split, scale, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv_i = sum_t p_ti do_t and dk_i = scale·sum_t ds_ti q_t, over one split of the query rows."""
+    PACKED: tl.constexpr = cu_seqlens is not None
+    # Later splits are seen by more keys and go first.
+    split, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // (Z * key_tiles), tl.program_id(0) % Z
+    b, k = z // K, z % K
+    start, token, tokens, key, keys = tl.program_id(0) // Z % key_tiles * BLOCK_N, z * 0, T, z * 0, C
+    if PACKED:
+        segment, start = _find_segment(tl.program_id(0) // Z % key_tiles, cu_keys, n_segments, 1, BLOCK_N)
+        token, key = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
+        tokens, keys = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - key
+        if start >= keys:
+            return
+    key_high = tl.minimum(start + BLOCK_N, keys) - 1
+    first, full, full_end, end = _query_tiles(start, key_high, tokens, GROUP_PAD, BLOCK_M, WINDOW, BLOCK, STRIDE)
+    low, high = split * tiles_per_split, (split + 1) * tiles_per_split
+    if PACKED:  # a sequence is shorter than the longest; its own rows are split
+        splits = tl.num_programs(0) // (Z * key_tiles)
+        low, high = first + (end - first) * split // splits, first + (end - first) * (split + 1) // splits
+    first, end = tl.maximum(first, low), tl.minimum(end, high)
+    full = tl.minimum(tl.maximum(full, first), end)
+    full_end = tl.maximum(tl.minimum(full_end, end), full)
+    k_tile = _load_keys(k_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, PACKED)
+    v_tile = _load_keys(v_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, PACKED)
+    i = start + tl.arange(0, BLOCK_N)
+    t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
+    lse_ptr += z.to(tl.int64) * rows_pad
+    delta_ptr += z.to(tl.int64) * rows_pad
+    row0, rows = token * GROUP_PAD, tokens * GROUP_PAD
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    # rows that see every key of the tile, then the ones at both edges
+    for tile in range(full, full_end):
+        dk, dv = _span_dkv_tile(
+            dk, dv, k_tile, v_tile, q_desc, do_desc, lse_ptr, delta_ptr, b, k, row0, tile * BLOCK_M, rows,
+            t_first, t_end, scale * _TL_LOG2E, False, PACKED, GROUP_PAD, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for j in range(first, end - full_end + full):
+        tile = tl.where(j < full, j, j - full + full_end)
+        dk, dv = _span_dkv_tile(
+            dk, dv, k_tile, v_tile, q_desc, do_desc, lse_ptr, delta_ptr, b, k, row0, tile * BLOCK_M, rows,
+            t_first, t_end, scale * _TL_LOG2E, True, PACKED, GROUP_PAD, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+
+    out = (((split * (Z // K) + b).to(tl.int64) * C + key + i) * K + k) * D
+    _store_rows(dk_ptr, out, dk * scale, i < keys, D, BLOCK_D)
+    _store_rows(dv_ptr, out, dv, i < keys, D, BLOCK_D)
+
+
+def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
+    """Number of splits of the query rows for dk and dv, each of at least 32 tiles.
+
+    Enough to fill the GPU three times over, since half of the (split, key tile) pairs see nothing; then up to sixteen
+    times, which evens out the staircase, as long as the splits stay so long that adding their sums costs little.
+    """
+    fill, even = (_cdiv(n * _num_sms(device), programs) for n in (3, 16))
+    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
+
+
+@functools.lru_cache(maxsize=4096)
+def _span_plan(
+    kernel: str, q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, span: _Span,
+    segments: int, longest: int, precision: str,
+) -> _Plan:  # fmt: skip
+    """Plan of a kernel over tiles of queries, or for "dkv" over tiles of keys and splits of the queries."""
+    (B, T, H, D), (C, K) = q_shape, k_shape[1:3]
+    branch, window = ("local", min(span.window, _FAR)) if span.window else ("compressed", 0)
+    constants = _constants(f"{branch}_{kernel}", H, K, D, dtype, precision)
+    group_pad, rows, keys = _power_of_2(H // K), constants["BLOCK_M"], constants["BLOCK_N"]
+    constants |= {"GROUP_PAD": group_pad, "WINDOW": window, "BLOCK": span.block_size, "STRIDE": span.stride}
+    if kernel != "dkv":
+        tiles = T * group_pad // rows + segments if segments else _cdiv(T * group_pad, rows)
+        return _Plan((tiles * B * K,), constants)
+    tiles = C // keys + segments if segments else _cdiv(C, keys)
+    row_tiles = _cdiv((longest or T) * group_pad, rows)
+    splits = 1 if window else _splits(row_tiles, tiles * B * K, device)
+    return _Plan((splits * tiles * B * K,), constants, splits, _cdiv(row_tiles, splits))
+
+
+def _triton_span_forward(
+    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, segments: _Segments | None = None
+) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, D) and lse (B, T, H)."""
+    (B, T, H, _), (C, K) = q.shape, k.shape[1:3]
+    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
+    if q.numel() == 0 or C == 0:
+        return o.zero_(), lse.fill_(-math.inf)
+    q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
+    n, longest, *offsets = (0, 0, None, None) if segments is None else segments.of_keys(span)
+    plan = _span_plan("forward", q.shape, k.shape, q.dtype, q.device, span, n, longest, _precision())
+    keys = plan.constants["BLOCK_N"]
+    _span_forward_kernel[plan.grid](
+        q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *offsets, n, T, C, B * K, scale, q.stride(),
+        **plan.constants,
+    )  # fmt: skip
+    return o, lse
+
+
+def _triton_span_backward(
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
+    segments: _Segments | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, added to the one that is given; dk, dv."""
+    (B, T, _, D), (C, K) = q.shape, k.shape[1:3]
+    add = dq is not None
+    if q.numel() == 0 or k.numel() == 0:
+        return dq if add else torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = dq if add else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
+    n, longest, *offsets = (0, 0, None, None) if segments is None else segments.of_keys(span)
+    shape, rows_pad = (q.shape, k.shape, q.dtype, q.device, span, n, longest, _precision()), terms.lse.shape[-1]
+    plan = _span_plan("dq", *shape)
+    keys = plan.constants["BLOCK_N"]
+    _span_dq_kernel[plan.grid](
+        do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, *offsets, n, T, C, B * K, rows_pad,
+        scale, do.stride(), q.stride(), ADD=add, **plan.constants,
+    )  # fmt: skip
+    plan = _span_plan("dkv", *shape)
+    rows, keys, splits = plan.constants["BLOCK_M"], plan.constants["BLOCK_N"], plan.splits
+    sum_dtype = k.dtype if splits == 1 else torch.float32
+    dk, dv = (k.new_empty((splits * B, C, K, D), dtype=sum_dtype) for _ in range(2))
+    _span_dkv_kernel[plan.grid](
+        _query_descriptor(do, K, rows), _query_descriptor(q, K, rows), _key_descriptor(k, keys),
+        _key_descriptor(v, keys), *terms, dk, dv, *offsets, n, T, C, B * K, rows_pad,
+        plan.grid[0] // (splits * B * K), plan.chunk, scale, **plan.constants,
+    )  # fmt: skip
+    if splits > 1:
+        dk, dv = (x.unflatten(0, (splits, B)).sum(0).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 11  Selection: importance of the blocks, and the S highest
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @_kernel
 def _fold_importance(
     p, part_first, m: tl.constexpr, r: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """score[j] = sum_i overlap(i, j) p[i], i = j r + part_first ...: a block's own share, and what its left lends it.
+    """score[j] = sum_i overlap(i, j)·p[i] (eq. 9) over a tile's i = j·r + part_first ...; and the tile's carry.
 
-    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j r, (j + 1) r). Beside
-    the score, what the tile lends to the first SPILL blocks of the next one.
+    In units of the stride, compressed block i covers [i, i + m) and selection block j covers [j·r, (j + 1)·r). A block
+    may overlap up to CARRY selection blocks to the right of its own; the carry is for the first CARRY of the next tile.
     """
-    p = tl.reshape(p, [TOKENS, BLOCKS, PART])
+    p = tl.reshape(p, [ROWS, BLOCKS, PART])
     i = part_first + tl.arange(0, PART)
     jj = tl.arange(0, BLOCKS)
     own = tl.minimum(i + m, r) - i
     score = tl.sum(p * own.to(tl.float32)[None, None, :], axis=2)
-    beyond = tl.zeros([TOKENS, BLOCKS], tl.float32)
-    for right in tl.static_range(1, SPILL + 1):
-        share = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
-        lent = tl.sum(p * share.to(tl.float32)[None, None, :], axis=2)
-        source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [TOKENS, BLOCKS])
-        score += tl.where((jj >= right)[None, :], tl.gather(lent, source, axis=1), 0.0)
-        source = tl.broadcast_to(tl.minimum(jj + (BLOCKS - right), BLOCKS - 1)[None, :], [TOKENS, BLOCKS])
-        beyond += tl.where((jj < right)[None, :], tl.gather(lent, source, axis=1), 0.0)
-    return score, beyond
+    carry = tl.zeros([ROWS, BLOCKS], tl.float32)
+    for right in tl.static_range(1, CARRY + 1):
+        overlap = tl.maximum(tl.minimum(i + m, (right + 1) * r) - right * r, 0)
+        share = tl.sum(p * overlap.to(tl.float32)[None, None, :], axis=2)
+        source = tl.broadcast_to(tl.maximum(jj - right, 0)[None, :], [ROWS, BLOCKS])
+        score += tl.where((jj >= right)[None, :], tl.gather(share, source, axis=1), 0.0)
+        source = tl.broadcast_to(tl.minimum(jj + (BLOCKS - right), BLOCKS - 1)[None, :], [ROWS, BLOCKS])
+        carry += tl.where((jj < right)[None, :], tl.gather(share, source, axis=1), 0.0)
+    return score, carry
 
 
-@_kernel
+@_kernel(do_not_specialize=["n_segments", "T", "C", "first_tile", "n_rows", "n_blocks"])
 def _block_scores_kernel(
-    q, k_cmp, lse, scores, tiles,
-    C, n_tokens, n_blocks, t0, scale,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_lb, stride_lt, stride_lh,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr, SELECT: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr, SPILL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens, cu_keys, n_segments, T, C, first_tile, n_rows, n_blocks, scale,
+    q_strides, k_strides, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
+    PART: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scores[z, t, j] = sum_i overlap(i, j) sum_g exp(scale q[t, g] . k_cmp[i] - lse[t, g]), over the visible i.
+    """scores[z, t, j] = sum_i overlap(i, j) sum_g exp(scale·q[t, g]·k[i] − lse[t, g]), over the visible i.
 
-    A tile holds BLOCKS selection blocks, the first SPILL of them only to lend to their right; TILES tiles in a row. A
-    tile of queries lies in one sequence; where sequences are packed, `tiles` tells in which, and t and i count there.
+    A tile holds BLOCKS selection blocks, the first CARRY of them only for what they carry to their right.
     """
     m: tl.constexpr = BLOCK // STRIDE
     r: tl.constexpr = SELECT // STRIDE
     z = tl.program_id(2)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    t = t0 + token
-    j_first = tl.program_id(1) * TILES * (BLOCKS - SPILL) - SPILL
-    last = t0 + tl.minimum((tl.program_id(0) + 1) * TOKENS, n_tokens) - 1
-    if tiles is not None:
-        tile = tiles + 5 * tl.program_id(0)
-        position, begin, length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-        t, last = position + tl.arange(0, TOKENS), tl.minimum(position + TOKENS, length) - 1
-    if (j_first + SPILL) * SELECT > last:  # every block of the tile begins after every query of the tile
+    b, k = z // K, z % K
+    row, token, tokens, key, keys = _query_tile(
+        first_tile + tl.program_id(0), cu_seqlens, cu_keys, n_segments, T, C, 1, BLOCK_M
+    )
+    j_first = tl.program_id(1) * (BLOCKS - CARRY) - CARRY
+    # every block begins after every query of the tile, or there is no query
+    if ((j_first + CARRY) * SELECT > tl.minimum(row + BLOCK_M, tokens) - 1) | (row >= tokens):
         return
-
-    in_chunk = token < n_tokens
-    q_base = q + (z // K).to(tl.int64) * stride_qb + (z % K).to(tl.int64) * G * stride_qh
-    k_base = k_cmp + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
-    lse_base = lse + (z // K).to(tl.int64) * stride_lb + (z % K).to(tl.int64) * G * stride_lh
-    if tiles is not None:
-        in_chunk, C = t < length, tl.load(tile + 4)
-        q_base += begin.to(tl.int64) * stride_qt
-        k_base += tl.load(tile + 3).to(tl.int64) * stride_kt
-        lse_base += begin.to(tl.int64) * stride_lt
-    column = tl.arange(0, BLOCKS * PART)
-    j_next = j_first + BLOCKS - SPILL  # a second tile, for the same queries, where TILES is 2
-    score = tl.zeros([TOKENS, BLOCKS], tl.float32)
-    score_next = tl.zeros([TOKENS, BLOCKS], tl.float32)
+    t, column = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCKS * PART)
+    exists = t < tokens
+    lse_row = lse_ptr + (b.to(tl.int64) * T + token + t) * (K * GROUP) + k * GROUP  # of a contiguous (B, T, H)
+    q_row = _offsets(q_strides, b, token + t, k * GROUP)
+    score = tl.zeros([BLOCK_M, BLOCKS], tl.float32)
     for part_first in tl.static_range(0, r, PART):
         inside = part_first + column % PART
         i = (j_first + column // PART) * r + inside
-        exists = (inside < r) & (i >= 0) & (i < C)
-        keys = tl.trans(_load_tile(k_base, i, stride_kt, exists, D, DP))  # here, so that it stays in shared memory
-        p = tl.zeros([TOKENS, BLOCKS * PART], tl.float32)
-        if TILES == 2:
-            i_next = (j_next + column // PART) * r + inside
-            exists_next = (inside < r) & (i_next < C)
-            keys_next = tl.trans(_load_tile(k_base, i_next, stride_kt, exists_next, D, DP))
-            p_next = tl.zeros([TOKENS, BLOCKS * PART], tl.float32)
+        seen = (inside < r) & (i >= 0) & (i < keys)
+        k_tile = _load_rows(k_ptr, _offsets(k_strides, b, key + i, k), seen, D, BLOCK_D)
+        k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
         # probabilities, summed over the group; masked once, after the sum
-        lse_row = lse_base + t.to(tl.int64) * stride_lt
-        lse_next = tl.load(lse_row, mask=in_chunk, other=0.0)
-        for g in range(G):
-            queries = _load_tile(q_base + g * stride_qh, t, stride_qt, in_chunk, D, DP)
-            lse_g = lse_next * _TL_LOG2E
-            lse_next = tl.load(lse_row + (g + 1) * stride_lh, mask=in_chunk & (g + 1 < G), other=0.0)
-            s = tl.dot(queries, keys, input_precision=PRECISION)
-            p += tl.exp2(s * (scale * _TL_LOG2E) - lse_g[:, None])
-            if TILES == 2:
-                s_next = tl.dot(queries, keys_next, input_precision=PRECISION)
-                p_next += tl.exp2(s_next * (scale * _TL_LOG2E) - lse_g[:, None])
+        p = tl.zeros([BLOCK_M, BLOCKS * PART], tl.float32)
+        lse_next = tl.load(lse_row, mask=exists, other=0.0)
+        for g in range(GROUP):
+            q = _load_rows(q_ptr + g * q_strides[2], q_row, exists, D, BLOCK_D)
+            lse = lse_next * _TL_LOG2E
+            lse_next = tl.load(lse_row + (g + 1), mask=exists & (g + 1 < GROUP), other=0.0)  # early, for the next round
+            p += _probabilities(tl.dot(q, k_t, input_precision=PRECISION), lse[:, None], None, scale * _TL_LOG2E)
         visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
-        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
-        if TILES == 2:
-            visible = (inside < r)[None, :] & ((i_next * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
-            p_next = tl.where(visible, p_next, 0.0)
-            score_next += _fold_importance(p_next, part_first, m, r, TOKENS, BLOCKS, PART, SPILL)[0]
-
+        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, BLOCK_M, BLOCKS, PART, CARRY)[0]
     jj = tl.arange(0, BLOCKS)
-    row = scores + (z.to(tl.int64) * n_tokens + token) * n_blocks
-    stored = in_chunk[:, None] & ((jj >= SPILL) & (j_first + jj < n_blocks))[None, :]
-    tl.store(row[:, None] + (j_first + jj)[None, :], score, mask=stored)
-    if TILES == 2:
-        stored = in_chunk[:, None] & ((jj >= SPILL) & (j_next + jj < n_blocks))[None, :]
-        tl.store(row[:, None] + (j_next + jj)[None, :], score_next, mask=stored)
+    out = (z.to(tl.int64) * n_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)) * n_blocks
+    stored = exists[:, None] & ((jj >= CARRY) & (j_first + jj < n_blocks))[None, :]
+    tl.store(scores_ptr + out[:, None] + (j_first + jj)[None, :], score, mask=stored)
 
 
 @_kernel
@@ -3212,7 +3618,7 @@ def _store_highest(
     """out_row[:] = the S highest of score[: own + 1], forced ones first, ties to the lower index; ROWS rows at once.
 
     Scores are not negative, so their bits order as integers: the S-th highest is found by bisection, by counting, and
-    a round that counts exactly S ends it. The running count of what is taken is the slot: slots ascend without a sort.
+    a round that counts exactly S ends it. The running count of chosen blocks is the slot: slots ascend without a sort.
     """
     QUAD: tl.constexpr = 4 if NP > 4 else 1
     j = tl.arange(0, NP)[None, :]
@@ -3227,8 +3633,8 @@ def _store_highest(
     # at least `wanted` keys reach the threshold, fewer reach `over`; SP strided groups have a maximum each
     over = tl.max(key, axis=1) + 1
     key = tl.where(forced, _TL_FORCED, key)
-    group_top = tl.max(tl.reshape(key, [ROWS, NP // SP, SP]), axis=1)
-    threshold = tl.maximum(tl.min(group_top, axis=1), 0)
+    group_max = tl.max(tl.reshape(key, [ROWS, NP // SP, SP]), axis=1)
+    threshold = tl.maximum(tl.min(group_max, axis=1), 0)
     n_forced = tl.sum(forced.to(tl.int32), axis=1)
     threshold = tl.where(n_forced >= wanted, _TL_FORCED, tl.minimum(threshold, over - 1))
     over = tl.where(n_forced >= wanted, _TL_FORCED + 1, over)
@@ -3238,7 +3644,7 @@ def _store_highest(
         threshold = tl.where(reached >= wanted, trial, threshold)
         over = tl.where(reached > wanted, over, tl.where(reached == wanted, trial + 1, trial))
 
-    # ties at the threshold: those before `limit` are taken, so that `wanted` are taken in all
+    # ties at the threshold: those before `limit` are chosen, so that `wanted` are chosen in all
     limit = tl.full([ROWS], NP, tl.int32)
     reached = tl.sum((key >= threshold[:, None]).to(tl.int32), axis=1)
     if tl.max(reached - wanted, axis=0) > 0:
@@ -3249,1151 +3655,295 @@ def _store_highest(
             enough = tl.sum(ranked.to(tl.int32), axis=1) >= wanted
             limit = tl.where(enough, middle, limit)
             low = tl.where(enough, low, middle)
-    chosen = (key > threshold[:, None]) | ((key == threshold[:, None]) & (j < limit[:, None]))
+    chosen = candidate & ((key > threshold[:, None]) | ((key == threshold[:, None]) & (j < limit[:, None])))
     # the running count in two steps, over quads and within them, as a lane holds four neighbours
-    taken = tl.reshape((chosen & candidate).to(tl.int32), [ROWS, NP // QUAD, QUAD])
-    quad = tl.sum(taken, axis=2)
-    slot = (tl.cumsum(quad, axis=1) - quad)[:, :, None] + tl.cumsum(taken, axis=2) - 1
-    slot = tl.reshape(slot, [ROWS, NP])
-    tl.store(out_row[:, None] + slot, tl.broadcast_to(j, [ROWS, NP]), mask=chosen & candidate)
+    count = tl.reshape(chosen.to(tl.int32), [ROWS, NP // QUAD, QUAD])
+    quad = tl.sum(count, axis=2)
+    slot = (tl.cumsum(quad, axis=1) - quad)[:, :, None] + tl.cumsum(count, axis=2) - 1
+    tl.store(out_row[:, None] + tl.reshape(slot, [ROWS, NP]), tl.broadcast_to(j, [ROWS, NP]), mask=chosen)
     free = tl.arange(0, SP)[None, :]
     empty = exists[:, None] & (free >= wanted[:, None]) & (free < S)
     tl.store(out_row[:, None] + free, tl.full([ROWS, SP], -1, tl.int32), mask=empty)
 
 
-@_kernel
+@_kernel(do_not_specialize=["n_segments", "T", "first_tile", "n_rows", "n_blocks"])
 def _choose_kernel(
-    scores, chosen_blocks, tiles, n_tokens, n_blocks, t0, stride_ob, stride_ot, stride_ok,
-    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, TOKENS: tl.constexpr,
+    scores_ptr, chosen_ptr, cu_seqlens, n_segments, T, first_tile, n_rows, n_blocks,
+    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """chosen_blocks[t] = the S highest of scores[t, : t // SELECT + 1]."""
-    z = tl.program_id(1)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_chunk = token < n_tokens
-    j = tl.arange(0, NP)[None, :]
-    row = (z.to(tl.int64) * n_tokens + token) * n_blocks
-    score = tl.load(scores + row[:, None] + j, mask=in_chunk[:, None] & (j < n_blocks), other=0.0)  # wide loads
-    out = chosen_blocks + (z // K).to(tl.int64) * stride_ob + (z % K) * stride_ok
-    t = t0 + token
-    position = t
-    if tiles is not None:
-        tile = tiles + 5 * (token // TOKENS)
-        position = tl.load(tile, mask=in_chunk, other=0) + token % TOKENS
-        t = tl.load(tile + 1, mask=in_chunk, other=0) + position
-        in_chunk = in_chunk & (position < tl.load(tile + 2, mask=in_chunk, other=0))
-    out_row = out + t.to(tl.int64) * stride_ot
-    _store_highest(score, position // SELECT, in_chunk, out_row, S, SP, INIT, LOCAL, ROWS, NP)
+    """chosen[t] = the S highest of scores[t, : t // SELECT + 1], in ascending order, -1 in free slots."""
+    z, n0 = tl.program_id(1), tl.program_id(0) * ROWS
+    row, token, tokens, _, _ = _query_tile(
+        first_tile + n0 // BLOCK_M, cu_seqlens, cu_seqlens, n_segments, T, 0, 1, BLOCK_M
+    )
+    t, j = row + n0 % BLOCK_M + tl.arange(0, ROWS), tl.arange(0, NP)[None, :]
+    exists = (t < tokens) & (n0 + tl.arange(0, ROWS) < n_rows)
+    score_row = (z.to(tl.int64) * n_rows + n0 + tl.arange(0, ROWS)) * n_blocks
+    score = tl.load(scores_ptr + score_row[:, None] + j, mask=exists[:, None] & (j < n_blocks), other=0.0)
+    out = (((z // K).to(tl.int64) * T + token + t) * K + z % K) * S
+    _store_highest(score, t // SELECT, exists, chosen_ptr + out, S, SP, INIT, LOCAL, ROWS, NP)
 
 
-def _spill(block_size: int, stride: int, select_block_size: int) -> tuple[int, int]:
-    """Compressed blocks that start in a selection block, and how many selection blocks the last of them lends to."""
-    ratio = select_block_size // stride
-    return ratio, (ratio + block_size // stride - 2) // ratio
+def _carry(choice: _Choice) -> tuple[int, int]:
+    """Compressed blocks that start in a selection block, and selection blocks to its right that the last overlaps."""
+    ratio = choice.select_block_size // choice.stride
+    return ratio, (ratio + choice.block_size // choice.stride - 2) // ratio
 
 
-def _select_obstacle(block_size: int, select_block_size: int) -> str | None:
-    """Why the choice has no kernel for such blocks; None if it has."""
-    return "block_size is more than 32 times select_block_size" if block_size > 32 * select_block_size else None
-
-
-def _select_tiles(D: int, G: int, ratio: int, spill: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes of the scores: TOKENS queries by BLOCKS selection blocks of PART compressed blocks at a time."""
+@functools.lru_cache(maxsize=4096)
+def _select_plan(
+    q_shape: torch.Size, K: int, dtype: torch.dtype, choice: _Choice, segments: int, longest: int, precision: str
+) -> _Plan:
+    """Plan of both kernels: `grid` has all rows, those that fill up the last tile of a segment too, and blocks."""
+    B, T, H, D = q_shape
+    constants = _constants("scores", H, K, D, dtype, precision)
+    rows, (ratio, carry) = constants["BLOCK_M"], _carry(choice)
     part = min(_power_of_2(ratio), 32)
-    size = dict(_SELECT_TILES[dtype.itemsize, 128 if _padded(D) <= 128 else 256, G == 1])
-    blocks = max(size.pop("COLUMNS") // part, _power_of_2(2 * spill), 2)
-    return {**size, "BLOCKS": blocks, "PART": part}
-
-
-def _query_tiles(packing: _Packing, tokens: int, block_size: int, stride: int) -> Tensor:
-    """Tiles of at most so many queries, each of one sequence: int32 (n, 5).
-
-    The position of the first query; the sequence's first token, its length, its first compressed key, their number.
-    """
-    keys, edges = packing.compressed(_Staircase(block_size, stride))
-    sequences = torch.stack([packing.edges[:-1], packing.lengths, edges[:-1], keys], 1)
-    tiles = sum(_cdiv(length, tokens) for length in packing.on_host)
-    sequence, tile = _runs((packing.lengths + (tokens - 1)) // tokens, tiles)
-    return torch.cat([tile[:, None] * tokens, sequences[sequence]], 1)
+    blocks = max(constants.pop("BLOCK_N") // part, _power_of_2(2 * carry), 2)
+    constants |= {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": choice.select_block_size}
+    constants |= {"BLOCKS": blocks, "PART": part, "CARRY": carry}
+    all_rows = (T // rows + segments) * rows if segments else T
+    row_bytes = 4 * B * K * _selection_count(longest or T, choice.select_block_size)
+    chunk = min(_cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, all_rows)
+    return _Plan((all_rows, row_bytes // 4), constants, chunk=chunk)
 
 
 def _triton_select(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-    packing: _Packing | None = None,
+    q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, segments: _Segments | None = None
 ) -> Tensor:
     """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots."""
-    B, T, H, D = q.shape
-    C, K = k_cmp.shape[1:3]
-    G, S = H // K, topk_blocks
-    q, k_cmp = _unit_stride(q), _unit_stride(k_cmp)
-    ratio, spill = _spill(block_size, stride, select_block_size)
-    sizes = _select_tiles(D, G, ratio, spill, q.dtype)
+    (B, T), (C, K), S = q.shape[:2], k_cmp.shape[1:3], choice.topk_blocks
+    q, k_cmp, lse = _unit_stride(q), _unit_stride(k_cmp), lse.contiguous()
+    n, longest, *offsets = (0, 0, None, None) if segments is None else segments.of_keys(choice.span)
+    plan = _select_plan(q.shape, K, q.dtype, choice, n, longest, _precision())
+    (all_rows, row_values), chunk, constants = plan.grid, plan.chunk, plan.constants
+    rows, per_tile = constants["BLOCK_M"], constants["BLOCKS"] - constants["CARRY"]
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
-    tiles, rows, longest = None, T, T
-    if packing is not None:
-        tiles, longest = _query_tiles(packing, sizes["TOKENS"], block_size, stride), max(packing.on_host)
-        rows = len(tiles) * sizes["TOKENS"]  # of scores; those that fill up a sequence's last tile belong to no query
-    row_bytes = 4 * B * K * _selection_count(longest, select_block_size)
-    chunk = min(_cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, rows)
-    scores = torch.empty(chunk * row_bytes // 4, dtype=torch.float32, device=q.device)
-    for t0 in range(0, rows, chunk):
-        n_tokens = min(chunk, rows - t0)
-        n_blocks = _selection_count(min(t0 + n_tokens, longest), select_block_size)  # later ones are no candidates yet
-        of_chunk = None if tiles is None else tiles[t0 // sizes["TOKENS"] :]
-        grid = (
-            _cdiv(n_tokens, sizes["TOKENS"]),
-            _cdiv(n_blocks, sizes["TILES"] * (sizes["BLOCKS"] - spill)),
-            B * K,
-        )
-        _block_scores_kernel[grid](
-            q, k_cmp, lse, scores, of_chunk, C, n_tokens, n_blocks, t0, scale,
-            *q.stride()[:3], *k_cmp.stride()[:3], *lse.stride(),
-            K=K, G=G, D=D, DP=_padded(D), STRIDE=stride, BLOCK=block_size, SELECT=select_block_size,
-            SPILL=spill, PRECISION=_precision(), **sizes,
+    scores = torch.empty(chunk * row_values, dtype=torch.float32, device=q.device)
+    for first in range(0, all_rows, chunk):
+        n_rows = min(chunk, all_rows - first)
+        n_blocks = _selection_count(min(first + n_rows, longest or T), choice.select_block_size)  # others: none yet
+        _block_scores_kernel[(_cdiv(n_rows, rows), _cdiv(n_blocks, per_tile), B * K)](
+            q, k_cmp, lse, scores, *offsets, n, T, C, first // rows, n_rows, n_blocks, scale, q.stride(),
+            k_cmp.stride(), **constants,
         )  # fmt: skip
         width = max(_power_of_2(n_blocks), _power_of_2(S))
-        rows_each = max(1, 512 // width)
-        _choose_kernel[(_cdiv(n_tokens, rows_each), B * K)](
-            scores, chosen, of_chunk, n_tokens, n_blocks, t0, *chosen.stride()[:3],
-            K=K, S=S, SP=_power_of_2(S), SELECT=select_block_size, TOKENS=sizes["TOKENS"],
-            INIT=init_blocks, LOCAL=local_blocks, ROWS=rows_each, NP=width,
+        rows_each = min(max(1, 512 // width), rows)
+        _choose_kernel[(_cdiv(n_rows, rows_each), B * K)](
+            scores, chosen, offsets[0], n, T, first // rows, n_rows, n_blocks,
+            K=K, S=S, SP=_power_of_2(S), SELECT=choice.select_block_size, BLOCK_M=rows,
+            INIT=choice.init_blocks, LOCAL=choice.local_blocks, ROWS=rows_each, NP=width,
             num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
 
 
-# What a backward needs of each query row ──────────────────────────────────────────────────────────────────────────────
-#
-# Shift, in powers of two, and delta as in section 4, for row n of key head z: token n // Gp, head n % Gp of the group,
-# where Gp is G rounded up to a power of two. Rows that do not exist have a shift of +inf, so that their p is 0.
-
-
-def _group_pad(G: int) -> int:
-    """Gp."""
-    return _power_of_2(G)
-
-
-@_kernel
-def _row_terms_kernel(
-    do, dlse, gates, o_0, o_1, o_2, lse_0, lse_1, lse_2, dgates, shift, delta, T, rows_pad,
-    stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh, stride_gc,
-    K: tl.constexpr, G: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    ROWS: tl.constexpr, BRANCHES: tl.constexpr,
-):  # fmt: skip
-    """Of each branch c: dgates[c] = do . o_c, delta[c] = do . o_c - dlse, shift[c] = (lse_c - log gates[c]) log2(e).
-
-    One branch stands alone, ungated, with the gradient of its lse; three are under their gates, which have gradients.
-    """
-    z = tl.program_id(1)
-    b, h = (z // K).to(tl.int64), (z % K) * G
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t, g = (n // GROUP_PAD).to(tl.int64), n % GROUP_PAD
-    exists = (t < T) & (g < G)
-    row = (b * T + t) * (K * G) + h + g  # of the contiguous (B, T, H)
-    d = tl.arange(0, DP)
-    mask = exists[:, None] & (d < D)[None, :]
-    do_row = b * stride_db + t * stride_dt + (h + g).to(tl.int64) * stride_dh
-    d_out = tl.load(do + do_row[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    for c in tl.static_range(BRANCHES):
-        o = o_0 if c == 0 else (o_1 if c == 1 else o_2)
-        lse = lse_0 if c == 0 else (lse_1 if c == 1 else lse_2)
-        term = tl.sum(d_out * tl.load(o + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32), axis=1)
-        lse_row = tl.load(lse + row, mask=exists, other=float("-inf"))
-        log_gate = tl.zeros([ROWS], tl.float32)
-        if BRANCHES > 1:
-            gate = b * stride_gb + t * stride_gt + (h + g).to(tl.int64) * stride_gh + c * stride_gc
-            tl.store(dgates + row * BRANCHES + c, term.to(dgates.dtype.element_ty), mask=exists)
-            log_gate = tl.log2(tl.load(gates + gate, mask=exists, other=0.0).to(tl.float32))
-        else:
-            term -= tl.load(dlse + row, mask=exists, other=0.0)
-        out = (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n
-        nothing = (lse_row == float("-inf")) | (log_gate == float("-inf"))
-        tl.store(shift + out, tl.where(nothing, float("inf"), lse_row * _TL_LOG2E - log_gate))
-        tl.store(delta + out, term)
-
-
-def _launch_row_terms(
-    do: Tensor, dlse: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], dgates: Tensor, kv_heads: int
-) -> list[_RowTerms]:
-    """The terms of one branch or of three; what a launch has no use for may be any tensor."""
-    B, T, H, D = do.shape
-    G, branches = H // kv_heads, len(outputs)
-    rows_pad = _cdiv(T * _group_pad(G), _MAX_ROWS) * _MAX_ROWS
-    shift, delta = torch.empty(2, branches, B, kv_heads, rows_pad, dtype=torch.float32, device=do.device)
-    do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
-    rows = _merge_rows(D)
-    _row_terms_kernel[(_cdiv(rows_pad, rows), B * kv_heads)](
-        do, dlse.contiguous(), gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, shift, delta, T, rows_pad,
-        *do.stride()[:3], *gates.stride(), K=kv_heads, G=G, GROUP_PAD=_group_pad(G), D=D, DP=_padded(D), ROWS=rows,
-        BRANCHES=branches,
-    )  # fmt: skip
-    return [_RowTerms(*terms) for terms in zip(shift, delta, strict=True)]
-
-
-def _triton_row_terms(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, kv_heads: int) -> _RowTerms:
-    return _launch_row_terms(do, dlse, do, [o], [lse], dlse, kv_heads)[0]
-
-
-def _triton_gated_row_terms(
-    do: Tensor, gates: Tensor, outputs: list[Tensor], lses: list[Tensor], kv_heads: int
-) -> tuple[Tensor, list[_RowTerms]]:
-    dgates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
-    return dgates, _launch_row_terms(do, lses[0], gates, outputs, lses, dgates, kv_heads)
-
-
-# Local and compressed: spans of keys ──────────────────────────────────────────────────────────────────────────────────
-#
-# In both branches a query sees one contiguous span of keys, so one algorithm serves them. Key i ends at token
-# i·d + l − 1 and query t sees the keys that have ended, first(t) ≤ i < end(t):
-#
-#     compressed   first(t) = 0                    end(t) = (t + 1 − l)//d + 1, at least 0
-#     local        first(t) = max(0, t + 1 − W)    end(t) = t + 1, which is the rule above with l = d = 1
-#
-# A tile of query rows packs tokens × G heads, so that the heads of a group share every key that is loaded: row n of key
-# head k is token n // Gp, head k·G + n % Gp, where Gp is G rounded up to a power of two.
-#
-# Each query chooses its own block and the local_blocks − 1 before it, whatever their scores: its recent blocks. Where
-# the window holds them (and both branches have the same keys), the local branch does them for the selective one: it
-# reads these keys anyway, for a whole tile of queries, and the products q·k and do·v are the same.
-#
-#     recent(t) = (t//l' − local_blocks + 1)·l', at least 0, is the first of their keys; without any it is end(t)
-#
-# The forward takes the recent keys first and writes their o and lse, a part that the selective branch merges. The
-# backward adds what both branches give: ds = p_local·(do·v − delta_local) + p_selective·(do·v − delta_selective).
-#
-# Packed sequences bring tables in place of the arithmetic: `spans` has first(t), recent(t) and end(t) of every query,
-# `seen` the first query that sees a key, one past the last to which it is recent, and one past the last that sees it.
-# All ascend from sequence to sequence, so a tile may straddle them.
-
-
-@_kernel
-def _span_first(t, WINDOW: tl.constexpr):
-    """first(t): the first key that query t sees."""
-    first = t * 0
-    if WINDOW > 0:
-        first = tl.maximum(t + 1 - WINDOW, 0)
-    return first
-
-
-@_kernel
-def _span_end(t, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """end(t): one past the last key that query t sees."""
-    return tl.maximum(t + 1 - BLOCK_SIZE + STRIDE, 0) // STRIDE
-
-
-@_kernel
-def _bounds(table, i, exists):
-    """(first, recent, end) of `spans` or `seen`, all 0 for what does not exist."""
-    first = tl.load(table + 3 * i, mask=exists, other=0)
-    recent = tl.load(table + 3 * i + 1, mask=exists, other=0)
-    end = tl.load(table + 3 * i + 2, mask=exists, other=0)
-    return first, recent, end
-
-
-@_kernel
-def _sees(
-    t, spans, exists, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    SELECT: tl.constexpr, RECENT: tl.constexpr,
-):  # fmt: skip
-    """(first, recent, end): query t sees the keys [first, end), and from `recent` on they are in its recent blocks."""
-    if spans is not None:
-        first, recent, end = _bounds(spans, t, exists)
-    else:
-        first, end = _span_first(t, WINDOW), _span_end(t, BLOCK_SIZE, STRIDE)
-        recent = end
-        if RECENT > 0:
-            recent = tl.maximum(t // SELECT - (RECENT - 1), 0) * SELECT
-    return first, recent, end
-
-
-@_kernel
-def _seen_by(
-    key, T, seen, exists, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    SELECT: tl.constexpr, RECENT: tl.constexpr,
-):  # fmt: skip
-    """(first, recent, end): the queries [first, end) see the key, and up to `recent` it is in their recent blocks."""
-    if seen is not None:
-        first, recent, end = _bounds(seen, key, exists)
-    else:
-        first = key * STRIDE + (BLOCK_SIZE - 1)
-        recent, end = first, first * 0 + T
-        if RECENT > 0:
-            recent = (key // SELECT + RECENT) * SELECT
-        if WINDOW > 0:
-            end = tl.minimum(key + WINDOW, T)
-    return first, recent, end
-
-
-@_kernel
-def _key_tiles(
-    t_low, t_high, spans, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    SELECT: tl.constexpr, RECENT: tl.constexpr,
-):  # fmt: skip
-    """Tiles of keys that the queries t_low..t_high see: (first key, tiles before the full ones, full ones, the first
-    that has recent keys, one past the last that has others, all). Of a full one all see all keys, and none is recent.
-    """
-    if spans is not None:
-        t_low = tl.minimum(t_low, t_high)  # the last tile may begin behind the last query, of which there is no span
-    first, recent, _ = _sees(t_low, spans, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    first_seen_by_all, recent_of_some, end = _sees(t_high, spans, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    if RECENT > 0:
-        first = first // KEYS * KEYS  # so that tiles end where blocks do
-    before = tl.cdiv(first_seen_by_all - first, KEYS)  # some have moved past the tile's first keys
-    recent_tile, others = (recent - first) // KEYS, tl.cdiv(recent_of_some - first, KEYS)
-    full = tl.maximum(recent_tile - before, 0)
-    return first, before, full, recent_tile, others, tl.cdiv(end - first, KEYS)
-
-
-@_kernel
-def _row_tiles(
-    key_low, key_high, T, C, seen, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, WINDOW: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr,
-):  # fmt: skip
-    """Tiles of query rows that see any of the keys key_low..key_high: (first, first full, end of full, end).
-
-    Of a full one all rows see all keys, and have none of them in their recent blocks.
-    """
-    if seen is not None:
-        key_high = tl.minimum(key_high, C - 1)
-    t_first, _, t_full_end = _seen_by(key_low, T, seen, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    _, t_full, t_end = _seen_by(key_high, T, seen, True, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    first, end = tl.minimum(t_first, T) * GROUP_PAD // ROWS, tl.cdiv(t_end * GROUP_PAD, ROWS)
-    full = tl.minimum(tl.cdiv(tl.minimum(t_full, T) * GROUP_PAD, ROWS), end)
-    full_end = tl.maximum(t_full_end * GROUP_PAD // ROWS, full)
-    return first, full, full_end, end
-
-
-@_kernel
-def _rows_of(tile, T, ROWS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """The rows of a query tile: their tokens, their heads within the group, and which of them exist."""
-    n = tile * ROWS + tl.arange(0, ROWS)
-    t, g = n // GROUP_PAD, n % GROUP_PAD
-    return t, g, (t < T) & (g < GROUP)
-
-
-@_kernel
-def _row_offsets(strides, b, head, t, exists, D, DIM: tl.constexpr):
-    """Where (ROWS, DIM) query rows of a (B, T, H, D) tensor lie, and which of them exist."""
-    column = tl.arange(0, DIM)
-    row = b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
-    return row[:, None] + column[None, :], exists[:, None] & (column < D)[None, :]
-
-
-@_kernel
-def _load_resident_rows(x_ptr, strides, b, head, t, exists, D, DIM: tl.constexpr):
-    """(ROWS, DIM) query rows of a (B, T, H, D) tensor that stay for the whole program.
-
-    By plain pointers, because then the tile is a matrix operand in shared memory. Loaded through a descriptor it would
-    be one in registers, and ptxas (13.0) has been seen to overwrite such registers inside the loop.
-    """
-    offsets, mask = _row_offsets(strides, b, head, t, exists, D, DIM)
-    return tl.load(x_ptr + offsets, mask=mask, other=0.0)
-
-
-@_kernel
-def _store_rows(x_ptr, strides, x, b, head, t, exists, D, DIM: tl.constexpr):
-    """Write (ROWS, DIM) query rows into a (B, T, H, D) tensor; those that do not exist are dropped."""
-    offsets, mask = _row_offsets(strides, b, head, t, exists, D, DIM)
-    tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
-
-
-@_kernel
-def _load_rows(desc, b, k, tile, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr):
-    """(ROWS, DIM) query rows of a (B, K, T, G, D) view, inside a loop; what does not exist is zero."""
-    n = tile * ROWS
-    return desc.load([b, k, n // GROUP_PAD, n % GROUP_PAD, 0]).reshape(ROWS, DIM)
-
-
-@_kernel
-def _load_keys(desc, b, k, start, KEYS: tl.constexpr, DIM: tl.constexpr):
-    """(KEYS, DIM) keys or values of a (B, K, C, D) view; those that do not exist are zero."""
-    return desc.load([b, k, start, 0]).reshape(KEYS, DIM)
-
-
-@_kernel
-def _forward_tile(
-    acc, peak, total, q, k_desc, v_desc, b, k, start, low, high, scale,
-    MASKED: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys of the online softmax: s = scale*q.k, p = exp2(s - peak), acc += p.v, total += sum p.
-
-    Where it is masked, a row sees the keys [low, high).
-    """
-    keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
-    s = tl.dot(q, keys.T, input_precision=PRECISION)
-    if MASKED:
-        key = (start + tl.arange(0, KEYS))[None, :]
-        s = tl.where((key >= low[:, None]) & (key < high[:, None]), s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
-    shift = new_peak
-    if MASKED:  # a row without a visible key so far: any finite shift keeps its exponentials at exactly 0
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s * scale - shift[:, None])
-    fade = tl.exp2(peak - shift)
-    values = _load_keys(v_desc, b, k, start, KEYS, DIM)
-    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-    return acc, new_peak, total * fade + tl.sum(p, 1)
-
-
-@_kernel
-def _store_attention(
-    acc, peak, total, o_ptr, o_strides, lse_ptr, b, head, t, exists, T, H, D, DIM: tl.constexpr
-):
-    """Normalise; a row that saw nothing has total = 0 and peak = -inf, hence o = 0 and lse = -inf."""
-    _store_rows(o_ptr, o_strides, acc / tl.where(total == 0.0, 1.0, total)[:, None], b, head, t, exists, D, DIM)
-    tl.store(lse_ptr + (b.to(tl.int64) * T + t) * H + head, (peak + tl.log2(total)) * _TL_LN2, mask=exists)
-
-
-@_kernel(do_not_specialize=["T"])
-def _span_forward_kernel(
-    q_ptr, q_strides, k_desc, v_desc, o_ptr, o_strides, lse_ptr, o_recent_ptr, lse_recent_ptr, spans, T, H, K, D, scale,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    SELECT: tl.constexpr, RECENT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """o_t = sum_i p_ti v_i, p_ti = exp(scale*q_t.k_i - lse_t), lse_t = log sum_i exp(scale*q_t.k_i), i in span(t).
-
-    Where RECENT, o_recent and lse_recent are the same over the keys in the recent blocks alone.
-    """
-    # Which tile: the last tokens see the most keys and go first, so that no long program starts late.
-    heads = tl.num_programs(0) // tl.cdiv(T * GROUP_PAD, ROWS)  # B * K
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
-    b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
-    t, g, exists = _rows_of(tile, T, ROWS, GROUP, GROUP_PAD)
-    t_low, t_high = tile * ROWS // GROUP_PAD, tl.minimum((tile * ROWS + ROWS - 1) // GROUP_PAD, T - 1)
-    q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
-    acc = tl.zeros((ROWS, DIM), tl.float32)
-    peak, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    low, recent, high = _sees(t, spans, exists, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    first, before, full, recent_tiles, tiles, end = _key_tiles(
-        t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT
-    )
-    # The recent keys, whose sum is a result by itself; on top of it tiles that every row sees whole, then the ones at
-    # both edges of what is left.
-    if RECENT > 0:
-        for j in range(recent_tiles, end):
-            acc, peak, total = _forward_tile(
-                acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, recent, high, scale * _TL_LOG2E,
-                True, KEYS, DIM, PRECISION,
-            )  # fmt: skip
-        _store_attention(
-            acc, peak, total, o_recent_ptr, o_strides, lse_recent_ptr, b, k * GROUP + g, t, exists, T, H, D, DIM
-        )
-    for j in range(before, before + full):
-        acc, peak, total = _forward_tile(
-            acc, peak, total, q, k_desc, v_desc, b, k, first + j * KEYS, low, recent, scale * _TL_LOG2E,
-            False, KEYS, DIM, PRECISION,
-        )  # fmt: skip
-    for j in range(tiles - full):
-        start = first + tl.where(j < before, j, j + full) * KEYS
-        acc, peak, total = _forward_tile(
-            acc, peak, total, q, k_desc, v_desc, b, k, start, low, recent, scale * _TL_LOG2E,
-            True, KEYS, DIM, PRECISION,
-        )  # fmt: skip
-    _store_attention(acc, peak, total, o_ptr, o_strides, lse_ptr, b, k * GROUP + g, t, exists, T, H, D, DIM)
-
-
-@_kernel
-def _dq_tile(
-    dq, q, do, shift, delta, selected_shift, selected_delta, k_desc, v_desc, b, k, start, low, recent, high, scale,
-    MASKED: tl.constexpr, RECENT: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys: p = exp2(scale*q.k - shift), ds = p * (do.v - delta), dq += ds.k.
-
-    Where it is masked, a row sees the keys [low, high); those from `recent` on in the selective branch as well.
-    """
-    keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
-    values = _load_keys(v_desc, b, k, start, KEYS, DIM)
-    s = tl.dot(q, keys.T, input_precision=PRECISION)
-    dp = tl.dot(do, values.T, input_precision=PRECISION)
-    p = tl.exp2(s * scale - shift[:, None])
-    if MASKED:
-        key = (start + tl.arange(0, KEYS))[None, :]
-        p = tl.where((key >= low[:, None]) & (key < high[:, None]), p, 0.0)
-    ds = p * (dp - delta[:, None])
-    if MASKED and RECENT > 0:
-        p = tl.exp2(s * scale - selected_shift[:, None])
-        p = tl.where((key >= recent[:, None]) & (key < high[:, None]), p, 0.0)
-        ds += p * (dp - selected_delta[:, None])
-    return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
-
-
-@_kernel(do_not_specialize=["T"])
-def _span_dq_kernel(
-    do_ptr, do_strides, q_ptr, q_strides, k_desc, v_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
-    dq_ptr, dq_strides, spans, T, K, D, rows_pad, scale,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ADD: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq_t = scale * sum_i ds_ti k_i, ds_ti = p_ti (do_t.v_i - delta_t), p_ti = exp(scale*q_t.k_i - shift_t).
-
-    Added to what dq holds, where ADD. Where RECENT, ds_ti of the selective branch is added for the recent keys.
-    """
-    heads = tl.num_programs(0) // (rows_pad // ROWS)  # B * K
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
-    b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
-    t, g, exists = _rows_of(tile, T, ROWS, GROUP, GROUP_PAD)
-    t_low, t_high = tile * ROWS // GROUP_PAD, tl.minimum((tile * ROWS + ROWS - 1) // GROUP_PAD, T - 1)
-    do = _load_resident_rows(do_ptr, do_strides, b, k * GROUP + g, t, exists, D, DIM)
-    q = _load_resident_rows(q_ptr, q_strides, b, k * GROUP + g, t, exists, D, DIM)
-    n = (b.to(tl.int64) * K + k) * rows_pad + tile * ROWS + tl.arange(0, ROWS)
-    shift, delta = tl.load(shift_ptr + n), tl.load(delta_ptr + n)
-    selected_shift, selected_delta = shift, delta
-    if RECENT > 0:
-        selected_shift, selected_delta = tl.load(selected_shift_ptr + n), tl.load(selected_delta_ptr + n)
-    dq = tl.zeros((ROWS, DIM), tl.float32)
-    # Tiles that every row sees whole, then the ones at both edges of the span.
-    low, recent, high = _sees(t, spans, exists, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    first, before, full, _, _, end = _key_tiles(
-        t_low, t_high, spans, KEYS, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT
-    )
-    for j in range(before, before + full):
-        dq = _dq_tile(
-            dq, q, do, shift, delta, selected_shift, selected_delta, k_desc, v_desc, b, k, first + j * KEYS,
-            low, recent, high, scale * _TL_LOG2E, False, RECENT, KEYS, DIM, PRECISION,
-        )  # fmt: skip
-    for j in range(end - full):
-        start = first + tl.where(j < before, j, j + full) * KEYS
-        dq = _dq_tile(
-            dq, q, do, shift, delta, selected_shift, selected_delta, k_desc, v_desc, b, k, start,
-            low, recent, high, scale * _TL_LOG2E, True, RECENT, KEYS, DIM, PRECISION,
-        )  # fmt: skip
-    dq *= scale
-    if ADD:
-        dq += _load_resident_rows(dq_ptr, dq_strides, b, k * GROUP + g, t, exists, D, DIM)
-    _store_rows(dq_ptr, dq_strides, dq, b, k * GROUP + g, t, exists, D, DIM)
-
-
-@_kernel
-def _dkv_tile(
-    dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
-    b, k, tile, low, recent, high, scale,
-    MASKED: tl.constexpr, RECENT: tl.constexpr, GROUP_PAD: tl.constexpr,
-    ROWS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of query rows, transposed so that p is an operand as it stands: dv += p'.do, dk += ds'.q.
-
-    Where it is masked, the queries [low, high) see a key; those up to `recent` in the selective branch as well.
-    """
-    n = tile * ROWS + tl.arange(0, ROWS)
-    shift = tl.load(shift_ptr + n)
-    delta = tl.load(delta_ptr + n)
-    q = _load_rows(q_desc, b, k, tile, ROWS, GROUP_PAD, DIM)
-    do = _load_rows(do_desc, b, k, tile, ROWS, GROUP_PAD, DIM)
-    s = tl.dot(keys, q.T, input_precision=PRECISION)
-    dp = tl.dot(values, do.T, input_precision=PRECISION)
-    p = tl.exp2(s * scale - shift[None, :])
-    if MASKED:
-        t = (n // GROUP_PAD)[None, :]
-        p = tl.where((t >= low[:, None]) & (t < high[:, None]), p, 0.0)
-    p_sum = p
-    if MASKED and RECENT > 0:
-        selected = tl.exp2(s * scale - tl.load(selected_shift_ptr + n)[None, :])
-        selected = tl.where((t >= low[:, None]) & (t < recent[:, None]), selected, 0.0)
-        p_sum += selected
-    dv = tl.dot(p_sum.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (dp - delta[None, :])
-    if MASKED and RECENT > 0:
-        ds += selected * (dp - tl.load(selected_delta_ptr + n)[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@_kernel(do_not_specialize=["T", "C", "B", "row_tiles_per_part"])
-def _span_dkv_kernel(
-    do_desc, q_desc, k_desc, v_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr, dk_desc, dv_desc,
-    seen, T, K, C, B, rows_pad, row_tiles_per_part, scale, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, WINDOW: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dv_i = sum_t p_ti do_t and dk_i = scale * sum_t ds_ti q_t over one part of the query rows.
-
-    Where RECENT, p_ti and ds_ti of the selective branch are added for the queries in whose recent blocks the key is.
-    """
-    # Which part of the rows and which keys: later parts are seen by more keys and go first.
-    heads = B * K
-    key_tiles = tl.cdiv(C, KEYS)
-    part = (tl.num_programs(0) - 1 - tl.program_id(0)) // (heads * key_tiles)
-    start = tl.program_id(0) // heads % key_tiles * KEYS
-    b, k = tl.program_id(0) % heads // K, tl.program_id(0) % K
-    first, full, full_end, end = _row_tiles(
-        start, start + KEYS - 1, T, C, seen, ROWS, GROUP_PAD, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT
-    )
-    low, high = part * row_tiles_per_part, (part + 1) * row_tiles_per_part
-    if seen is not None:  # few of all rows see the tile, and it is those that are split
-        parts = tl.num_programs(0) // (heads * key_tiles)
-        low, high = first + (end - first) * part // parts, first + (end - first) * (part + 1) // parts
-    first, end = tl.maximum(first, low), tl.minimum(end, high)
-    full = tl.minimum(tl.maximum(full, first), end)
-    full_end = tl.maximum(tl.minimum(full_end, end), full)
-    # Rows that see every key of the tile, then the ones at both edges.
-    keys = _load_keys(k_desc, b, k, start, KEYS, DIM)
-    values = _load_keys(v_desc, b, k, start, KEYS, DIM)
-    key = start + tl.arange(0, KEYS)
-    t_low, t_recent, t_high = _seen_by(key, T, seen, key < C, BLOCK_SIZE, STRIDE, WINDOW, SELECT, RECENT)
-    row = (b.to(tl.int64) * K + k) * rows_pad
-    shift_ptr += row
-    delta_ptr += row
-    if RECENT > 0:
-        selected_shift_ptr += row
-        selected_delta_ptr += row
-    dk, dv = tl.zeros((KEYS, DIM), tl.float32), tl.zeros((KEYS, DIM), tl.float32)
-    for tile in range(full, full_end):
-        dk, dv = _dkv_tile(
-            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
-            b, k, tile, t_low, t_recent, t_high, scale * _TL_LOG2E, False, RECENT, GROUP_PAD, ROWS, DIM, PRECISION,
-        )  # fmt: skip
-    for j in range(first, end - full_end + full):
-        tile = tl.where(j < full, j, j - full + full_end)
-        dk, dv = _dkv_tile(
-            dk, dv, keys, values, q_desc, do_desc, shift_ptr, delta_ptr, selected_shift_ptr, selected_delta_ptr,
-            b, k, tile, t_low, t_recent, t_high, scale * _TL_LOG2E, True, RECENT, GROUP_PAD, ROWS, DIM, PRECISION,
-        )  # fmt: skip
-    dk_desc.store([part * B + b, k, start, 0], (dk * scale).to(dk_desc.dtype).reshape(1, 1, KEYS, DIM))
-    dv_desc.store([part * B + b, k, start, 0], dv.to(dv_desc.dtype).reshape(1, 1, KEYS, DIM))
-
-
-def _tile_sizes(kernel: str, q: Tensor, K: int) -> tuple[int, int, dict[str, object]]:
-    """(rows, keys, the launch options and constants that all kernels take)."""
-    H, D = q.shape[2:]
-    assert D <= 256, f"no tile sizes for head dim {D}: at most 256"
-    rows, keys, warps, stages = _SPAN_TILES["float32" if q.dtype == torch.float32 else kernel][max(64, _padded(D))]
-    constants = {
-        "GROUP_PAD": _group_pad(H // K),
-        "DIM": _padded(D),
-        "PRECISION": _precision(),
-    }
-    return rows, keys, constants | {"num_warps": warps, "num_stages": stages}
-
-
-def _empty_aligned(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor that a descriptor can address: rows of a head dim that is no multiple of 16 bytes are padded."""
-    dtype = dtype or like.dtype
-    unit = 16 // dtype.itemsize
-    return like.new_empty((*shape[:-1], _cdiv(shape[-1], unit) * unit), dtype=dtype)[..., : shape[-1]]
-
-
-def _addressable(x: Tensor) -> bool:
-    """Whether a descriptor can address x: its last dimension is contiguous, strides and start multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x itself if a descriptor can address it, else a padded copy."""
-    return x if _addressable(x) else _empty_aligned(x.shape, x).copy_(x)
-
-
-def _key_descriptor(x: Tensor, keys: int) -> TensorDescriptor:
-    """(B, C, K, D) as (B, K, C, D), in tiles of (keys, D)."""
-    (B, C, K, D), (sb, sc, sk, sd) = x.shape, x.stride()
-    return TensorDescriptor(x, [B, K, C, D], [sb, sk, sc, sd], [1, 1, keys, _padded(D)])
-
-
-def _row_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
-    """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
-    (B, T, H, D), (sb, st, sh, sd) = x.shape, x.stride()
-    G = H // K
-    group_pad = _group_pad(G)
-    box = [1, 1, max(1, rows // group_pad), min(rows, group_pad), _padded(D)]
-    return TensorDescriptor(x, [B, K, T, G, D], [sb, G * sh, st, sh, sd], box)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; under the interpreter, a number."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def _spans(
-    packing: _Packing | None, BLOCK_SIZE: int, STRIDE: int, WINDOW: int, SELECT: int, RECENT: int
-) -> Tensor | None:
-    """`spans` of packed sequences, (T, 3)."""
-    if packing is None:
-        return None
-    sequence, query = packing.tokens
-    rule, edges = _Window(WINDOW), packing.edges
-    if WINDOW == 0:
-        rule = _Staircase(BLOCK_SIZE, STRIDE)
-        _, edges = packing.compressed(rule)
-    first, end = rule.span(query)
-    recent = _Recent(SELECT, RECENT).first(query) if RECENT else end
-    return torch.stack([first, recent, end], 1) + edges[sequence, None]
-
-
-def _seen(
-    packing: _Packing | None, keys: int, BLOCK_SIZE: int, STRIDE: int, WINDOW: int, SELECT: int, RECENT: int
-) -> Tensor | None:
-    """`seen` of packed sequences, (keys, 3)."""
-    if packing is None:
-        return None
-    rule, (sequence, key) = _Window(WINDOW), packing.tokens
-    if WINDOW == 0:
-        rule = _Staircase(BLOCK_SIZE, STRIDE)
-        sequence, key = _runs(packing.compressed(rule)[0], keys)
-    first, end = rule.seen_by(key)
-    recent = _Recent(SELECT, RECENT).end(key) if RECENT else first
-    seen = torch.stack([first, recent, end], 1)
-    return seen.minimum(packing.lengths[sequence, None]) + packing.edges[sequence, None]
-
-
-def _span_forward(
-    branch: str, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: _Packing | None, **span: int
-) -> tuple[Tensor, ...]:
-    """Output and log-sum-exp of the queries over their spans of keys; then over recent blocks, if there are any."""
-    B, T, H, D = q.shape
-    C, K = k.shape[1:3]
-    of_one = lambda: [q.new_empty(q.shape), q.new_empty((B, T, H), dtype=torch.float32)]  # noqa: E731
-    results = of_one() + (of_one() if span["RECENT"] else [])
-    if q.numel() == 0 or C == 0:
-        return tuple(x.fill_(float("-inf") if i % 2 else 0.0) for i, x in enumerate(results))
-    q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
-    rows, keys, options = _tile_sizes(f"{branch}_forward", q, K)
-    grid = (_cdiv(T * options["GROUP_PAD"], rows) * B * K,)
-    _span_forward_kernel[grid](
-        q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), results[0], results[0].stride(),
-        results[1], *results[-2:], _spans(packing, **span), T, H, K, D, scale,
-        GROUP=H // K, **span, ROWS=rows, KEYS=keys, **options,
-    )  # fmt: skip
-    return tuple(results)
-
-
-def _span_dq(
-    branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    packing: _Packing | None, **span: int,
-) -> Tensor:  # fmt: skip
-    """dq, added to what is there."""
-    T, H, D = q.shape[1:]
-    K = k.shape[2]
-    rows, keys, options = _tile_sizes(f"{branch}_dq", q, K)
-    out = q.new_empty(q.shape) if dq is None else dq
-    rows_pad = terms[0].shift.shape[-1]
-    _span_dq_kernel[(rows_pad // rows * q.shape[0] * K,)](
-        do, do.stride(), q, q.stride(), _key_descriptor(k, keys), _key_descriptor(v, keys), *terms[0], *terms[-1],
-        out, out.stride(), _spans(packing, **span), T, K, D, rows_pad, scale,
-        GROUP=H // K, ADD=dq is not None, **span, ROWS=rows, KEYS=keys, **options,
-    )  # fmt: skip
-    return out
-
-
-def _parts(row_tiles: int, programs: int, device: torch.device) -> int:
-    """Into how many parts of at least 32 tiles to split the query rows.
-
-    Enough to fill the GPU three times over, since half of the (part, key tile) pairs see nothing; then up to sixteen
-    times, which evens out the staircase, as long as the parts stay so long that adding their sums costs little.
-    """
-    fill, even = (_cdiv(n * _processors(device), programs) for n in (3, 16))
-    return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
-
-
-def _span_dkv(
-    branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float,
-    packing: _Packing | None, **span: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv. Few keys with many queries each are split by parts of the queries, whose sums are added after."""
-    B, T, _, D = q.shape
-    C, K = k.shape[1:3]
-    rows, keys, options = _tile_sizes(f"{branch}_dkv", q, K)
-    longest = T if packing is None else max(packing.on_host)
-    row_tiles, key_tiles = _cdiv(longest * options["GROUP_PAD"], rows), _cdiv(C, keys)
-    parts = _parts(row_tiles, key_tiles * B * K, q.device) if span["WINDOW"] == 0 else 1
-    dtype = k.dtype if parts == 1 else torch.float32
-    dk, dv = (_empty_aligned((parts * B, C, K, D), k, dtype) for _ in range(2))
-    _span_dkv_kernel[(parts * key_tiles * B * K,)](
-        _row_descriptor(do, K, rows), _row_descriptor(q, K, rows), _key_descriptor(k, keys), _key_descriptor(v, keys),
-        *terms[0], *terms[-1], _key_descriptor(dk, keys), _key_descriptor(dv, keys),
-        _seen(packing, C, **span), T, K, C, B, terms[0].shift.shape[-1], _cdiv(row_tiles, parts), scale,
-        **span, ROWS=rows, KEYS=keys, **options,
-    )  # fmt: skip
-    if parts > 1:
-        dk, dv = (x.unflatten(0, (parts, B)).sum(0).to(k.dtype) for x in (dk, dv))
-    return dk.contiguous(), dv.contiguous()
-
-
-def _span_backward(
-    branch: str, do: Tensor, terms: list[_RowTerms], q: Tensor, k: Tensor, v: Tensor, scale: float, dq: Tensor | None,
-    packing: _Packing | None, **span: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values; the last terms are those of the selective branch, if blocks are recent."""
-    if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q) if dq is None else dq, torch.zeros_like(k), torch.zeros_like(v)
-    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    dq = _span_dq(branch, do, terms, q, k, v, scale, dq, packing, **span)
-    return dq, *_span_dkv(branch, do, terms, q, k, v, scale, packing, **span)
-
-
-def _taken_over(q: Tensor, window: int, select_block_size: int, topk_blocks: int, local_blocks: int) -> _Recent:
-    """The recent blocks, if the local branch does them for the selective one.
-
-    The window must hold them, and other blocks must be left to choose. Not in float32: the sums over queries in dk and
-    dv are longer here than those of _SPAN, and one of larger numbers lost more than its error budget.
-    """
-    holds = local_blocks * select_block_size <= window and local_blocks < topk_blocks
-    return _Recent(select_block_size, local_blocks) if holds and q.dtype.itemsize == 2 else _NOTHING_RECENT
-
-
-def _local_span(window: int, recent: _Recent) -> dict[str, int]:
-    """What the kernels above must know of the branch."""
-    constants = {"BLOCK_SIZE": 1, "STRIDE": 1, "WINDOW": min(window, _FAR)}
-    return constants | {"SELECT": recent.select_block_size, "RECENT": recent.blocks}
-
-
-def _compressed_span(block_size: int, stride: int) -> dict[str, int]:
-    """Likewise; nothing is recent here."""
-    return {"BLOCK_SIZE": block_size, "STRIDE": stride, "WINDOW": 0, "SELECT": 1, "RECENT": 0}
-
-
-def _triton_local_forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, recent: _Recent = _NOTHING_RECENT,
-    packing: _Packing | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Local branch: o (B, T, H, D) and lse (B, T, H); then the same over the recent blocks alone, if there are any."""
-    return _span_forward("local", q, k, v, scale, packing, **_local_span(window, recent))
-
-
-def _triton_local_backward(
-    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, dq: Tensor | None,
-    selective_terms: _RowTerms | None = None, recent: _Recent = _NOTHING_RECENT, packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Local branch: dq, dk, dv; with what the selective branch adds to them in the recent blocks, if there are any."""
-    terms = [terms, selective_terms or terms]
-    return _span_backward("local", do, terms, q, k, v, scale, dq, packing, **_local_span(window, recent))
-
-
-def _triton_compressed_forward(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, stride: int, scale: float,
-    packing: _Packing | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Compressed branch: o (B, T, H, D) and lse (B, T, H)."""
-    return _span_forward("compressed", q, k_cmp, v_cmp, scale, packing, **_compressed_span(block_size, stride))
-
-
-def _triton_compressed_backward(
-    do: Tensor, terms: _RowTerms, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-    block_size: int, stride: int, scale: float, dq: Tensor | None, packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compressed branch: dq, dk_cmp, dv_cmp."""
-    span = _compressed_span(block_size, stride)
-    return _span_backward("compressed", do, [terms], q, k_cmp, v_cmp, scale, dq, packing, **span)
-
-
-# Selective: pairs in order of their block ─────────────────────────────────────────────────────────────────────────────
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 12  Selected attention
 #
 # A pair is (query t, slot s), numbered t·S + s. The loops are exchanged: the block is outside, the queries that chose
-# it are inside. Pairs are put in order of their block; a program takes one block and a tile of rows (pair, head of the
-# group), and a second kernel merges the S partial results of each query. So a block's keys are read once a tile, and no
-# query gathers keys. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. For large
-# groups, whose heads fill a tile by themselves, the forward keeps the query outside. Where both passes exchange loops
-# and one chunk takes all queries, pairs are sorted once: the forward of the whole keeps them for its backward.
+# it are inside, so that a block's keys are read once a tile and no query gathers keys. A second kernel merges the S
+# partial results of each query. In large groups, whose heads fill a tile by themselves, the forward keeps the query
+# outside. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES.
 #
-# Where the local branch does the recent blocks, they and the slots that only they take are left out here.
+# The index is that of a sparse matrix in CSR form, the pairs of each block side by side. Four queries, two slots:
 #
-# The blocks of packed sequences are numbered on from one sequence to the next, and cut their tokens into runs as well.
-# Two tables: `places` has the position of every query in its sequence and the number of that sequence's first block,
-# `edges` the first token of every block, and at the end the number of tokens.
-
-
-@_kernel
-def _position(t, places, mask):
-    """The position of a query in its sequence."""
-    position = t
-    if places is not None:
-        position = tl.load(places + 2 * t, mask=mask, other=0)
-    return position
-
-
-@_kernel
-def _block_tokens(j, edges, T, SELECT: tl.constexpr):
-    """Block j is the tokens [first, end), of which no more than SELECT count."""
-    if edges is None:
-        first, end = j * SELECT, T
-    else:
-        first, end = tl.load(edges + j), tl.load(edges + j + 1)
-    return first, end
-
-
-@_kernel
-def _counts(j, position, SELECT: tl.constexpr, RECENT: tl.constexpr):
-    """Whether a slot holds a block that counts: free slots, blocks after the query, and recent blocks do not."""
-    return (j >= 0) & (j <= position // SELECT - RECENT)
+#     block_indices    t = 0: 0 −1    t = 1: 0 1    t = 2: 1 2    t = 3: 0 2          (pair 1 is a free slot)
+#     pairs            0 2 6   3 4   5 7                 in order of their block, stable
+#     offsets          0       3     5     7             block j has pairs[offsets[j]:offsets[j + 1]]
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @_kernel
 def _load_pair_block(
-    blocks, pair, in_range, places, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr
-):
-    """The block of each pair, and whether it counts."""
+    blocks_ptr, pair, in_range, of_token, cu_seqlens, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr
+):  # fmt: skip
+    """Block of each pair, and whether it counts: free slots and blocks after the query do not."""
     t = t0 + pair // S
-    j = tl.load(blocks + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
-    valid = in_range & _counts(j, _position(t, places, in_range), SELECT, RECENT)
-    if places is not None:
-        j += tl.load(places + 2 * t + 1, mask=in_range, other=0)
-    return j, valid
+    token, block = _segment_of_token(t, of_token, cu_seqlens, in_range, SELECT)
+    j = tl.load(blocks_ptr + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
+    return block + j, in_range & (j >= 0) & (j <= (t - token) // SELECT)
 
 
-@_kernel
+@_kernel(do_not_specialize=["n_pairs", "n_blocks", "n_runs", "t0"])
 def _count_pairs_kernel(
-    block_indices, counts, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
-    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr, RUN: tl.constexpr,
+    block_indices, counts_ptr, of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, strides,
+    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """counts[z, j, run] = how many pairs of this run of RUN pairs chose block j."""
+    """counts[z, j, run] = number of pairs of this run of RUN pairs that chose block j."""
     run, z = tl.program_id(0), tl.program_id(1)
-    blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
+    blocks_ptr = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2]
     pair = run * RUN + tl.arange(0, RUN)
-    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT, RECENT)
+    j, counted = _load_pair_block(blocks_ptr, pair, pair < n_pairs, of_token, cu_seqlens, t0, strides[1], S, SELECT)
     cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
-    tl.atomic_add(counts + cell, 1, mask=valid, sem="relaxed")
+    tl.atomic_add(counts_ptr + cell, 1, mask=counted, sem="relaxed")
 
 
-@_kernel
+@_kernel(do_not_specialize=["n_pairs", "n_blocks", "n_runs", "t0"])
 def _place_pairs_kernel(
-    block_indices, left, ends, pairs, places, n_pairs, n_blocks, n_runs, t0, stride_b, stride_t, stride_k,
-    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RECENT: tl.constexpr, RUN: tl.constexpr,
-    TILE: tl.constexpr,
+    block_indices, left_ptr, ends_ptr, pairs_ptr, of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, strides,
+    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """pairs[ends[z, j, run] - left[z, j, run] + rank] = pair, of the pairs of this run that chose j: a stable sort.
+    """pairs[ends[z, j, run] − left[z, j, run] + rank] = pair, for the pairs of this run that chose j: a stable sort.
 
-    `left` are those that have no place yet, at first all that were counted, `rank` a pair's rank among them. A run has
-    one program, which takes a tile at a time off what is left; so nothing is left to chance.
+    `left` counts those that have no place yet, at first all; `rank` is a pair's rank among them. A run has one program,
+    which takes a tile at a time off what is left; so nothing is left to chance.
     """
     run, z = tl.program_id(0), tl.program_id(1)
-    blocks = block_indices + (z // K).to(tl.int64) * stride_b + (z % K) * stride_k
+    blocks_ptr = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2]
     lane = tl.arange(0, TILE)
     weight = tl.where(lane[:, None] < lane[None, :], 1, 1 << 16)  # low half: before me; high half: me and after me
     pair = run * RUN + lane
-    j, valid = _load_pair_block(blocks, pair, pair < n_pairs, places, t0, stride_t, S, SELECT, RECENT)
+    j, counted = _load_pair_block(blocks_ptr, pair, pair < n_pairs, of_token, cu_seqlens, t0, strides[1], S, SELECT)
     for first in range(TILE, RUN + TILE, TILE):
         next_pair = run * RUN + first + lane  # asked for early; the round after the last is empty
         in_run = (next_pair < n_pairs) & (first < RUN)
-        next_j, next_valid = _load_pair_block(blocks, next_pair, in_run, places, t0, stride_t, S, SELECT, RECENT)
+        next_j, next_counted = _load_pair_block(
+            blocks_ptr, next_pair, in_run, of_token, cu_seqlens, t0, strides[1], S, SELECT
+        )
         cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
-        waiting = tl.load(left + cell, mask=valid, other=0)
-        place = tl.load(ends + cell, mask=valid, other=0) - waiting
-        j = tl.where(valid, j, -1 - lane)  # an invalid pair is alone with its number
+        left = tl.load(left_ptr + cell, mask=counted, other=0)
+        place = tl.load(ends_ptr + cell, mask=counted, other=0) - left
+        j = tl.where(counted, j, -1 - lane)  # a pair that does not count is alone with its number
         counts = tl.sum(tl.where(j[:, None] == j[None, :], weight, 0), axis=0)
         rank = counts & 0xFFFF
-        tl.store(pairs + place + rank, pair, mask=valid)
+        tl.store(pairs_ptr + place + rank, pair, mask=counted)
         tl.debug_barrier()  # every thread has read what was left
-        tl.store(left + cell, waiting - rank - 1, mask=valid & (counts >> 16 == 1))
+        tl.store(left_ptr + cell, left - rank - 1, mask=counted & (counts >> 16 == 1))
         tl.debug_barrier()  # the next tile reads what this one wrote
-        pair, j, valid = next_pair, next_j, next_valid
+        pair, j, counted = next_pair, next_j, next_counted
 
 
-@_kernel
+@_kernel(do_not_specialize=["n_blocks", "n_runs", "n_tiles"])
 def _cut_tiles_kernel(
-    ends, table, block_of, n_blocks, stride, column, bound, G: tl.constexpr, SIZE: tl.constexpr, NP: tl.constexpr
-):
-    """The pairs of each block, times G rows, in tiles of SIZE rows: `table` and `block_of` of `_Tiles`."""
+    ends_ptr, table_ptr, block_ptr, n_blocks, n_runs, n_tiles, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    NP: tl.constexpr,
+):  # fmt: skip
+    """Tiles of at most SIZE rows (pair, head), each of one block: `table` and `block` of `_PairIndex`."""
     z = tl.program_id(0).to(tl.int64)
-    table += z * n_blocks * 4
-    block_of += z * bound
+    table_ptr += z * n_blocks * 4
+    block_ptr += z * n_tiles
     total = 0
     for first in range(0, n_blocks, NP):
         j = first + tl.arange(0, NP)
         exists = j < n_blocks
         cell = z * n_blocks + j
-        begin = tl.load(ends + (cell - 1) * stride + column, mask=exists & (cell > 0), other=0)  # the end of the last
-        end = tl.load(ends + cell * stride + column, mask=exists, other=0)
-        tiles = tl.where(exists, ((end - begin) * G + (SIZE - 1)) // SIZE, 0)
+        begin = tl.load(ends_ptr + cell * n_runs - 1, mask=exists & (cell > 0), other=0)  # the end of the last block
+        end = tl.load(ends_ptr + (cell + 1) * n_runs - 1, mask=exists, other=0)
+        tiles = tl.where(exists, ((end - begin) * GROUP + (SIZE - 1)) // SIZE, 0)
         tile_end = total + tl.cumsum(tiles, axis=0)
-        tl.store(table + j * 4, begin, mask=exists)
-        tl.store(table + j * 4 + 1, end, mask=exists)
-        tl.store(table + j * 4 + 2, tile_end - tiles, mask=exists)
-        tl.store(table + j * 4 + 3, tile_end, mask=exists)
+        tl.store(table_ptr + j * 4, begin, mask=exists)
+        tl.store(table_ptr + j * 4 + 1, end, mask=exists)
+        tl.store(table_ptr + j * 4 + 2, tile_end - tiles, mask=exists)
+        tl.store(table_ptr + j * 4 + 3, tile_end, mask=exists)
         for i in range(0, tl.max(tiles, axis=0)):
-            tl.store(block_of + tile_end - tiles + i, j, mask=i < tiles)
+            tl.store(block_ptr + tile_end - tiles + i, j, mask=i < tiles)
         total += tl.sum(tiles, axis=0)
-    for i in range(total, bound, NP):
+    for i in range(total, n_tiles, NP):
         tile = i + tl.arange(0, NP)
-        tl.store(block_of + tile, tile * 0 + n_blocks, mask=tile < bound)
+        tl.store(block_ptr + tile, tile * 0 + n_blocks, mask=tile < n_tiles)
 
 
-class _BlockTables(NamedTuple):
-    """All that the kernels need to know of selection blocks; the tables are those of packed sequences."""
+class _PairIndex(NamedTuple):
+    """Pairs of a chunk of queries in order of their block, and their rows (pair, head) cut into tiles of one block."""
 
-    size: int  # l'
-    recent: int  # of each query's last blocks so many are left to the local branch
-    count: int  # N
-    places: Tensor | None  # (T, 2)
-    edges: Tensor | None  # (N + 1,)
+    pairs: Tensor  # (Z·n_tokens·S,) int32
+    table: Tensor  # (Z, N, 4) int32: a block's first pair and one past its last, its first tile and one past its last
+    block: Tensor  # (Z, n_tiles) int32: the block of each tile, N where there is no tile
 
 
-def _block_tables(tokens: int, select_block_size: int, recent: int, packing: _Packing | None) -> _BlockTables:
-    if packing is None:
-        return _BlockTables(select_block_size, recent, _selection_count(tokens, select_block_size), None, None)
-    count = sum(_selection_count(length, select_block_size) for length in packing.on_host)
-    counts = _selection_count(packing.lengths, select_block_size)
-    sequence, position = packing.tokens
-    places = torch.stack([position, _edges(counts)[sequence]], 1)
-    sequence, block = _runs(counts, count)
-    first = packing.edges[sequence] + block * select_block_size
-    return _BlockTables(select_block_size, recent, count, places, torch.cat([first, packing.edges[-1:]]))
+def _index_pairs(
+    block_indices: Tensor, t0: int, n_tokens: int, n_blocks: int, select_block_size: int, size: int, group: int,
+    segments: _Segments | None = None,
+) -> _PairIndex:  # fmt: skip
+    """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place.
 
-
-class _Pairs(NamedTuple):
-    """Pairs of a chunk of queries in order of (key head, block)."""
-
-    pairs: Tensor  # (Z * n_tokens * S,) int32
-    ends: Tensor  # int32; one past the last pair of block j of key head z is ends[(z N + j) stride + column]
-    stride: int
-    column: int
-
-
-class _Tiles(NamedTuple):
-    """Sorted pairs, their rows (pair, head) in tiles of one block each.
-
-    table[z, 4 j :]: the first pair of block j and one past its last, its first tile and one past its last.
+    The number of tiles of at most `size` rows is bounded without a look at the data.
     """
-
-    pairs: Tensor
-    table: Tensor  # (Z, 4 N) int32
-    block_of: Tensor  # (Z, bound) int32, of each tile, N where it is not needed
-    bound: int  # of the number of tiles, known without looking at the data
-
-
-def _sort_pairs(block_indices: Tensor, t0: int, n_tokens: int, blocks: _BlockTables) -> _Pairs:
-    """A counting sort by block: counts for each run of pairs, a running sum, then every pair goes to its place."""
-    B, _, K, S = block_indices.shape
-    Z, n_pairs, device = B * K, n_tokens * S, block_indices.device
-    run, n_blocks = _RUN, blocks.count
+    (B, _, K, S), device = block_indices.shape, block_indices.device
+    Z, n_pairs, run = B * K, n_tokens * S, _RUN
     while run < 16384 and 4 * Z * n_blocks * _cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
-    n_runs = _cdiv(n_pairs, run)
+    n_runs, n_tiles = _cdiv(n_pairs, run), n_pairs * group // size + n_blocks
     counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
-    shape = (blocks.places, n_pairs, n_blocks, n_runs, t0, *block_indices.stride()[:3])
-    constants = {"K": K, "S": S, "SELECT": blocks.size, "RECENT": blocks.recent, "RUN": run}
-    _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *shape, **constants, num_warps=4)
-    ends = counts.cumsum(0, dtype=torch.int32)
     pairs = torch.zeros(Z * n_pairs, dtype=torch.int32, device=device)  # free slots are no pairs; what is left stays 0
-    _place_pairs_kernel[(n_runs, Z)](block_indices, counts, ends, pairs, *shape, **constants, **_PLACE, num_stages=1)
-    return _Pairs(pairs, ends, n_runs, n_runs - 1)
-
-
-def _cut_tiles(pairs: _Pairs, Z: int, n_blocks: int, group: int, size: int) -> _Tiles:
-    """The rows of each block cut into tiles of at most `size`; their number is bounded by rows / size + blocks."""
-    bound = len(pairs.pairs) // Z * group // size + n_blocks
-    table, block_of = (pairs.ends.new_empty((Z, n)) for n in (n_blocks * 4, bound))
+    table, block = (torch.empty(Z, n, dtype=torch.int32, device=device) for n in (4 * n_blocks, n_tiles))
+    of_token, cu_seqlens, _ = (None, None, 0) if segments is None else segments.of_tokens
+    arguments = (of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, block_indices.stride())
+    constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
+    _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *arguments, **constants, num_warps=4)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    _place_pairs_kernel[(n_runs, Z)](
+        block_indices, counts, ends, pairs, *arguments, **constants, TILE=32, num_warps=1, num_stages=1
+    )
     _cut_tiles_kernel[(Z,)](
-        pairs.ends, table, block_of, n_blocks, pairs.stride, pairs.column, bound,
-        G=group, SIZE=size, NP=min(_power_of_2(n_blocks), _CUT),
-    )  # fmt: skip
-    return _Tiles(pairs.pairs, table, block_of, bound)
-
-
-def _large_group(q: Tensor, G: int) -> bool:
-    """Whether the heads of a group fill a tile of the matrix unit, which has 16 rows, by themselves.
-
-    Measured at D 128: exchanged 4.7 ms against 6.6 for 8 heads a group, by query 13.5 against 16.0 for 16.
-    """
-    return G >= _QUERY_OUTER_GROUP and q.dtype.itemsize == 2
-
-
-def _kept_pairs(q: Tensor, K: int, S: int, select_block_size: int, lengths: list[int]) -> list[tuple[int, ...]]:
-    """Shapes of the pairs and the table that the forward keeps for the backward, if it does: it sorts once for both.
-
-    By shapes alone: where both exchange the loops, and take all queries in one chunk.
-    """
-    B, T, H, D = q.shape
-    parts = _cdiv(select_block_size, _selective_tiles("backward", D, select_block_size, q.dtype)["KEYS"])
-    if _large_group(q, H // K) or _chunk_tokens(B * H * S * parts * D * q.element_size(), T) < T:
-        return []
-    blocks = sum(_selection_count(length, select_block_size) for length in lengths or [T])
-    return [(B * K * T * S,), (B * K, blocks * 4)]
+        ends, table, block, n_blocks, n_runs, n_tiles, GROUP=group, SIZE=size, NP=min(_power_of_2(n_blocks), _CUT)
+    )
+    return _PairIndex(pairs, table, block)
 
 
 @_kernel
-def _rows_of_tile(entry, tile, G: tl.constexpr, SPAN: tl.constexpr):
-    """By its block's entry in the table: the block's first pair, and the tile's rows [row_first, row_last) there."""
-    first = tl.load(entry)
-    row_first = (tile - tl.load(entry + 2)) * SPAN
-    return first, row_first, tl.minimum(row_first + SPAN, (tl.load(entry + 1) - first) * G)
+def _rows_of_tile(entry_ptr, tile, GROUP: tl.constexpr, SIZE: tl.constexpr):
+    """By the entry of its block in the table: the block's first pair, and the tile's rows [first, end) among its."""
+    first_pair = tl.load(entry_ptr)
+    first = (tile - tl.load(entry_ptr + 2)) * SIZE
+    return first_pair, first, tl.minimum(first + SIZE, (tl.load(entry_ptr + 1) - first_pair) * GROUP)
 
 
-# Selective, forward ───────────────────────────────────────────────────────────────────────────────────────────────────
+# Forward ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_kernel
-def _selective_partial_kernel(
-    q, k, v, pairs, table, block_of, o_part, lse_part, edges,
-    T, n_blocks, n_tiles, n_pairs, t0, scale,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    RECENT: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0"])
+def _selected_by_block_kernel(
+    q_ptr, k_ptr, v_ptr, pairs_ptr, table_ptr, block_ptr, o_part, lse_part, cu_seqlens, n_segments,
+    T, n_blocks, n_tiles, n_pairs, t0, scale, q_strides, k_strides, v_strides,
+    K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SELECT: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o_part[t, s] = softmax(scale q[t] . k) v over the tokens <= t of the block in slot s; lse_part in base 2.
+    """o_part[t, s] = softmax(scale·q[t]·k) v over the tokens <= t of the block in slot s; lse_part to the base 2.
 
-    One program: a block, whose keys stay, and SPAN of the rows (query, head) that chose it, a tile at a time.
+    One program: a block, whose keys stay, and SIZE of the rows (pair, head) that chose it, a tile at a time.
     """
     tile, z = tl.program_id(0), tl.program_id(1)
-    j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
+    j = tl.load(block_ptr + z.to(tl.int64) * n_tiles + tile)
     if j >= n_blocks:
         return
-    first, row_first, row_last = _rows_of_tile(table + (z.to(tl.int64) * n_blocks + j) * 4, tile, G, SPAN)
-    q_base = q + (z // K).to(tl.int64) * stride_qb + (z % K).to(tl.int64) * G * stride_qh
-    k_base = k + (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
-    v_base = v + (z // K).to(tl.int64) * stride_vb + (z % K).to(tl.int64) * stride_vh
-    n = tl.arange(0, KEYS)
-    begin, end = _block_tokens(j, edges, T, SELECT)
-    token = begin + n
-    exists = (n < SELECT) & (token < end)
-    keys = tl.trans(_load_tile(k_base, token, stride_kt, exists, D, DP))  # here, so that it stays in shared memory
-    values = _load_tile(v_base, token, stride_vt, exists, D, DP)
-    row = row_first + tl.arange(0, ROWS)
-    pair = tl.load(pairs + first + row // G, mask=row < row_last, other=0)
-    for r in tl.range(row_first, row_last, ROWS):
-        # the queries that chose this block, by the heads of the group
-        row = r + tl.arange(0, ROWS)
-        row_mask = row < row_last
-        t = tl.where(row_mask, t0 + pair // S, -1)
-        queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
-
-        # softmax over the block's first tile of keys, which holds a visible one; a longer block goes on online
-        s = tl.dot(queries, keys, input_precision=PRECISION) * (scale * _TL_LOG2E)
-        visible = exists[None, :]
-        if RECENT == 0:  # else all of the block lies before its queries
-            visible &= token[None, :] <= t[:, None]
-        s = tl.where(visible, s, float("-inf"))
-        top = tl.where(row_mask, tl.max(s, axis=1), 0.0)
-        p = tl.exp2(s - top[:, None])
-        total = tl.sum(p, axis=1)
-        o = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-        if SELECT > KEYS:
-            for n0 in range(KEYS, SELECT, KEYS):
-                more = begin + n0 + n
-                more_exists = (n0 + n < SELECT) & (more < end)
-                more_keys = _load_tile(k_base, more, stride_kt, more_exists, D, DP)
-                more_values = _load_tile(v_base, more, stride_vt, more_exists, D, DP)
-                s = tl.dot(queries, tl.trans(more_keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
-                s = tl.where(more_exists[None, :] & (more[None, :] <= t[:, None]), s, float("-inf"))
-                new_top = tl.maximum(top, tl.max(s, axis=1))
-                p = tl.exp2(s - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.sum(p, axis=1)
-                o = o * shrink[:, None] + tl.dot(p.to(more_values.dtype), more_values, input_precision=PRECISION)
-                top = new_top
-
-        o = o / tl.where(row_mask, total, 1.0)[:, None]
-        out = (z.to(tl.int64) * n_pairs + pair) * G + row % G
-        _store_tile(o_part, o, out, D, row_mask, D, DP)
-        tl.store(lse_part + out, top + tl.log2(total), mask=row_mask)
+    b, k = z // K, z % K
+    first_pair, first, end = _rows_of_tile(table_ptr + (z.to(tl.int64) * n_blocks + j) * 4, tile, GROUP, SIZE)
+    begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
+    block_end = tl.minimum(block_end, begin + SELECT)
+    s = begin + tl.arange(0, BLOCK_N)
+    k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), s < block_end, D, BLOCK_D)
+    k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
+    v = _load_rows(v_ptr, _offsets(v_strides, b, s, k), s < block_end, D, BLOCK_D)
+    row = first + tl.arange(0, BLOCK_M)
+    pair = tl.load(pairs_ptr + first_pair + row // GROUP, mask=row < end, other=0)
+    for r in tl.range(first, end, BLOCK_M):
+        row = r + tl.arange(0, BLOCK_M)
+        exists = row < end
+        t = tl.where(exists, t0 + pair // S, -1)
+        q = _load_rows(q_ptr, _offsets(q_strides, b, t0 + pair // S, k * GROUP + row % GROUP), exists, D, BLOCK_D)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        visible = (s < block_end)[None, :] & (s[None, :] <= t[:, None])
+        acc, m_i, _, p = _softmax_step(acc, m_i, q, k_t, v, visible, scale * _TL_LOG2E, PRECISION)
+        l_i = tl.sum(p, 1)
+        if SELECT > BLOCK_N:
+            for n0 in range(BLOCK_N, SELECT, BLOCK_N):
+                more = s + n0
+                k_more = _load_rows(k_ptr, _offsets(k_strides, b, more, k), more < block_end, D, BLOCK_D)
+                v_more = _load_rows(v_ptr, _offsets(v_strides, b, more, k), more < block_end, D, BLOCK_D)
+                visible = (more < block_end)[None, :] & (more[None, :] <= t[:, None])
+                acc, m_i, alpha, p = _softmax_step(
+                    acc, m_i, q, tl.trans(k_more), v_more, visible, scale * _TL_LOG2E, PRECISION
+                )
+                l_i = l_i * alpha + tl.sum(p, 1)
+        out = (z.to(tl.int64) * n_pairs + pair) * GROUP + row % GROUP
+        _store_rows(o_part, out * D, acc / tl.where(exists, l_i, 1.0)[:, None], exists, D, BLOCK_D)
+        tl.store(lse_part + out, m_i + tl.log2(l_i), mask=exists)
         # early: rows that are gathered by numbers of the same round would wait for them
-        pair = tl.load(pairs + first + (row + ROWS) // G, mask=row + ROWS < row_last, other=0)
-
-
-@_kernel
-def _output_rows(b, t, z, g, T, K: tl.constexpr, G: tl.constexpr):
-    """The rows (t, head) of z = (b, key head) in a contiguous (B, T, H)."""
-    return (b.to(tl.int64) * T + t) * (K * G) + z % K * G + g
+        pair = tl.load(pairs_ptr + first_pair + (row + BLOCK_M) // GROUP, mask=row + BLOCK_M < end, other=0)
 
 
 @_kernel
@@ -4404,781 +3954,675 @@ def _load_gate(pointers, mask):
 
 
 @_kernel
-def _store_selective(
-    selective, lse_row, o, lse, mixed, gates, local, compressed, row, row_mask, D: tl.constexpr, DP: tl.constexpr
-):
-    """The branch's own output and log-sum-exp (base 2), and where there are gates the sum of all three branches:
-
-    mixed[row] = gates[row, 0] local[row] + gates[row, 1] compressed[row] + gates[row, 2] selective.
-    """
-    _store_tile(o, selective, row, D, row_mask, D, DP)
-    tl.store(lse + row, lse_row * _TL_LN2, mask=row_mask)
-    if gates is not None:
-        gate = _load_gate(gates + row * 3 + 2, row_mask)
-        total = gate[:, None] * selective
-        gate = _load_gate(gates + row * 3, row_mask)
-        total += gate[:, None] * _load_tile(local, row, D, row_mask, D, DP).to(tl.float32)
-        gate = _load_gate(gates + row * 3 + 1, row_mask)
-        total += gate[:, None] * _load_tile(compressed, row, D, row_mask, D, DP).to(tl.float32)
-        _store_tile(mixed, total, row, D, row_mask, D, DP)
-
-
-@_kernel
-def _selective_merge_kernel(
-    o_part, lse_part, o_recent, lse_recent, block_indices, o, lse, mixed, gates, local, compressed, places,
-    T, n_tokens, t0, stride_ib, stride_it, stride_ik,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    RECENT: tl.constexpr, SP: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+def _store_selected(
+    o, lse, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, row, exists,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] - lse[t]) o_part[t, s].
+    """Output and log-sum-exp of the branch; with gates, mixed[row] = Σ_c gates[row, c]·o_c[row] too (eq. 5)."""
+    _store_rows(o_ptr, row * D, o, exists, D, BLOCK_D)
+    tl.store(lse_ptr + row, lse * _TL_LN2, mask=exists)
+    if gates_ptr is not None:
+        mixed = _load_gate(gates_ptr + row * 3 + 2, exists)[:, None] * o
+        gate = _load_gate(gates_ptr + row * 3, exists)
+        mixed += gate[:, None] * _load_rows(o_local, row * D, exists, D, BLOCK_D).to(tl.float32)
+        gate = _load_gate(gates_ptr + row * 3 + 1, exists)
+        mixed += gate[:, None] * _load_rows(o_compressed, row * D, exists, D, BLOCK_D).to(tl.float32)
+        _store_rows(mixed_ptr, row * D, mixed, exists, D, BLOCK_D)
 
-    Where RECENT, o_recent and lse_recent are one more part.
-    """
+
+@_kernel(do_not_specialize=["T", "n_tokens", "t0"])
+def _merge_slots_kernel(
+    o_part, lse_part, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token, cu_seqlens,
+    T, n_tokens, t0, strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] − lse[t]) o_part[t, s]."""
     z = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
-    row_mask = row < n_tokens * G
-    t = t0 + row // G
-    position = _position(t, places, row_mask)
-    blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
-    d = tl.arange(0, DP)
-    part = (z.to(tl.int64) * n_tokens + row // G) * (S * G) + row % G  # slot 0; the next one is G further
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
+    exists = row < n_tokens * GROUP
+    t = t0 + row // GROUP
+    token, _ = _segment_of_token(t, of_token, cu_seqlens, exists, SELECT)
+    own = (t - token) // SELECT
+    blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
+    part = (z.to(tl.int64) * n_tokens + row // GROUP) * (S * GROUP) + row % GROUP  # slot 0; the next is GROUP further
 
     # log-sum-exp over the slots
     s = tl.arange(0, SP)[None, :]
-    slot_mask = row_mask[:, None] & (s < S)
-    j = tl.load(blocks + t.to(tl.int64)[:, None] * stride_it + s, mask=slot_mask, other=-1)
-    taken = _counts(j, position[:, None], SELECT, RECENT)
-    lse_s = tl.load(lse_part + part[:, None] + s * G, mask=taken, other=float("-inf"))
-    top = tl.max(lse_s, axis=1)
-    out = _output_rows(z // K, t, z, row % G, T, K, G)
-    if RECENT > 0:
-        lse_r = tl.load(lse_recent + out, mask=row_mask, other=float("-inf")) * _TL_LOG2E
-        top = tl.maximum(top, lse_r)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse_s - finite[:, None]), axis=1)
-    if RECENT > 0:
-        total += tl.exp2(lse_r - finite)
-    lse_t = top + tl.log2(total)
+    slots = tl.load(blocks[:, None] + s, mask=exists[:, None] & (s < S), other=-1)
+    counted = (slots >= 0) & (slots <= own[:, None])
+    lse_s = tl.load(lse_part + part[:, None] + s * GROUP, mask=counted, other=float("-inf"))
+    m_i = tl.max(lse_s, axis=1)
+    shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+    lse = m_i + tl.log2(tl.sum(tl.exp2(lse_s - shift[:, None]), axis=1))
 
     # weighted sum, slot by slot
-    merged = tl.zeros([ROWS, DP], tl.float32)
-    if RECENT > 0:
-        w = tl.where(row_mask, tl.exp2(lse_r - lse_t), 0.0)
-        merged += w[:, None] * _load_tile(o_recent, out, D, row_mask, D, DP).to(tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for slot in tl.range(0, S, loop_unroll_factor=UNROLL):
-        block = tl.load(blocks + t.to(tl.int64) * stride_it + slot, mask=row_mask, other=-1)
-        used = _counts(block, position, SELECT, RECENT)
-        w = tl.exp2(tl.load(lse_part + part + slot * G, mask=used, other=float("-inf")) - lse_t)
-        mask = used[:, None] & (d < D)[None, :]
-        o_slot = tl.load(o_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
-        merged += tl.where(used, w, 0.0)[:, None] * o_slot.to(tl.float32)
-    _store_selective(merged, lse_t, o, lse, mixed, gates, local, compressed, out, row_mask, D, DP)
-
-
-@_kernel
-def _selective_query_kernel(
-    q, k_desc, v_desc, o_recent, lse_recent, block_indices, o, lse, mixed, gates, local, compressed, places, scale,
-    stride_qb, stride_qt, stride_qh, stride_ib, stride_it, stride_ik,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    RECENT: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """o[t] = softmax(scale q[t] . k) v over the tokens <= t of the blocks that t chose; one token, its whole group.
-
-    Where RECENT, o_recent and lse_recent are a part of it.
-    """
-    t, z = tl.program_id(0), tl.program_id(1)
-    position = _position(t, places, True)
-    b, h = z // K, z % K
-    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
-    q_base = q + b.to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + h.to(tl.int64) * G * stride_qh
-    queries = _load_tile(q_base, g, stride_qh, g < G, D, DP)
-    blocks = block_indices + b.to(tl.int64) * stride_ib + t.to(tl.int64) * stride_it + h * stride_ik
-    top = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    merged = tl.zeros([HEADS, DP], tl.float32)
-    parts: tl.constexpr = (SELECT + KEYS - 1) // KEYS
-    j = tl.load(blocks)
-    for step in tl.range(0, S * parts, num_stages=STAGES):
-        first = tl.maximum(j, 0) * SELECT + step % parts * KEYS + (t - position)
-        n = step % parts * KEYS + tl.arange(0, KEYS)
-        keys = tl.reshape(k_desc.load([b, first, h, 0]), [KEYS, DP])
-        values = tl.reshape(v_desc.load([b, first, h, 0]), [KEYS, DP])
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
-        visible = _counts(j, position, SELECT, RECENT) & (n < SELECT) & (j * SELECT + n <= position)
-        s = tl.where(visible[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(p, axis=1)
-        merged = merged * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-        top = new_top
-        j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
-    row = _output_rows(b, t, z, g, tl.num_programs(0), K, G)
-    if RECENT > 0:
-        lse_r = tl.load(lse_recent + row, mask=g < G, other=0.0) * _TL_LOG2E
-        new_top = tl.maximum(top, lse_r)
-        shrink, share = tl.exp2(top - new_top), tl.exp2(lse_r - new_top)
-        recent = _load_tile(o_recent, row, D, g < G, D, DP).to(tl.float32)
-        total, merged, top = total * shrink + share, merged * shrink[:, None] + share[:, None] * recent, new_top
-    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
-    _store_selective(merged, top + tl.log2(total), o, lse, mixed, gates, local, compressed, row, g < G, D, DP)
-
-
-def _selective_by_query(q, k, v, recent, block_indices, outputs, blocks, scale, tiles) -> None:
-    """Launch the query-outer order: grid (token, key head), so that one key head at a time has the L2."""
-    B, T, H, D = q.shape
-    K, S = block_indices.shape[2:]
-    tile = [1, tiles["KEYS"], 1, _padded(D)]
-    k_desc, v_desc = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in (k, v))
-    _selective_query_kernel[(T, B * K, _cdiv(H // K, tiles["HEADS"]))](
-        q, k_desc, v_desc, *recent, block_indices, *outputs, blocks.places, scale,
-        *q.stride()[:3], *block_indices.stride()[:3],
-        K=K, G=H // K, S=S, D=D, DP=_padded(D), SELECT=blocks.size, RECENT=blocks.recent, PRECISION=_precision(),
-        **tiles,
+        j = tl.load(blocks + slot, mask=exists, other=-1)
+        used = (j >= 0) & (j <= own)
+        weight = tl.exp2(tl.load(lse_part + part + slot * GROUP, mask=used, other=float("-inf")) - lse)
+        o_slot = _load_rows(o_part, (part + slot * GROUP) * D, used, D, BLOCK_D)
+        acc += tl.where(used, weight, 0.0)[:, None] * o_slot.to(tl.float32)
+    out = ((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP
+    _store_selected(
+        acc, lse, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, out, exists, D, BLOCK_D
     )  # fmt: skip
 
 
-def _query_outer(q: Tensor, k: Tensor, v: Tensor, G: int) -> bool:
-    """Whether the forward keeps the query outside; it reads keys and values by descriptors."""
-    return _large_group(q, G) and _addressable(k) and _addressable(v)
-
-
-def _launch_selective(
-    gated: list[Tensor], q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
-    recent: _Recent, recent_part: tuple[Tensor, ...], packing: _Packing | None,
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
-    """o (B, T, H, D) and lse (B, T, H) of the branch; with [gates, o of local, of compressed] the gated sum, and
-    what is kept for the backward. Of recent blocks, `recent_part` has the o and lse.
-    """
-    block_indices = recent.others(block_indices)
-    B, T, H, D = q.shape
-    K, S = block_indices.shape[2:]
-    G, Z = H // K, B * K
-    q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
-    recent_part = recent_part or (None, None)  # its o and lse
-    o = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    mixed = torch.empty_like(o) if gated else None
-    outputs = (o, lse, mixed, *(x.contiguous() for x in gated)) if gated else (o, lse, *[None] * 4)
-    blocks = _block_tables(T, select_block_size, recent.blocks, packing)
-    if _query_outer(q, k, v, G):
-        heads = min(max(_power_of_2(G), 16), 64)
-        tiles = dict(_QUERY_TILES, HEADS=heads, num_warps=heads // 16 * (2 if D > 128 else 1))
-        tiles["KEYS"] = _key_tile(tiles["KEYS"], select_block_size)
-        _selective_by_query(q, k, v, recent_part, block_indices, outputs, blocks, scale, tiles)
-        return o, lse, mixed, []
-    tiles = _selective_tiles("forward", D, select_block_size, q.dtype)
-    chunk = _chunk_tokens(B * H * S * D * q.element_size(), T)
-    o_part = torch.empty(Z * chunk * S * G, D, dtype=q.dtype, device=q.device)
-    lse_part = torch.empty(Z * chunk * S * G, dtype=torch.float32, device=q.device)
-    merge_rows = _merge_rows(D)
-    constants = {"K": K, "G": G, "S": S, "D": D, "DP": _padded(D), "SELECT": blocks.size, "RECENT": blocks.recent}
-    for t0 in range(0, T, chunk):
-        n_tokens = min(chunk, T - t0)
-        pairs = _sort_pairs(block_indices, t0, n_tokens, blocks)
-        cut = _cut_tiles(pairs, Z, blocks.count, G, _FORWARD_SPAN)
-        _selective_partial_kernel[(cut.bound, Z)](
-            q, k, v, *cut[:3], o_part, lse_part, blocks.edges,
-            T, blocks.count, cut.bound, n_tokens * S, t0, scale,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, SPAN=_FORWARD_SPAN, PRECISION=_precision(),
-            **tiles,
-        )  # fmt: skip
-        _selective_merge_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
-            o_part, lse_part, *recent_part, block_indices, *outputs, blocks.places, T, n_tokens, t0,
-            *block_indices.stride()[:3], **constants, SP=_power_of_2(S), ROWS=merge_rows, UNROLL=_unroll(S),
-        )  # fmt: skip
-    keeps = _kept_pairs(q, K, S, select_block_size, [] if packing is None else packing.on_host)
-    return o, lse, mixed, list(cut[:2]) if keeps else []
-
-
-def _triton_selective_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
-    packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o (B, T, H, D) and lse (B, T, H): softmax over the tokens up to t of the blocks that t chose."""
-    return _launch_selective([], q, k, v, block_indices, select_block_size, scale, _NOTHING_RECENT, (), packing)[:2]
-
-
-def _triton_gated_selective(
-    gates: Tensor, o_local: Tensor, o_compressed: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
-    select_block_size: int, scale: float, *recent_part: Tensor, recent: _Recent = _NOTHING_RECENT,
-    packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Gates where the last branch is written: the outputs of the others are read once, its own not at all."""
-    selective = (q, k, v, block_indices, select_block_size, scale, recent, recent_part, packing)
-    o, lse, mixed, kept = _launch_selective([gates, o_local, o_compressed], *selective)
-    return mixed, o, lse, kept
-
-
-# Selective, backward ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @_kernel
-def _selective_gradient_kernel(
-    do, q, k, v, shift, delta, pairs, table, block_of, dq_part, dk_part, dv_part, edges,
-    T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
-    stride_db, stride_dt, stride_dh, stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    K: tl.constexpr, G: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    SPAN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+def _selected_by_query_kernel(
+    q_ptr, k_desc, v_desc, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token,
+    cu_seqlens, scale, q_strides, strides,
+    K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With p = exp(scale q . k - shift) and ds = p (do . v - delta): dv_part = p^T do, dk_part = scale ds^T q over a
-    span of the rows that chose the block, and dq_part[t, s] = scale ds k. One program: KEYS keys, SPAN rows.
+    """o[t] = softmax(scale·q[t]·k) v over the tokens <= t of the blocks that t chose; one token, its whole group."""
+    t, z = tl.program_id(0), tl.program_id(1)
+    b, k = z // K, z % K
+    token, _ = _segment_of_token(t, of_token, cu_seqlens, True, SELECT)
+    g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = g < GROUP
+    q = _load_rows(q_ptr, _offsets(q_strides, b, t, k * GROUP + g), exists, D, BLOCK_D)
+    blocks = block_indices + _offsets(strides, b, t, k)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    parts: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    j = tl.load(blocks)
+    for step in tl.range(0, S * parts, num_stages=STAGES):
+        n = step % parts * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = token + tl.maximum(j, 0) * SELECT + step % parts * BLOCK_N
+        k_t = tl.trans(tl.reshape(k_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D]))
+        v = tl.reshape(v_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D])
+        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= t - token)
+        if cu_seqlens is not None:
+            v = tl.where(visible[:, None], v, 0.0)  # a neighbour's
+        acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, visible[None, :], scale * _TL_LOG2E, PRECISION)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
+    row = (b.to(tl.int64) * tl.num_programs(0) + t) * (K * GROUP) + k * GROUP + g
+    acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    _store_selected(
+        acc, m_i + tl.log2(l_i), o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, row, exists, D, BLOCK_D
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _selected_plan(
+    kernel: str, q_shape: torch.Size, K: int, S: int, select_block_size: int, dtype: torch.dtype, precision: str
+) -> _Plan:
+    """Plan of the selected branch: `chunk` queries at a time, `splits` tiles of keys in a block."""
+    B, T, H, D = q_shape
+    if kernel == "selected_backward" and H // K >= _LARGE_GROUP:
+        kernel = "selected_backward_large_group"
+    constants = _constants(kernel, H, K, D, dtype, precision) | {"S": S, "SELECT": select_block_size}
+    constants["BLOCK_N"] = min(constants["BLOCK_N"], max(_power_of_2(select_block_size), 16))
+    if kernel == "selected_by_query":
+        heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
+        constants |= {"BLOCK_M": heads, "STAGES": constants.pop("num_stages")}
+        constants["num_warps"] *= heads // 16
+        return _Plan((T, B * K, _cdiv(H // K, heads)), constants)
+    splits = _cdiv(select_block_size, constants["BLOCK_N"]) if kernel.startswith("selected_backward") else 1
+    bytes_per_token = B * H * S * splits * D * dtype.itemsize
+    chunk = min(max(_PARTIAL_BYTES // bytes_per_token // 64, 1) * 64, T)
+    return _Plan((), constants, splits, chunk)
+
+
+def _block_count(T: int, select_block_size: int, segments: _Segments | None) -> int:
+    """N, or the numbers that the blocks of packed sequences take up."""
+    if segments is None:
+        return _selection_count(T, select_block_size)
+    return T // select_block_size + len(segments.lengths)
+
+
+def _triton_selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
+    gated: tuple[Tensor, ...] = (), segments: _Segments | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
+    (B, T, H, D), (K, S) = q.shape, block_indices.shape[2:]
+    q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
+    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
+    mixed = torch.empty_like(o) if gated else o
+    outputs = (o, lse, mixed, *((x.contiguous() for x in gated) if gated else (None, None, None)))
+    settings = (q.shape, K, S, select_block_size, q.dtype, _precision())
+    of_token, cu_seqlens, n = (None, None, 0) if segments is None else segments.of_tokens
+    if H // K >= _LARGE_GROUP and q.dtype.itemsize == 2 and _addressable(k) and _addressable(v):
+        plan = _selected_plan("selected_by_query", *settings)
+        keys = plan.constants["BLOCK_N"]
+        _selected_by_query_kernel[plan.grid](
+            q, _key_descriptor(k, keys), _key_descriptor(v, keys), block_indices, *outputs, of_token, cu_seqlens, scale,
+            q.stride(), block_indices.stride(), **plan.constants,
+        )  # fmt: skip
+        return o, lse, mixed
+    plan = _selected_plan("selected_by_block", *settings)
+    n_blocks, merge_rows = _block_count(T, select_block_size, segments), _merge_rows(D)
+    o_part = q.new_empty((B * H * plan.chunk * S, D))
+    lse_part = q.new_empty(len(o_part), dtype=torch.float32)
+    sizes = {name: plan.constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
+    for t0 in range(0, T, plan.chunk):
+        n_tokens = min(plan.chunk, T - t0)
+        index = _index_pairs(block_indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, H // K, segments)
+        n_tiles = index.block.shape[1]
+        _selected_by_block_kernel[(n_tiles, B * K)](
+            q, k, v, *index, o_part, lse_part, cu_seqlens, n, T, n_blocks, n_tiles, n_tokens * S, t0, scale,
+            q.stride(), k.stride(), v.stride(), SIZE=_FORWARD_ROWS, **plan.constants,
+        )  # fmt: skip
+        _merge_slots_kernel[(_cdiv(n_tokens * H // K, merge_rows), B * K)](
+            o_part, lse_part, block_indices, *outputs, of_token, cu_seqlens, T, n_tokens, t0, block_indices.stride(),
+            **sizes, SP=_power_of_2(S), BLOCK_M=merge_rows, UNROLL=_unroll(S),
+        )  # fmt: skip
+    return o, lse, mixed
+
+
+# Backward ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0"])
+def _selected_gradient_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, pairs_ptr, table_ptr, block_ptr, dq_part, dk_part, dv_part,
+    cu_seqlens, n_segments, T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
+    do_strides, q_strides, k_strides, v_strides,
+    K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p = exp(scale·q·k − lse), ds = p (do·v − delta): dq_part[t, s] = scale·ds·k, and over a tile of the rows that
+    chose the block dv_part = p'·do, dk_part = scale·ds'·q. One program: BLOCK_N keys of a block, SIZE rows.
     """
-    tile, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    j = tl.load(block_of + z.to(tl.int64) * n_tiles + tile)
+    tile, split, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j = tl.load(block_ptr + z.to(tl.int64) * n_tiles + tile)
     if j >= n_blocks:
         return
-    first, row_first, row_last = _rows_of_tile(table + (z.to(tl.int64) * n_blocks + j) * 4, tile, G, SPAN)
+    b, k = z // K, z % K
+    first_pair, first, end = _rows_of_tile(table_ptr + (z.to(tl.int64) * n_blocks + j) * 4, tile, GROUP, SIZE)
+    begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
+    s = begin + split * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_block = s < tl.minimum(block_end, begin + SELECT)
+    k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), in_block, D, BLOCK_D)
+    v_tile = _load_rows(v_ptr, _offsets(v_strides, b, s, k), in_block, D, BLOCK_D)
+    lse_ptr += z.to(tl.int64) * rows_pad
+    delta_ptr += z.to(tl.int64) * rows_pad
+    dq_part += (z.to(tl.int64) * n_pairs * SPLITS + split) * GROUP * D
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    row = first + tl.arange(0, BLOCK_M)
+    pair = tl.load(pairs_ptr + first_pair + row // GROUP, mask=row < end, other=0)
+    for r in range(first, end, BLOCK_M):
+        row = r + tl.arange(0, BLOCK_M)
+        exists = row < end
+        t = tl.where(exists, t0 + pair // S, -1)
+        term = (t0 + pair // S) * GROUP_PAD + row % GROUP
+        q = _load_rows(q_ptr, _offsets(q_strides, b, t0 + pair // S, k * GROUP + row % GROUP), exists, D, BLOCK_D)
+        do = _load_rows(do_ptr, _offsets(do_strides, b, t0 + pair // S, k * GROUP + row % GROUP), exists, D, BLOCK_D)
+        lse = tl.load(lse_ptr + term, mask=exists, other=0.0)
+        delta = tl.load(delta_ptr + term, mask=exists, other=0.0)
 
-    n = part * KEYS + tl.arange(0, KEYS)
-    begin, end = _block_tokens(j, edges, T, SELECT)
-    token = begin + n
-    exists = (n < SELECT) & (token < end)
-    b, h = (z // K).to(tl.int64), (z % K).to(tl.int64)
-    keys = _load_tile(k + b * stride_kb + h * stride_kh, token, stride_kt, exists, D, DP)
-    values = _load_tile(v + b * stride_vb + h * stride_vh, token, stride_vt, exists, D, DP)
-    q_base = q + b * stride_qb + h * G * stride_qh
-    do_base = do + b * stride_db + h * G * stride_dh
-    shift_base, delta_base = shift + z.to(tl.int64) * rows_pad, delta + z.to(tl.int64) * rows_pad
-    dq_base = dq_part + (z.to(tl.int64) * n_pairs * PARTS + part) * G * D
-    dk = tl.zeros([KEYS, DP], tl.float32)
-    dv = tl.zeros([KEYS, DP], tl.float32)
-    row = row_first + tl.arange(0, ROWS)
-    pair = tl.load(pairs + first + row // G, mask=row < row_last, other=0)
-    for r in range(row_first, row_last, ROWS):
-        # the queries that chose this block
-        row = r + tl.arange(0, ROWS)
-        row_mask = row < row_last
-        t = tl.where(row_mask, t0 + pair // S, -1)
-        term = (t0 + pair // S) * GROUP_PAD + row % G
-        queries = _load_pair_rows(q_base, pair, row, row_mask, t0, stride_qt, stride_qh, G, S, D, DP)
-        d_out = _load_pair_rows(do_base, pair, row, row_mask, t0, stride_dt, stride_dh, G, S, D, DP)
-        shift_t = tl.load(shift_base + term, mask=row_mask, other=0.0)
-        delta_t = tl.load(delta_base + term, mask=row_mask, other=0.0)
-
-        # probabilities, transposed: (keys, rows)
-        s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * _TL_LOG2E)
-        visible = exists[:, None] & (token[:, None] <= t[None, :])
-        p = tl.where(visible, tl.exp2(s - shift_t[None, :]), 0.0)
-        dv += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
-        dp = tl.dot(values, tl.trans(d_out), input_precision=PRECISION)
-        ds = (p * (dp - delta_t[None, :])).to(queries.dtype)
-        dk += tl.dot(ds, queries, input_precision=PRECISION)
-        dq = tl.trans(tl.dot(tl.trans(keys), ds, input_precision=PRECISION)) * scale
-        _store_tile(dq_base, dq, pair * (PARTS * G) + row % G, D, row_mask, D, DP)
+        # transposed: (keys, rows). The order of the products decides what spills; this one is the fastest.
+        visible = in_block[:, None] & (s[:, None] <= t[None, :])
+        sT = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
+        p = _probabilities(sT, lse[None, :], visible, scale * _TL_LOG2E)
+        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+        ds = _dscores(p, dp, delta[None, :]).to(q.dtype)
+        dk += tl.dot(ds, q, input_precision=PRECISION)
+        dq = tl.trans(tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)) * scale
+        out = pair.to(tl.int64) * (SPLITS * GROUP) + row % GROUP
+        _store_rows(dq_part, out * D, dq, exists, D, BLOCK_D)
         # early: rows that are gathered by numbers of the same round would wait for them
-        pair = tl.load(pairs + first + (row + ROWS) // G, mask=row + ROWS < row_last, other=0)
+        pair = tl.load(pairs_ptr + first_pair + (row + BLOCK_M) // GROUP, mask=row + BLOCK_M < end, other=0)
 
-    out = ((z.to(tl.int64) * n_tiles + tile) * PARTS + part) * KEYS + tl.arange(0, KEYS)
-    _store_tile(dk_part, dk * scale, out, D, exists, D, DP)
-    _store_tile(dv_part, dv, out, D, exists, D, DP)
+    out = ((z.to(tl.int64) * n_tiles + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _store_rows(dk_part, out * D, dk * scale, in_block, D, BLOCK_D)
+    _store_rows(dv_part, out * D, dv, in_block, D, BLOCK_D)
 
 
-@_kernel
-def _sum_over_tiles_kernel(
-    dk_part, dv_part, table, dk, dv, edges, T, n_blocks, n_tiles,
-    stride_kb, stride_kt, stride_kh,
-    K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, ADD: tl.constexpr,
+@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles"])
+def _sum_tiles_kernel(
+    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, n_segments, T, n_blocks, n_tiles,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; added to what they hold, where ADD."""
-    j, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    entry = table + (z.to(tl.int64) * n_blocks + j) * 4
-    n = part * KEYS + tl.arange(0, KEYS)
-    begin, end = _block_tokens(j, edges, T, SELECT)
-    token = begin + n
-    exists = (n < SELECT) & (token < end)
-    base = (z // K).to(tl.int64) * stride_kb + (z % K).to(tl.int64) * stride_kh
-    dk_sum = tl.zeros([KEYS, DP], tl.float32)
-    dv_sum = tl.zeros([KEYS, DP], tl.float32)
+    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; with ADD, added to what they hold."""
+    j, split, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    entry_ptr = table_ptr + (z.to(tl.int64) * n_blocks + j) * 4
+    begin, end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
+    s = begin + split * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_block = s < tl.minimum(end, begin + SELECT)
+    out = (((z // K).to(tl.int64) * T + s) * K + z % K) * D
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if ADD:
-        dk_sum += _load_tile(dk + base, token, stride_kt, exists, D, DP)
-        dv_sum += _load_tile(dv + base, token, stride_kt, exists, D, DP)
-    for tile in range(tl.load(entry + 2), tl.load(entry + 3)):
-        source = ((z.to(tl.int64) * n_tiles + tile) * PARTS + part) * KEYS + tl.arange(0, KEYS)
-        dk_sum += _load_tile(dk_part, source, D, exists, D, DP)
-        dv_sum += _load_tile(dv_part, source, D, exists, D, DP)
-    _store_tile(dk + base, dk_sum, token, stride_kt, exists, D, DP)
-    _store_tile(dv + base, dv_sum, token, stride_kt, exists, D, DP)
+        dk += _load_rows(dk_ptr, out, in_block, D, BLOCK_D)
+        dv += _load_rows(dv_ptr, out, in_block, D, BLOCK_D)
+    for tile in range(tl.load(entry_ptr + 2), tl.load(entry_ptr + 3)):
+        part = (((z.to(tl.int64) * n_tiles + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)) * D
+        dk += _load_rows(dk_part, part, in_block, D, BLOCK_D)
+        dv += _load_rows(dv_part, part, in_block, D, BLOCK_D)
+    _store_rows(dk_ptr, out, dk, in_block, D, BLOCK_D)
+    _store_rows(dv_ptr, out, dv, in_block, D, BLOCK_D)
 
 
-@_kernel
-def _sum_over_slots_kernel(
-    dq_part, block_indices, dq, places, n_tokens, t0, stride_ib, stride_it, stride_ik, stride_qb, stride_qt, stride_qh,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SELECT: tl.constexpr,
-    RECENT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
+@_kernel(do_not_specialize=["T", "n_tokens", "t0"])
+def _sum_slots_kernel(
+    dq_part, block_indices, dq_ptr, of_token, cu_seqlens, T, n_tokens, t0, strides,
+    K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; added to what dq holds, where ADD."""
+    """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; with ADD, added to what dq holds."""
     z = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (token, head)
-    row_mask = row < n_tokens * G
-    t = t0 + row // G
-    position = _position(t, places, row_mask)
-    blocks = block_indices + (z // K).to(tl.int64) * stride_ib + (z % K) * stride_ik
-    d = tl.arange(0, DP)
-    part = (z.to(tl.int64) * n_tokens + row // G) * (S * PARTS * G) + row % G  # slot 0; the next one is G further
-    head = (z % K) * G + row % G
-    out = (z // K).to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
-    out_mask = row_mask[:, None] & (d < D)[None, :]
-    total = tl.zeros([ROWS, DP], tl.float32)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
+    exists = row < n_tokens * GROUP
+    t = t0 + row // GROUP
+    token, _ = _segment_of_token(t, of_token, cu_seqlens, exists, SELECT)
+    blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
+    part = (z.to(tl.int64) * n_tokens + row // GROUP) * (S * SPLITS * GROUP) + row % GROUP
+    out = (((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP) * D
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if ADD:
-        total += tl.load(dq + out[:, None] + d[None, :], mask=out_mask, other=0.0).to(tl.float32)
-    for slot in tl.range(0, S * PARTS, loop_unroll_factor=UNROLL):
-        block = tl.load(blocks + t.to(tl.int64) * stride_it + slot // PARTS, mask=row_mask, other=-1)
-        mask = _counts(block, position, SELECT, RECENT)[:, None] & (d < D)[None, :]
-        dq_slot = tl.load(dq_part + (part + slot * G)[:, None] * D + d[None, :], mask=mask, other=0.0)
-        total += dq_slot.to(tl.float32)
-    tl.store(dq + out[:, None] + d[None, :], total.to(dq.dtype.element_ty), mask=out_mask)
+        dq += _load_rows(dq_ptr, out, exists, D, BLOCK_D).to(tl.float32)
+    for slot in tl.range(0, S * SPLITS, loop_unroll_factor=UNROLL):
+        j = tl.load(blocks + slot // SPLITS, mask=exists, other=-1)
+        counted = (j >= 0) & (j <= (t - token) // SELECT)
+        dq += _load_rows(dq_part, (part + slot * GROUP) * D, counted, D, BLOCK_D).to(tl.float32)
+    _store_rows(dq_ptr, out, dq, exists, D, BLOCK_D)
 
 
-def _triton_selective_backward(
-    do: Tensor,
-    terms: _RowTerms,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    select_block_size: int,
-    scale: float,
-    dq: Tensor | None,
-    dk: Tensor | None = None,
-    dv: Tensor | None = None,
-    sorted_pairs: list[Tensor] | None = None,
-    recent: _Recent = _NOTHING_RECENT,
-    packing: _Packing | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. No atomics: each block's sums are made by programs of its own, in a fixed order.
-
-    They are added to what is given, in place where that is possible. `sorted_pairs` are those that the forward kept.
-    Recent blocks are left out: the local branch does them.
-    """
-    block_indices = recent.others(block_indices)
-    B, T, H, D = q.shape
-    K, S = block_indices.shape[2:]
-    G, Z, DP = H // K, B * K, _padded(D)
+def _triton_selected_backward(
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
+    scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+    segments: _Segments | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, added to those that are given. A block's sums are made by its own programs, in a fixed order."""
+    (B, T, H, D), (K, S), G = q.shape, block_indices.shape[2:], q.shape[2] // k.shape[2]
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
+    plan = _selected_plan("selected_backward", q.shape, K, S, select_block_size, q.dtype, _precision())
+    chunk, splits, keys, size = plan.chunk, plan.splits, plan.constants["BLOCK_N"], _SUM_ROWS[q.dtype.itemsize]
     add_dq, add_dk = dq is not None, dk is not None
-    dq = dq if add_dq else torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    blocks = _block_tables(T, select_block_size, recent.blocks, packing)
-    tiles = _selective_tiles("backward", D, select_block_size, q.dtype)
-    if _large_group(q, G) and DP <= 128:
-        tiles["num_stages"] = _LARGE_GROUP_STAGES
-    parts = _cdiv(select_block_size, tiles["KEYS"])
-    span = _SPAN[q.dtype.itemsize]
-    chunk = _chunk_tokens(B * H * S * parts * D * q.element_size(), T)
-    # a sum over several chunks of queries stays in float32 until the last
-    sum_dtype = k.dtype if chunk == T else torch.float32
+    dq = dq if add_dq else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sum_dtype = k.dtype if chunk == T else torch.float32  # a sum over several chunks stays in float32 until the last
     empty = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
-    dk, dv = (dk.to(sum_dtype), dv.to(sum_dtype)) if add_dk else empty
-    dq_part = torch.empty(Z * chunk * S * parts * G, D, dtype=q.dtype, device=q.device)
-    merge_rows = _merge_rows(D)
-    constants = {"K": K, "D": D, "DP": DP, "SELECT": select_block_size, "PARTS": parts}
+    dk, dv = (x.to(sum_dtype).contiguous() for x in (dk, dv)) if add_dk else empty
+    dq_part = q.new_empty((B * H * chunk * S * splits, D))
+    n_blocks, merge_rows = _block_count(T, select_block_size, segments), _merge_rows(D)
+    of_token, cu_seqlens, n = (None, None, 0) if segments is None else segments.of_tokens
+    sizes = {name: plan.constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
-        if sorted_pairs:
-            pairs = _Pairs(*sorted_pairs, stride=4, column=1)  # the forward's table
-        else:
-            pairs = _sort_pairs(block_indices, t0, n_tokens, blocks)
-        cut = _cut_tiles(pairs, Z, blocks.count, G, span)
-        rows = Z * cut.bound * parts * tiles["KEYS"]
-        dk_part, dv_part = torch.empty(2, rows, D, dtype=torch.float32, device=q.device)
-        _selective_gradient_kernel[(cut.bound, parts, Z)](
-            do, q, k, v, *terms, *cut[:3], dq_part, dk_part, dv_part, blocks.edges,
-            T, blocks.count, cut.bound, n_tokens * S, terms.shift.shape[-1], t0, scale,
-            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            **constants, G=G, GROUP_PAD=_group_pad(G), S=S, SPAN=span, PRECISION=_precision(), **tiles,
+        index = _index_pairs(block_indices, t0, n_tokens, n_blocks, select_block_size, size, G, segments)
+        n_tiles = index.block.shape[1]
+        dk_part, dv_part = torch.empty(2, B * K * n_tiles * splits * keys, D, dtype=torch.float32, device=q.device)
+        _selected_gradient_kernel[(n_tiles, splits, B * K)](
+            do, q, k, v, *terms, *index, dq_part, dk_part, dv_part, cu_seqlens, n, T, n_blocks, n_tiles, n_tokens * S,
+            terms.lse.shape[-1], t0, scale, do.stride(), q.stride(), k.stride(), v.stride(),
+            GROUP_PAD=_power_of_2(G), SIZE=size, SPLITS=splits, **plan.constants,
         )  # fmt: skip
-        _sum_over_tiles_kernel[(blocks.count, parts, Z)](
-            dk_part, dv_part, cut.table, dk, dv, blocks.edges, T, blocks.count, cut.bound, *dk.stride()[:3],
-            **constants, KEYS=tiles["KEYS"], ADD=add_dk or t0 > 0,
+        _sum_tiles_kernel[(n_blocks, splits, B * K)](
+            dk_part, dv_part, index.table, dk, dv, cu_seqlens, n, T, n_blocks, n_tiles,
+            **sizes, BLOCK_N=keys, ADD=add_dk or t0 > 0,
         )  # fmt: skip
-        _sum_over_slots_kernel[(_cdiv(n_tokens * G, merge_rows), Z)](
-            dq_part, block_indices, dq, blocks.places, n_tokens, t0, *block_indices.stride()[:3], *dq.stride()[:3],
-            **constants, G=G, S=S, RECENT=blocks.recent, ROWS=merge_rows, ADD=add_dq, UNROLL=_unroll(S * parts),
+        _sum_slots_kernel[(_cdiv(n_tokens * G, merge_rows), B * K)](
+            dq_part, block_indices, dq, of_token, cu_seqlens, T, n_tokens, t0, block_indices.stride(),
+            **sizes, GROUP=G, S=S, BLOCK_M=merge_rows, ADD=add_dq, UNROLL=_unroll(S * splits),
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# Decoding: split keys ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 13  Decoding
 #
 # A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
-# (b·M + m)·K + k; the heads of its group are a tile. Its keys are split into parts, so many that all multiprocessors
-# read; a part writes an output and a log-sum-exp of its own:
+# (b·M + m)·K + k; the heads of its group are a tile. Its keys are split so often that all multiprocessors read, and a
+# split writes an output and a log-sum-exp of its own:
 #
-#     compressed  parts of the visible blocks, and from the same scores the importance of the selection blocks
-#     choose      the S blocks of each row; beside it, parts of the local window, which wait for no choice
-#     attend      parts of the S slots; each merges the other branches' parts while its blocks are on their way, and the
-#                 one of a row that is done last adds those of the slots: a softmax in each branch, and the gates
+#     compressed  splits of the visible blocks, and from the same scores the importance of the selection blocks
+#     choose      the S blocks of each row; beside it, splits of the local window, which wait for no choice
+#     attend      splits of the S slots; each merges the other branches' splits while its blocks are on their way, and
+#                 the one of a row that ends last adds those of the slots: a softmax in each branch, and the gates
 #
-# How many parts there are depends on shapes alone, how long they are on the row's position, which only the GPU knows.
-# A row of position −1 sees nothing: each part has lse = −inf, and o = 0. Log-sum-exp and scores are to the base 2.
+# The number of splits depends on shapes alone, their length on the row's position, which only the GPU knows. A row of
+# position −1 sees nothing: each split has lse = −inf, and o = 0.
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "first_part", "n_parts"]  # no new kernel for each number of rows
+_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "first_split", "n_splits"]  # no new kernel for each number of rows
 
 
 @_kernel
 def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
-    """A row's sequence, token, key head and position."""
+    """(sequence, token, key head, position) of a row."""
     b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
     return b, m, row % K, tl.load(positions + b * strides[0] + m * strides[1])
 
 
 @_kernel
 def _decode_begin(
-    q, k, v, q_strides, k_strides, v_strides, b, m, h,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    q_ptr, q_strides, b, m, k, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What a part starts from: heads of the group, their queries, where the keys and values lie, an empty softmax."""
-    g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
-    queries = _load_tile(q + b * q_strides[0] + m * q_strides[1] + h * G * q_strides[2], g, q_strides[2], g < G, D, DP)
-    k_base, v_base = k + b * k_strides[0] + h * k_strides[2], v + b * v_strides[0] + h * v_strides[2]
-    acc, total = tl.zeros([HEADS, DP], tl.float32), tl.zeros([HEADS, KEYS], tl.float32)
-    return g, queries, k_base, v_base, acc, tl.full([HEADS], float("-inf"), tl.float32), total
+    """Heads of the group, their queries, and an empty softmax: g, q, acc, m_i, l_i.
 
-
-@_kernel
-def _decode_share(tiles, part, parts):
-    """The tiles of a part: [begin, end)."""
-    return tiles * part // parts, tiles * (part + 1) // parts
+    l_i stays apart by the keys of a tile, as a sum over them would make the warps wait for each other.
+    """
+    g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = _load_rows(q_ptr, _offsets(q_strides, b, m, k * GROUP + g), g < GROUP, D, BLOCK_D)
+    acc, l_i = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    return g, q, acc, tl.full([BLOCK_M], float("-inf"), tl.float32), l_i
 
 
 @_kernel
 def _decode_tile(
-    acc, peak, total, queries, k_base, v_base, key, seen, stride_k, stride_v, scale,
-    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, i, seen, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of the online softmax: p = exp2(scale q.k - peak), acc += p.v, total += p; and p itself.
+    """One tile of keys i of the online softmax; p too."""
+    k_t = tl.trans(_load_rows(k_ptr, _offsets(k_strides, b, i, k), seen, D, BLOCK_D))
+    v = _load_rows(v_ptr, _offsets(v_strides, b, i, k), seen, D, BLOCK_D)
+    acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, seen[None, :], scale * _TL_LOG2E, PRECISION)
+    return acc, m_i, l_i * alpha[:, None] + p, p
 
-    `total` stays apart by the places of a tile's keys, as a sum over them would make the warps wait for each other.
-    """
-    keys = _load_tile(k_base, key, stride_k, seen, D, DP)
-    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * _TL_LOG2E)
-    s = tl.where(seen[None, :], s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, axis=1))
-    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s - shift[:, None])
-    fade = tl.exp2(peak - shift)
-    values = _load_tile(v_base, key, stride_v, seen, D, DP)
-    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-    return acc, new_peak, total * fade[:, None] + p, p
+
+@_kernel
+def _split_bounds(tiles, split, splits):
+    """[begin, end): the tiles of a split."""
+    return tiles * split // splits, tiles * (split + 1) // splits
 
 
 @_kernel
 def _decode_end(
-    acc, peak, total, o_part, lse_part, row, part, parts, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    acc, m_i, l_i, o_part, lse_part, row, split, n_splits, g,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """o_part[row, part, g] = acc / l, lse_part[row, part, g] = peak + log2 l, l = sum total: 0, -inf without a key."""
-    total = tl.sum(total, axis=1)
-    out = (row.to(tl.int64) * parts + part) * G + g
-    _store_tile(o_part, acc / tl.where(total > 0, total, 1.0)[:, None], out, D, g < G, D, DP)
-    tl.store(lse_part + out, peak + tl.log2(total), mask=g < G)
+    """o_part[row, split, g] = acc / l, lse_part[row, split, g] = m_i + log2 l, l = sum l_i; without a key 0, -inf."""
+    l_i = tl.sum(l_i, axis=1)
+    out = (row.to(tl.int64) * n_splits + split) * GROUP + g
+    _store_rows(o_part, out * D, acc / tl.where(l_i > 0, l_i, 1.0)[:, None], g < GROUP, D, BLOCK_D)
+    tl.store(lse_part + out, m_i + tl.log2(l_i), mask=g < GROUP)
 
 
 @_kernel
-def _lent(lent, row, tile, right, g, n_scores, G: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr):
-    """Where a tile lends to block `right` of the next one: heads side by side, as lone numbers are slow to write."""
-    return lent + ((row.to(tl.int64) * (n_scores // BLOCKS) + tile) * SPILL + right) * G + g
+def _carried(
+    carries, row, tile, right, g, n_scores, GROUP: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr
+):  # fmt: skip
+    """Address of a tile's carry to block `right` of the next one; heads side by side, as lone numbers are slow."""
+    return carries + ((row.to(tl.int64) * (n_scores // BLOCKS) + tile) * CARRY + right) * GROUP + g
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_compressed_kernel(
-    q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, arrived, m0, n_tokens, n_parts, n_scores, scale,
+    q_ptr, k_ptr, v_ptr, positions, o_part, lse_part, scores, carries, arrived, m0, n_tokens, n_splits, n_scores, scale,
     q_strides, k_strides, v_strides, position_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
-    HEADS: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, SPILL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, CARRY: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of softmax(q . k_cmp) v_cmp, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale q[g] . k_cmp[i]).
+    """A split of softmax(scale·q·k) v, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale·q[g]·k[i]).
 
-    A tile has the keys of BLOCKS selection blocks. What its last ones lend to the next tile's first SPILL is in lent.
-    It also sets arrived to 0, where the last kernel counts.
+    A tile has the keys of BLOCKS selection blocks; its carry to the next tile's first CARRY blocks is kept too. It also
+    sets arrived to 0, where the last kernel counts.
     """
     r: tl.constexpr = SELECT // STRIDE
-    row, part = tl.program_id(0), tl.program_id(1)
-    if part == 0:
+    row, split = tl.program_id(0), tl.program_id(1)
+    if split == 0:
         tl.store(arrived + row * tl.num_programs(2) + tl.program_id(2), 0)
-    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-        q, k_cmp, v_cmp, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, BLOCKS * PART
-    )
-    end = _span_end(t, BLOCK, STRIDE)
-    begin_tile, end_tile = _decode_share(tl.cdiv(end, BLOCKS * r), part, tl.num_programs(1))
+    b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCKS * PART)
+    _, end = _span(t, 0, BLOCK, STRIDE)
+    begin_tile, end_tile = _split_bounds(tl.cdiv(end, BLOCKS * r), split, tl.num_programs(1))
     column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
-    score_rows = ((row.to(tl.int64) * G + g) * n_scores)[:, None]
+    score_rows = ((row.to(tl.int64) * GROUP + g) * n_scores)[:, None]
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
         i = (tile * BLOCKS + column // PART) * r + column % PART
         seen = (column % PART < r) & (i < end)
-        acc, peak, total, p = _decode_tile(
-            acc, peak, total, queries, k_base, v_base, i, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        acc, m_i, l_i, p = _decode_tile(
+            acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, i, seen, scale, D, BLOCK_D, PRECISION
         )
-        score, beyond = _fold_importance(p, 0, BLOCK // STRIDE, r, HEADS, BLOCKS, PART, SPILL)
-        j = (tile * BLOCKS + jj)[None, :]
-        score = peak[:, None] + tl.log2(score)  # to stay in the L2 for the next kernel while keys pass by
-        tl.store(scores + score_rows + j, score, mask=(g < G)[:, None], eviction_policy="evict_last")
-        if SPILL > 0:
-            to_lend = _lent(lent, row, tile, jj[None, :], g[:, None], n_scores, G, BLOCKS, SPILL)
-            beyond, mask = peak[:, None] + tl.log2(beyond), (g < G)[:, None] & (jj < SPILL)[None, :]
-            tl.store(to_lend, beyond, mask=mask, eviction_policy="evict_last")
-    _decode_end(acc, peak, total, o_part, lse_part, row, part, n_parts, g, G, D, DP)
+        score, carry = _fold_importance(p, 0, BLOCK // STRIDE, r, BLOCK_M, BLOCKS, PART, CARRY)
+        score = m_i[:, None] + tl.log2(score)  # to stay in the L2 for the next kernel while keys pass by
+        out = scores + score_rows + (tile * BLOCKS + jj)[None, :]
+        tl.store(out, score, mask=(g < GROUP)[:, None], eviction_policy="evict_last")
+        if CARRY > 0:
+            out = _carried(carries, row, tile, jj[None, :], g[:, None], n_scores, GROUP, BLOCKS, CARRY)
+            mask = (g < GROUP)[:, None] & (jj < CARRY)[None, :]
+            tl.store(out, m_i[:, None] + tl.log2(carry), mask=mask, eviction_policy="evict_last")
+    _decode_end(acc, m_i, l_i, o_part, lse_part, row, split, n_splits, g, GROUP, D, BLOCK_D)
+
+
+@_kernel
+def _sum_exp2(x, lse):
+    """sum_g exp2(x − lse) over the rows of x, 0 for −inf."""
+    return tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp2(x - lse)), axis=0)
 
 
 @_kernel
 def _decode_score(
-    lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores, G: tl.constexpr, PARTS_PAD: tl.constexpr,
-    BLOCKS: tl.constexpr, SPILL: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
+    lse_part, scores, carries, row, tiles, n_compressed, n_splits, n_scores, GROUP: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """score[j] = sum_g exp2(scores[row, g, j] - lse[g]), and the same of what is lent; lse over the parts: (NP,)."""
-    j, part = tl.arange(0, NP)[None, :], tl.arange(0, PARTS_PAD)[None, :]
-    NT: tl.constexpr = NP // BLOCKS  # tiles; the first one borrows nothing
+    """score[j] = sum_g exp2(scores[row, g, j] − lse[g]), and the same of the carries; lse over the splits: (NP,)."""
+    j, split = tl.arange(0, NP)[None, :], tl.arange(0, SPLITS_PAD)[None, :]
+    NT: tl.constexpr = NP // BLOCKS  # tiles; nothing is carried to the first one
     tile, jj = tl.arange(0, max(NT, 1))[None, :], tl.arange(0, BLOCKS)[None, :]
     score = tl.zeros([NP], tl.float32)
-    for first in range(0, G, HEADS):
+    for first in range(0, GROUP, HEADS):
         g = first + tl.arange(0, HEADS)[:, None]
-        mask = (g < G) & (j < tiles * BLOCKS)
-        own = scores + (row.to(tl.int64) * G + g) * n_scores + j
+        own = scores + (row.to(tl.int64) * GROUP + g) * n_scores + j
+        mask = (g < GROUP) & (j < tiles * BLOCKS)
         own = tl.load(own, mask=mask, other=float("-inf"), eviction_policy="evict_first")  # before it waits for lse
-        lse = lse_part + (row.to(tl.int64) * n_parts + part) * G + g
-        lse = tl.load(lse, mask=(g < G) & (part < n_compressed), other=float("-inf"))
-        top = tl.max(lse, axis=1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        lse = (top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), axis=1)))[:, None]
-        score += tl.sum(tl.where(own == float("-inf"), 0.0, tl.exp2(own - lse)), axis=0)
-        for right in tl.static_range(SPILL if NT > 1 else 0):
-            borrows = (g < G) & (tile > 0) & (tile <= tiles)
-            left = _lent(lent, row, tile - 1, right, g, n_scores, G, BLOCKS, SPILL)
-            left = tl.load(left, mask=borrows, other=float("-inf"), eviction_policy="evict_first")
-            left = tl.sum(tl.where(left == float("-inf"), 0.0, tl.exp2(left - lse)), axis=0)
-            score += tl.reshape(tl.where(jj == right, left[:, None], 0.0), [NP])
+        lse = lse_part + (row.to(tl.int64) * n_splits + split) * GROUP + g
+        lse = tl.load(lse, mask=(g < GROUP) & (split < n_compressed), other=float("-inf"))
+        m_i = tl.max(lse, axis=1)
+        m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+        lse = (m_i + tl.log2(tl.sum(tl.exp2(lse - m_i[:, None]), axis=1)))[:, None]
+        score += _sum_exp2(own, lse)
+        for right in tl.static_range(CARRY if NT > 1 else 0):
+            carry = _carried(carries, row, tile - 1, right, g, n_scores, GROUP, BLOCKS, CARRY)
+            mask = (g < GROUP) & (tile > 0) & (tile <= tiles)
+            carry = _sum_exp2(tl.load(carry, mask=mask, other=float("-inf"), eviction_policy="evict_first"), lse)
+            score += tl.reshape(tl.where(jj == right, carry[:, None], 0.0), [NP])
     return score
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_choose_kernel(
-    q, k, v, positions, o_part, lse_part, scores, lent, chosen,
-    m0, n_tokens, n_compressed, n_parts, n_scores, scale,
-    q_strides, k_strides, v_strides, position_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, SPILL: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, SCORED: tl.constexpr,
-    WINDOW: tl.constexpr, PARTS_PAD: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, positions, o_part, lse_part, scores, carries, chosen,
+    m0, n_tokens, n_compressed, n_splits, n_scores, scale, q_strides, k_strides, v_strides, position_strides,
+    K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, HEADS: tl.constexpr,
+    WINDOW: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a part of softmax(q . k) v in its window."""
-    row, part = tl.program_id(0), tl.program_id(1) - 1
-    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    if part >= 0:
-        g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-            q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, KEYS
-        )
-        first, end = _span_first(t, WINDOW), _span_end(t, 1, 1)
-        begin_tile, end_tile = _decode_share(tl.cdiv(end - first, KEYS), part, tl.num_programs(1) - 1)
+    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a split of softmax(q·k) v in its window."""
+    row, split = tl.program_id(0), tl.program_id(1) - 1
+    b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    if split >= 0:
+        g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
+        first, end = _span(t, WINDOW, 1, 1)
+        begin_tile, end_tile = _split_bounds(tl.cdiv(end - first, BLOCK_N), split, tl.num_programs(1) - 1)
         for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-            s = first + tile * KEYS + tl.arange(0, KEYS)
-            acc, peak, total, _ = _decode_tile(
-                acc, peak, total, queries, k_base, v_base, s, s < end, k_strides[1], v_strides[1], scale,
-                D, DP, PRECISION,
-            )  # fmt: skip
-        _decode_end(acc, peak, total, o_part, lse_part, row, n_compressed + part, n_parts, g, G, D, DP)
+            s = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc, m_i, l_i, _ = _decode_tile(
+                acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, s, s < end, scale, D, BLOCK_D, PRECISION
+            )
+        _decode_end(acc, m_i, l_i, o_part, lse_part, row, n_compressed + split, n_splits, g, GROUP, D, BLOCK_D)
     elif tl.program_id(2) == 0:
-        tiles = tl.cdiv(_span_end(t, BLOCK, STRIDE), BLOCKS * (SELECT // STRIDE))
+        _, end = _span(t, 0, BLOCK, STRIDE)
+        tiles = tl.cdiv(end, BLOCKS * (SELECT // STRIDE))
         score = _decode_score(
-            lse_part, scores, lent, row, tiles, n_compressed, n_parts, n_scores,
-            G, PARTS_PAD, BLOCKS, SPILL, SCORED, NP,
+            lse_part, scores, carries, row, tiles, n_compressed, n_splits, n_scores,
+            GROUP, SPLITS_PAD, BLOCKS, CARRY, HEADS, NP,
         )  # fmt: skip
         one = tl.arange(0, 1)
-        _store_highest(
-            score[None, :], one + t // SELECT, one + t >= 0, chosen + (one + row).to(tl.int64) * S,
-            S, SP, INIT, LOCAL, 1, NP,
-        )  # fmt: skip
+        out = chosen + (one + row).to(tl.int64) * S
+        _store_highest(score[None, :], one + t // SELECT, one + t >= 0, out, S, SP, INIT, LOCAL, 1, NP)
 
 
 @_kernel
-def _decode_gates(gates, strides, b, m, heads, exists):
-    """The gates of the local, the compressed and the selective branch."""
-    base = gates + b * strides[0] + m * strides[1] + heads * strides[2]
-    local, compressed = _load_gate(base, exists), _load_gate(base + strides[3], exists)
-    return local, compressed, _load_gate(base + 2 * strides[3], exists)
-
-
-@_kernel
-def _decode_weights(lse_part, rows, first, end, gate, exists, G: tl.constexpr, PARTS_PAD: tl.constexpr):
-    """weight[g, n] = gate exp2(lse_part[n] - lse) for the parts [first, end) of a branch, lse their log-sum; else 0."""
-    part = tl.arange(0, PARTS_PAD)[None, :]
-    mask = exists[:, None] & (part >= first) & (part < end)
-    lse = tl.load(lse_part + rows[:, None] + part * G, mask=mask, other=float("-inf"))
-    top = tl.max(lse, axis=1)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
+def _split_weights(lse_part, rows, first, end, gate, exists, GROUP: tl.constexpr, SPLITS_PAD: tl.constexpr):
+    """weight[g, n] = gate·exp2(lse_part[n] − lse), lse the log-sum, for the splits [first, end) of a branch; else 0."""
+    split = tl.arange(0, SPLITS_PAD)[None, :]
+    mask = exists[:, None] & (split >= first) & (split < end)
+    lse = tl.load(lse_part + rows[:, None] + split * GROUP, mask=mask, other=float("-inf"))
+    m_i = tl.max(lse, axis=1)
+    weight = tl.exp2(lse - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
     # the sum is 0 or, as its largest term is 1, at least 1
     return weight * (gate / tl.maximum(tl.sum(weight, axis=1), 1.0))[:, None]
 
 
 @_kernel
-def _decode_merge(
-    merged, o_part, weight, rows, first, end, exists,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS_PAD: tl.constexpr,
+def _merge_splits(
+    acc, o_part, weight, rows, first, end, exists,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """merged + sum_n weight[g, n] o_part[n] over the parts [first, end)."""
+    """acc + sum_n weight[g, n]·o_part[n] over the splits [first, end)."""
     for n in tl.range(first, end, loop_unroll_factor=4):
-        of_part = tl.sum(tl.where(tl.arange(0, PARTS_PAD)[None, :] == n, weight, 0.0), axis=1)
-        merged += of_part[:, None] * _load_tile(o_part, rows + n * G, D, exists, D, DP)
-    return merged
+        of_split = tl.sum(tl.where(tl.arange(0, SPLITS_PAD)[None, :] == n, weight, 0.0), axis=1)
+        acc += of_split[:, None] * _load_rows(o_part, (rows + n * GROUP) * D, exists, D, BLOCK_D)
+    return acc
 
 
 @_kernel(do_not_specialize=_DECODE_COUNTS)
 def _decode_attend_kernel(
-    q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
-    m0, n_tokens, n_compressed, first_part, n_parts, scale,
+    q_ptr, k_ptr, v_ptr, positions, o_part, lse_part, chosen, arrived, gates_ptr, o_ptr,
+    m0, n_tokens, n_compressed, first_split, n_splits, scale,
     q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part of softmax(q . k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
+    """A split of softmax(q·k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
 
-    The part of a row that is done last writes o[row], all branches merged.
+    The split of a row that ends last writes o[row], all branches merged.
     """
-    row, part = tl.program_id(0), tl.program_id(1)
-    b, m, h, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    g, queries, k_base, v_base, acc, peak, total = _decode_begin(
-        q, k, v, q_strides, k_strides, v_strides, b, m, h, G, D, DP, HEADS, KEYS
-    )
+    row, split = tl.program_id(0), tl.program_id(1)
+    b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
+    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
     slot = tl.arange(0, SP)
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
     blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
-    begin_tile, end_tile = _decode_share(tl.cdiv(taken * SELECT_PAD, KEYS), part, tl.num_programs(1))
+    begin_tile, end_tile = _split_bounds(tl.cdiv(taken * SELECT_PAD, BLOCK_N), split, tl.num_programs(1))
     # the other branches meanwhile
-    rows, exists = row.to(tl.int64) * n_parts * G + g, g < G  # of part 0; the next one is G further
-    local, compressed, gate = _decode_gates(gates, gate_strides, b, m, h * G + g, exists)
-    weight = _decode_weights(lse_part, rows, 0, n_compressed, compressed, exists, G, PARTS_PAD)
-    weight += _decode_weights(lse_part, rows, n_compressed, first_part, local, exists, G, PARTS_PAD)
-    merged = tl.zeros([HEADS, DP], tl.float32)
-    merged = _decode_merge(merged, o_part, weight, rows, 0, first_part, exists, G, D, DP, PARTS_PAD)
+    rows, exists = row.to(tl.int64) * n_splits * GROUP + g, g < GROUP  # of split 0; the next one is GROUP further
+    gates = gates_ptr + _offsets(gate_strides, b, m, k * GROUP + g)
+    local, compressed = _load_gate(gates, exists), _load_gate(gates + gate_strides[3], exists)
+    gate = _load_gate(gates + 2 * gate_strides[3], exists)
+    weight = _split_weights(lse_part, rows, 0, n_compressed, compressed, exists, GROUP, SPLITS_PAD)
+    weight += _split_weights(lse_part, rows, n_compressed, first_split, local, exists, GROUP, SPLITS_PAD)
+    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    o = _merge_splits(o, o_part, weight, rows, 0, first_split, exists, GROUP, D, BLOCK_D, SPLITS_PAD)
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        n = tile * KEYS + tl.arange(0, KEYS)
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
         j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
         s = j * SELECT + n % SELECT_PAD
         seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
-        acc, peak, total, _ = _decode_tile(
-            acc, peak, total, queries, k_base, v_base, s, seen, k_strides[1], v_strides[1], scale, D, DP, PRECISION
+        acc, m_i, l_i, _ = _decode_tile(
+            acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, s, seen, scale, D, BLOCK_D, PRECISION
         )
-    o_base = o + b * o_strides[0] + m * o_strides[1]
-    parts = tl.num_programs(1)
-    if parts == 1:
-        sums = tl.sum(total, axis=1)
-        merged += acc * (gate / tl.where(sums > 0, sums, 1.0))[:, None]
-        _store_tile(o_base, merged, h * G + g, o_strides[2], exists, D, DP)
+    out = _offsets(o_strides, b, m, k * GROUP + g)
+    splits = tl.num_programs(1)
+    if splits == 1:
+        l_sum = tl.sum(l_i, axis=1)
+        _store_rows(o_ptr, out, o + acc * (gate / tl.where(l_sum > 0, l_sum, 1.0))[:, None], exists, D, BLOCK_D)
     else:
-        _decode_end(acc, peak, total, o_part, lse_part, row, first_part + part, n_parts, g, G, D, DP)
+        _decode_end(acc, m_i, l_i, o_part, lse_part, row, first_split + split, n_splits, g, GROUP, D, BLOCK_D)
         tl.debug_barrier()  # every thread has written
         place = arrived + row * tl.num_programs(2) + tl.program_id(2)
-        if tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == parts - 1:  # what the others wrote can be read
-            weight = _decode_weights(lse_part, rows, first_part, n_parts, gate, exists, G, PARTS_PAD)
-            merged = _decode_merge(merged, o_part, weight, rows, first_part, n_parts, exists, G, D, DP, PARTS_PAD)
-            _store_tile(o_base, merged, h * G + g, o_strides[2], exists, D, DP)
+        if tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == splits - 1:  # what the others wrote can be read
+            weight = _split_weights(lse_part, rows, first_split, n_splits, gate, exists, GROUP, SPLITS_PAD)
+            o = _merge_splits(o, o_part, weight, rows, first_split, n_splits, exists, GROUP, D, BLOCK_D, SPLITS_PAD)
+            _store_rows(o_ptr, out, o, exists, D, BLOCK_D)
 
 
-def _decode_obstacle(block_size: int, stride: int, select_block_size: int) -> str | None:
-    """Why decoding has no kernel for such blocks; None if it has."""
-    ratio, spill = _spill(block_size, stride, select_block_size)
-    if _power_of_2(ratio) * _power_of_2(max(spill, 1)) <= _DECODE_MAX_KEYS:
-        return None
-    return f"for l/d/l' = {block_size}/{stride}/{select_block_size} the importance takes more keys than fit in a tile"
+class _DecodePlan(NamedTuple):
+    """Plan of the three kernels of a step, and the sizes of what they hand on."""
+
+    chunk: int  # new tokens of a row at a time
+    splits: tuple[int, int, int]  # of the compressed, the local and the selected keys
+    head_tiles: int
+    n_scores: int
+    carries: int  # numbers for each row and head
+    compressed: dict[str, Any]
+    choose: dict[str, Any]
+    attend: dict[str, Any]
 
 
-def _decode_tiles(kernel: str, D: int, dtype: torch.dtype) -> dict[str, int]:
-    width = 128 if _padded(D) <= 128 else 256
-    return dict(_DECODE_TILES[kernel, dtype.itemsize, width])
+@functools.lru_cache(maxsize=4096)
+def _decode_plan(
+    q_shape: torch.Size, k_shape: torch.Size, C: int, dtype: torch.dtype, device: torch.device, local_window: int,
+    choice: _Choice, precision: str,
+) -> _DecodePlan:  # fmt: skip
+    (B, M, H, D), (T, K), S, l_ = q_shape, k_shape[1:3], choice.topk_blocks, choice.select_block_size
+    ratio, carry = _carry(choice)
+    compressed, choose, attend = (
+        _constants(f"decode_{kernel}", H, K, D, dtype, precision) for kernel in ("compressed", "local", "selected")
+    )
+    for constants in (compressed, choose, attend):
+        constants["STAGES"] = constants.pop("num_stages")
+        constants["BLOCK_M"] = heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
+    part, select_pad = _power_of_2(ratio), _power_of_2(l_)
+    blocks = max(compressed.pop("BLOCK_N") // part, _power_of_2(max(carry, 1)))
+    score_tiles = _cdiv(C, blocks * ratio)
+    n_scores, NP = score_tiles * blocks, _power_of_2(max(_cdiv(T, l_), S))
+    most = (
+        score_tiles,
+        _cdiv(min(local_window, T), choose["BLOCK_N"]),
+        _cdiv(S * select_pad, attend["BLOCK_N"]),
+    )
+    chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
+    programs = _num_sms(device) // (B * chunk * K * _cdiv(H // K, heads))
+    splits = tuple(max(min(programs, n, _DECODE_MAX_SPLITS), 1) for n in most)
+    sizes = {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": l_, "BLOCKS": blocks, "CARRY": carry}
+    slots = {"S": S, "SP": _power_of_2(S)}
+    compressed |= {**sizes, "PART": part}
+    choose |= {**sizes, **slots, "INIT": choice.init_blocks, "LOCAL": choice.local_blocks, "NP": NP}
+    choose |= {"HEADS": max(min(_power_of_2(H // K), 16384 // NP), 1), "SPLITS_PAD": _power_of_2(splits[0])}
+    choose |= {"WINDOW": min(local_window, _FAR), "num_warps": max(choose["num_warps"], min(NP // 512, 16))}
+    attend |= {**slots, "SELECT": l_, "SELECT_PAD": select_pad, "SPLITS_PAD": _power_of_2(sum(splits))}
+    return _DecodePlan(
+        chunk, splits, _cdiv(H // K, heads), n_scores, score_tiles * carry, compressed, choose, attend
+    )  # fmt: skip
 
 
 def _triton_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_local: Tensor,
-    v_local: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    positions: Tensor,
-    *,
-    local_window: int,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+    positions: Tensor, local_window: int, choice: _Choice, scale: float,
+) -> Tensor:  # fmt: skip
     """o (B, M, H, D): all branches and gates, for M new tokens a row over buffers that hold their keys already."""
-    B, M, H, D = q.shape
-    K, S = k.shape[2], topk_blocks
-    G = H // K
-    o = torch.empty(B, M, H, D, dtype=q.dtype, device=q.device)
+    (B, M, H, D), K = q.shape, k.shape[2]
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         return o
     q, k, v, k_local, v_local, k_cmp, v_cmp = map(_unit_stride, (q, k, v, k_local, v_local, k_cmp, v_cmp))
-    heads = min(max(_power_of_2(G), 16), _DECODE_HEADS[q.dtype.itemsize])
-    head_blocks = _cdiv(G, heads)
-    tiles = {name: _decode_tiles(name, D, q.dtype) for name in ("compressed", "local", "selected")}
-    programs = [tiles[name].pop("PROGRAMS") * _processors(q.device) for name in tiles]
-
-    # scores: tiles of BLOCKS selection blocks, each of PART compressed ones
-    ratio, spill = _spill(block_size, stride, select_block_size)
-    part = _power_of_2(ratio)
-    blocks = max(tiles["compressed"].pop("KEYS") // part, _power_of_2(max(spill, 1)))
-    score_tiles = _cdiv(k_cmp.shape[1], blocks * ratio)
-    n_scores = score_tiles * blocks
-    select_pad = _power_of_2(select_block_size)
-    most = (
-        score_tiles,
-        _cdiv(min(local_window, k.shape[1]), tiles["local"]["KEYS"]),
-        _cdiv(S * select_pad, tiles["selected"]["KEYS"]),
-    )
-    NP = _power_of_2(max(_cdiv(k.shape[1], select_block_size), S))
-    tiles["local"]["num_warps"] = max(tiles["local"]["num_warps"], min(NP // 512, 16))
-
-    chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
-    rows = B * chunk * K
-    parts = [max(min(p // (rows * head_blocks), m, _DECODE_MAX_PARTS), 1) for p, m in zip(programs, most, strict=True)]
-    n_parts, (n_compressed, n_local, n_selected) = sum(parts), parts
-    o_part = torch.empty(rows * n_parts * G * D, dtype=torch.float32, device=q.device)
-    lse_part = torch.empty(rows * n_parts * G, dtype=torch.float32, device=q.device)
-    scores = torch.empty(rows * G * n_scores, dtype=torch.float32, device=q.device)
-    lent = torch.empty(rows * G * score_tiles * spill, dtype=torch.float32, device=q.device)
-    chosen, arrived = (torch.empty(rows * n, dtype=torch.int32, device=q.device) for n in (S, head_blocks))
-    attend = {"K": K, "G": G, "D": D, "DP": _padded(D), "HEADS": heads, "PRECISION": _precision()}
-    blocked = {"BLOCK": block_size, "STRIDE": stride, "SELECT": select_block_size, "BLOCKS": blocks, "SPILL": spill}
-    slots = {"S": S, "SP": _power_of_2(S)}
-    for m0 in range(0, M, chunk):
-        n_tokens = min(chunk, M - m0)
+    shape = (q.shape, k.shape, k_cmp.shape[1], q.dtype, q.device, local_window, choice, _precision())
+    plan = _decode_plan(*shape)
+    (n_compressed, n_local, n_selected), n_splits, heads = plan.splits, sum(plan.splits), plan.head_tiles
+    rows = B * plan.chunk * K
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    o_part, lse_part = empty(rows * n_splits * H // K * D), empty(rows * n_splits * H // K)
+    scores, carries = empty(rows * H // K * plan.n_scores), empty(rows * H // K * plan.carries)
+    chosen, arrived = (empty(rows * n, dtype=torch.int32) for n in (choice.topk_blocks, heads))
+    for m0 in range(0, M, plan.chunk):
+        n_tokens = min(plan.chunk, M - m0)
         rows = B * n_tokens * K
-        _decode_compressed_kernel[(rows, n_compressed, head_blocks)](
-            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, lent, arrived, m0, n_tokens, n_parts, n_scores, scale,
-            q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(),
-            **attend, **blocked, PART=part, **tiles["compressed"],
+        _decode_compressed_kernel[(rows, n_compressed, heads)](
+            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, carries, arrived, m0, n_tokens, n_splits,
+            plan.n_scores, scale, q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(), **plan.compressed,
         )  # fmt: skip
-        _decode_choose_kernel[(rows, 1 + n_local, head_blocks)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, lent, chosen,
-            m0, n_tokens, n_compressed, n_parts, n_scores, scale,
-            q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
-            **attend, **blocked, **slots, INIT=init_blocks, LOCAL=local_blocks, NP=NP,
-            SCORED=max(min(_power_of_2(G), 16384 // NP), 1), WINDOW=min(local_window, _FAR),
-            PARTS_PAD=_power_of_2(n_compressed), **tiles["local"],
+        _decode_choose_kernel[(rows, 1 + n_local, heads)](
+            q, k_local, v_local, positions, o_part, lse_part, scores, carries, chosen, m0, n_tokens, n_compressed,
+            n_splits, plan.n_scores, scale, q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
+            **plan.choose,
         )  # fmt: skip
-        _decode_attend_kernel[(rows, n_selected, head_blocks)](
-            q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o,
-            m0, n_tokens, n_compressed, n_compressed + n_local, n_parts, scale,
-            q.stride(), k.stride(), v.stride(), positions.stride(), gates.stride(), o.stride(),
-            **attend, **slots, SELECT=select_block_size, SELECT_PAD=select_pad, PARTS_PAD=_power_of_2(n_parts),
-            **tiles["selected"],
+        _decode_attend_kernel[(rows, n_selected, heads)](
+            q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o, m0, n_tokens, n_compressed,
+            n_compressed + n_local, n_splits, scale, q.stride(), k.stride(), v.stride(), positions.stride(),
+            gates.stride(), o.stride(), **plan.attend,
         )  # fmt: skip
     return o
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 14  Registration: what ties this part to the first
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @_once
@@ -5186,8 +4630,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
-    """Why the Triton kernels cannot run on such queries and keys; None if they can."""
+def _triton_preferred(device: torch.device) -> bool:
+    """Whether "auto" takes the kernels: where they have been tested, on Hopper."""
+    return device.type == "cuda" and _capability(device)[0] == 9
+
+
+def _triton_obstacle(
+    q: Tensor, k: Tensor, scale: float, choice: _Choice | None = None, decoding: bool = False
+) -> str | None:
+    """Why the kernels cannot run on such queries, keys and sizes; None if they can."""
     if triton is None:
         return "Triton is not installed, or older than 3.4"
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * q.is_cuda  # its interpreter gets bfloat16 wrong
@@ -5199,6 +4650,13 @@ def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
         return f"there are {q.shape[0]} × {k.shape[2]} key heads, and a GPU's grid takes 65535"
     if scale <= 0:
         return f"scale is {scale}, and the kernels take positive ones only"
+    if choice is not None:
+        ratio, carry = _carry(choice)
+        if choice.block_size > 32 * choice.select_block_size:
+            return "block_size is more than 32 times select_block_size"
+        if decoding and _power_of_2(ratio) * _power_of_2(max(carry, 1)) > _DECODE_MAX_KEYS:
+            sizes = f"l/d/l' = {choice.block_size}/{choice.stride}/{choice.select_block_size}"
+            return f"for {sizes} the importance takes more keys than fit in a tile"
     if q.is_cuda:
         return "the GPU is older than sm_80" if _capability(q.device) < (8, 0) else None
     interpreted = _INTERPRETED and q.device.type == "cpu"
@@ -5206,16 +4664,15 @@ def _triton_obstacle(q: Tensor, k: Tensor, scale: float) -> str | None:
 
 
 _BACKENDS["triton"] = _Backend(
-    _Branch(_triton_local_forward, _triton_local_backward),
-    _Branch(_triton_compressed_forward, _triton_compressed_backward),
-    _Branch(_triton_selective_forward, _triton_selective_backward),
+    _triton_span_forward,
+    _triton_span_backward,
     _triton_select,
-    _taken_over,
-    _triton_gated_selective,
-    _kept_pairs,
-    _triton_row_terms,
-    _triton_gated_row_terms,
+    _triton_selected_forward,
+    _triton_selected_backward,
+    _triton_preprocess,
     _triton_decode,
+    _triton_obstacle,
+    _triton_preferred,
 )
 
 

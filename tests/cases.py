@@ -266,20 +266,6 @@ CASES = (
          init_blocks=1, local_blocks=2, window=33),
     Case("everything_one", T=33, D=16, block_size=1, stride=1, select_block_size=1, topk_blocks=5, window=2),
 )  # fmt: skip
-# Blocks that the local branch does for the selective one: the window just holds them, or more; a tile of queries has
-# the same recent blocks, or several; blocks are shorter and longer than a tile of keys.
-RECENT = (
-    Case("recent_just_held", T=97, H=2, K=2, D=33, block_size=8, stride=4, select_block_size=16, topk_blocks=4,
-         init_blocks=1, local_blocks=2, window=32),
-    Case("recent_3_of_4", T=59, B=2, H=6, K=2, D=17, block_size=16, stride=8, select_block_size=8, topk_blocks=4,
-         local_blocks=3, window=30),
-    Case("recent_group_16", T=75, H=16, K=1, D=32, block_size=16, stride=4, select_block_size=16, topk_blocks=4,
-         local_blocks=2, window=40),
-    Case("recent_tiles", T=210, H=4, K=1, D=16, block_size=32, stride=16, select_block_size=64, topk_blocks=2,
-         window=70),
-    Case("recent_longer_than_a_tile", T=230, H=3, K=1, D=16, block_size=24, stride=8, select_block_size=72,
-         topk_blocks=2, window=72),
-)  # fmt: skip
 MIDDLE = replace(CASES[1], name="middle", T=41, B=2, D=17)
 # (case, dtype): all in float16, and in float32 those that bring a path of their own to it.
 IN_BOTH = [
@@ -296,9 +282,9 @@ SMALL_PIECES = {
     "chunks_of_64_queries": {"_PARTIAL_BYTES": 1},
     "short_runs_of_pairs": {"_RUN": 64},
     "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 600},
-    "short_spans_of_rows": {"_FORWARD_SPAN": 64, "_SPAN": {2: 64, 4: 32}},
-    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_SPAN": 16, "_SPAN": {2: 16, 4: 16}},
-    "every_loop_by_query": {"_QUERY_OUTER_GROUP": 1},
+    "short_spans_of_rows": {"_FORWARD_ROWS": 64, "_SUM_ROWS": {2: 64, 4: 32}},
+    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_ROWS": 16, "_SUM_ROWS": {2: 16, 4: 16}},
+    "every_loop_by_query": {"_LARGE_GROUP": 1},
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "heads_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -413,14 +399,9 @@ SPILL = Packing(
          local_blocks=2, window=33),
     (30, 17, 3, 15),
 )  # fmt: skip
-RECENT_PACKED = Packing(
-    Case("recent_3_of_4", T=0, H=3, K=1, D=16, block_size=4, stride=4, select_block_size=8, topk_blocks=4,
-         local_blocks=3, window=24),
-    (50, 0, 7, 1, 29),
-)  # fmt: skip
 NO_BLOCK = Packing(OVERLAPPING, (3, 7, 1))
 IN_KERNELS = [
-    *((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, RECENT_PACKED, SPILL)),
+    *((packing, torch.float16) for packing in (GROUP_1, GROUP_3, GROUP_4, GROUP_16, LONG_BLOCKS, SPILL)),
     *((packing, torch.float32) for packing in (GROUP_1, NO_BLOCK)),
 ]
 
@@ -474,6 +455,10 @@ def buffer(x: Tensor, lengths: list[int], size: int) -> Tensor:
     return stale
 
 
+def sizes(case: Case) -> nsa._Choice:
+    return nsa._Choice(**case.choice)
+
+
 def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The kernels' output (B, M, H, D)."""
     layout = layout or (lambda x: x)
@@ -482,7 +467,7 @@ def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tenso
     tokens = [buffer(x[name], list(step.lengths), size) for name in ("k", "v", "k_local", "v_local")]
     blocks = [buffer(x[name], [count(n) for n in step.lengths], count(size)) for name in ("k_cmp", "v_cmp")]
     tensors = (at(x["q"], positions), *tokens, *blocks, at(x["gates"], positions))
-    return nsa._triton_decode(*map(layout, tensors), positions, **case.whole, scale=case.D**-0.5)
+    return nsa._triton_decode(*map(layout, tensors), positions, case.window, sizes(case), case.D**-0.5)
 
 
 def near_ties(case: Case, x: dict[str, Tensor]) -> Tensor:

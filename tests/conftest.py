@@ -18,6 +18,7 @@ import pytest
 from cases import Case, Random, Step, at, double, near_ties, project, to_out
 from torch import Tensor
 
+import native_sparse_attention as nsa
 from native_sparse_attention import NativeSparseAttention
 
 # Thousands of tiny operations: on a busy machine, threads that wait for each other cost more than they bring.
@@ -28,6 +29,14 @@ torch.set_num_threads(1)
 def random() -> Random:
     """The same numbers in every run of a test."""
     return Random(seed=20250216)
+
+
+@pytest.fixture(autouse=True)
+def forget_plans() -> None:
+    """Tests change the sizes that the plans of kernels follow from."""
+    for value in vars(nsa).values():
+        if hasattr(value, "cache_clear") and "_plan" in value.__name__:
+            value.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from native_sparse_attention import (
     _block_importance,
+    _Choice,
     _choose_blocks,
     _compressed_count,
-    _runs,
+    _numbered,
     _selection_count,
-    _Staircase,
-    _Window,
+    _Span,
 )
 
 # block_size l, stride d, select_block_size l'
@@ -39,11 +39,11 @@ def test_number_of_blocks(block_size: int, stride: int, select_block_size: int) 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("counts", [[], [0], [5], [3, 0, 0, 2, 1, 0], [0, 4]])
-def test_runs_of_rows(counts: list[int], dtype: torch.dtype) -> None:
-    run, number = _runs(torch.tensor(counts, dtype=dtype), sum(counts))
-    assert run.tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
+def test_rows_of_segments(counts: list[int], dtype: torch.dtype) -> None:
+    segment, number = _numbered(torch.tensor(counts, dtype=dtype), sum(counts))
+    assert segment.tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
     assert number.tolist() == [n for count in counts for n in range(count)]
-    assert run.dtype == number.dtype == dtype
+    assert number.dtype == dtype
 
 
 @pytest.mark.parametrize("tokens, count", [(31, 0), (32, 1), (47, 1), (48, 2), (64, 3), (8192, 511)])
@@ -56,40 +56,40 @@ def test_number_of_compressed_blocks_by_hand(tokens: int, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def seen(rule: _Window | _Staircase, tokens: int, columns: int) -> list[list[int]]:
+def seen(span: _Span, tokens: int, columns: int) -> list[list[int]]:
     """For each query the keys or blocks that it sees."""
-    table = rule.sees(torch.arange(tokens)[:, None], torch.arange(columns))
+    table = span.sees(torch.arange(tokens)[:, None], torch.arange(columns))
     assert table.dtype == torch.bool and table.shape == (tokens, columns)
     return [row.nonzero()[:, 0].tolist() for row in table]
 
 
-def assert_spans(rule: _Window | _Staircase, rows: list[list[int]]) -> None:
-    """`rule.keys` is the shortest slice with all that some consecutive queries see."""
+def assert_spans(span: _Span, rows: list[list[int]]) -> None:
+    """`span.keys` is the shortest slice with all that some consecutive queries see."""
     for start in range(len(rows)):
         for stop in range(start + 1, len(rows) + 1):
             union = sorted(set().union(*rows[start:stop]))
-            keys = rule.keys(start, stop)
+            keys = span.keys(start, stop)
             assert list(range(keys.start, keys.stop)) == union, f"keys of the queries [{start}, {stop})"
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 13, 14, 100])
 def test_a_query_sees_the_tokens_of_its_window(window: int) -> None:
-    rule, tokens = _Window(window), 13
-    rows = seen(rule, tokens, tokens)
+    span, tokens = _Span(window), 13
+    rows = seen(span, tokens, tokens)
     assert rows == [[s for s in range(tokens) if t - window < s <= t] for t in range(tokens)]
-    assert_spans(rule, rows)
+    assert_spans(span, rows)
 
 
 @pytest.mark.parametrize("block_size, stride", sorted({(size, stride) for size, stride, _ in BLOCK_SIZES}))
 def test_a_query_sees_the_blocks_that_are_complete(block_size: int, stride: int) -> None:
-    rule, tokens = _Staircase(block_size, stride), min(3 * block_size + 2, 40)
-    rows = seen(rule, tokens, oracle.compressed_count(tokens, block_size, stride))
+    span, tokens = _Span(0, block_size, stride), min(3 * block_size + 2, 40)
+    rows = seen(span, tokens, oracle.compressed_count(tokens, block_size, stride))
     assert rows == [oracle.visible_blocks(t, tokens, block_size, stride) for t in range(tokens)]
-    assert_spans(rule, rows)
+    assert_spans(span, rows)
 
 
 def test_the_last_token_of_a_block_sees_it_and_the_one_before_does_not() -> None:
-    rows = seen(_Staircase(block_size=4, stride=2), tokens=8, columns=3)
+    rows = seen(_Span(0, block_size=4, stride=2), tokens=8, columns=3)
     assert rows == [[], [], [], [0], [0], [0, 1], [0, 1], [0, 1, 2]]
 
 
@@ -166,7 +166,7 @@ def choose(importance: Tensor, select_block_size: int, **settings: int) -> list[
     """The choice of every query t = 0 … T − 1, for importance (T, N)."""
     defaults = {"topk_blocks": 2, "init_blocks": 0, "local_blocks": 1}
     query = torch.arange(importance.shape[-2])
-    return _choose_blocks(importance, query, select_block_size, **defaults | settings).tolist()
+    return _choose_blocks(importance, query, _Choice(1, 1, select_block_size, **defaults | settings)).tolist()
 
 
 @every_choice
@@ -179,7 +179,7 @@ def test_choice_against_the_oracle(
     blocks = oracle.selection_count(tokens, select_block_size)
     importance = random.integers(0, levels, (2, tokens, blocks)).double()
     settings = (select_block_size, topk_blocks, init_blocks, local_blocks)
-    chosen = _choose_blocks(importance, torch.arange(tokens), *settings)
+    chosen = _choose_blocks(importance, torch.arange(tokens), _Choice(1, 1, *settings))
     assert chosen.dtype == torch.int32 and chosen.shape == (2, tokens, topk_blocks)
     expected = [
         [oracle.choose_blocks(scores[t], t, tokens, *settings) for t in range(tokens)] for scores in importance
@@ -194,10 +194,10 @@ def test_queries_of_a_tile_choose_as_those_of_the_whole(
     """A tile has queries from the middle of the sequence, and no columns for blocks that begin behind it."""
     tokens, tile = 26, torch.arange(9, 17)
     importance = random((tokens, oracle.selection_count(tokens, select_block_size))).abs()
-    settings = (select_block_size, topk_blocks, init_blocks, local_blocks)
-    whole = _choose_blocks(importance, torch.arange(tokens), *settings)
+    choice = _Choice(1, 1, select_block_size, topk_blocks, init_blocks, local_blocks)
+    whole = _choose_blocks(importance, torch.arange(tokens), choice)
     narrow = importance[9:17, : oracle.selection_count(17, select_block_size)]
-    assert torch.equal(_choose_blocks(narrow, tile, *settings), whole[9:17])
+    assert torch.equal(_choose_blocks(narrow, tile, choice), whole[9:17])
 
 
 def test_the_most_important_are_chosen_in_ascending_order() -> None:
@@ -229,7 +229,7 @@ def test_rows_of_any_length(blocks: int, random: Random) -> None:
     query = random.integers(3, blocks, (40,))
     behind = torch.arange(blocks) > query[:, None]
     ranked = importance.masked_fill(behind, -1.0).sort(dim=-1, descending=True, stable=True).indices[:, :4]
-    assert torch.equal(_choose_blocks(importance, query, 1, 4, 0, 0).long(), ranked.sort(dim=-1).values)
+    assert torch.equal(_choose_blocks(importance, query, _Choice(1, 1, 1, 4, 0, 0)).long(), ranked.sort(dim=-1).values)
 
 
 @pytest.mark.parametrize("blocks", [5, 200, 300, 5000])
@@ -237,10 +237,10 @@ def test_ties_go_to_the_lower_index(blocks: int) -> None:
     """Also where rows are so long that sorting algorithms change, and where the tie is of some blocks only."""
     tied = torch.ones(1, blocks)
     last = torch.tensor([blocks - 1])
-    assert _choose_blocks(tied, last, 1, 4, 0, 1).tolist() == [[0, 1, 2, blocks - 1]]
+    assert _choose_blocks(tied, last, _Choice(1, 1, 1, 4, 0, 1)).tolist() == [[0, 1, 2, blocks - 1]]
     tied[:, 2] = 2.0
     tied[:, 0] = 0.5
-    assert _choose_blocks(tied, last, 1, 4, 0, 1).tolist() == [[1, 2, 3, blocks - 1]]
+    assert _choose_blocks(tied, last, _Choice(1, 1, 1, 4, 0, 1)).tolist() == [[1, 2, 3, blocks - 1]]
 
 
 def test_free_slots_hold_minus_one_and_come_last() -> None:

@@ -371,9 +371,9 @@ def test_autocast_reaches_the_keys_of_a_cache(random: Random, monkeypatch: pytes
     attention, x, seen = build(random, torch.float32, rope_theta=50.0), random((2, 20, 12), torch.float32), []
     plain = nsa._BACKENDS["torch"]
 
-    def decode(*tensors: Tensor, **sizes: Any) -> Tensor:
-        seen.append(({tensor.dtype for tensor in tensors[:-1]}, torch.is_autocast_enabled("cpu")))
-        return plain.decode(*tensors, **sizes)
+    def decode(*arguments: Any) -> Tensor:
+        seen.append(({tensor.dtype for tensor in arguments[:8]}, torch.is_autocast_enabled("cpu")))
+        return plain.decode(*arguments)
 
     monkeypatch.setitem(nsa._BACKENDS, "torch", plain._replace(decode=decode))
     with torch.autocast("cpu", torch.bfloat16):
@@ -391,7 +391,9 @@ def test_the_kernels_of_a_step(name: str, random: Random, monkeypatch: pytest.Mo
     exact, x = build(random, **CONFIGS[name] | {"topk_blocks": 12}), random((2, 24, 12), torch.float32)
     attention, exact_y, pick = copy.deepcopy(exact).float(), exact(x.double()), python_random.Random(0)
     plain, steps = attention(x), []
-    monkeypatch.setattr(NativeSparseAttention, "_backend", property(lambda self: "triton"))
+    settings = NativeSparseAttention._settings.fget
+    kernels = property(lambda self: settings(self) | {"backend": "triton"})
+    monkeypatch.setattr(NativeSparseAttention, "_settings", kernels)
     cache = room(attention, 2, max_len=24, dtype=torch.float32)
     y = feed(attention, cache, x[:, :19], [16, 1, 2])
     assert_within_budget(y, plain[:, :19], exact_y[:, :19], "rows of one length", terms=24)

@@ -277,9 +277,9 @@ def operators(function: Callable[..., Any], *arguments: Any) -> list[str]:
     "capability, flash, expected",
     [
         ((9, 0), "no_flash", ["attention_forward triton"]),
-        ((9, 0), "a_flash", ["tanh", "branch_forward triton compressed", "select triton",
-                              "branch_forward triton selective"]),
+        ((9, 0), "a_flash", ["attention_forward triton"]),
         ((8, 0), "no_flash", ["attention_forward torch"]),
+        ((8, 0), "a_flash", ["tanh", "branch_forward torch", "select torch", "branch_forward torch"]),
     ],
 )  # fmt: skip
 def test_choice_of_a_backend_on_a_gpu(
@@ -325,25 +325,24 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
     x = {name: turned(tensor.detach()) for name, tensor in case.tensors(random, dtype).items()}
     device = "cuda" if backend == "triton" and not nsa._INTERPRETED else "cpu"
     q, k, v, k_cmp, v_cmp, gates = (tensor.to(device) for tensor in x.values())
-    do, scale, every_size = turned(torch.randn_like(q)), 0.3, [*case.choice.values()]
-    sizes = {"local": [case.window], "compressed": every_size[:2], "selective": [case.select_block_size]}
-    inputs = {"local": [q, k, v], "compressed": [q, k_cmp, v_cmp]}
-    lse = nsa._branch_forward(inputs["compressed"], *NOT_PACKED, backend, "compressed", sizes["compressed"], scale)[1]
-    choice = [q, k_cmp, lse], *NOT_PACKED, backend, every_size, scale
-    inputs["selective"] = [q, k, v, nsa._select(*choice)]
-    made: Calls = {"select": (nsa._select, choice)}
-    for branch, tensors in inputs.items():
-        settings = *NOT_PACKED, backend, branch, sizes[branch], scale
-        o, lse = nsa._branch_forward(tensors, *settings)
-        made[f"{branch} forward"] = nsa._branch_forward, (tensors, *settings)
-        made[f"{branch} backward"] = nsa._branch_backward, ([do, torch.randn_like(lse), o, lse, *tensors], *settings)
-    settings = *NOT_PACKED, backend, case.window, every_size, scale
-    common = [q, k, v, k_cmp, v_cmp, gates]
-    for name, tensors in {"attention": common, "own keys": [*common, turned(k), turned(v)]}.items():
-        _, *saved = nsa._attention_forward(tensors, *settings)
-        backward = [do, *saved[:7], *tensors], *NOT_PACKED, backend, saved[7:], *settings[3:]
-        made[f"{name} forward"] = nsa._attention_forward, (tensors, *settings)
-        made[f"{name} backward"] = nsa._attention_backward, backward
+    do, choice, scale = turned(torch.randn_like(q)), list(case.choice.values()), 0.3
+    own_keys = {"attention": (None, None), "own keys": (turned(k), turned(v))}
+    spans = {"local": (k, v, (case.window, 1, 1)), "compressed": (k_cmp, v_cmp, (0, *choice[:2]))}
+    lse = nsa._branch_forward(q, k_cmp, v_cmp, None, *NOT_PACKED, backend, *spans["compressed"][2], scale)[1]
+    select = q, k_cmp, lse, *NOT_PACKED, backend, *choice, scale
+    made: Calls = {"select": (nsa._select, select)}
+    branches = {name: ((q, keys, values, None), span) for name, (keys, values, span) in spans.items()}
+    branches["selective"] = (q, k, v, nsa._select(*select)), (0, choice[2], choice[2])
+    for name, (tensors, span) in branches.items():
+        settings = *NOT_PACKED, backend, *span, scale
+        o, lse = nsa._branch_forward(*tensors, *settings)
+        made[f"{name} forward"] = nsa._branch_forward, (*tensors, *settings)
+        made[f"{name} backward"] = nsa._branch_backward, (do, torch.randn_like(lse), o, lse, *tensors, *settings)
+    for name, local in own_keys.items():
+        tensors, settings = (q, k, v, k_cmp, v_cmp, gates, *local), (*NOT_PACKED, backend, case.window)
+        _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
+        made[f"{name} forward"] = nsa._attention_forward, (*tensors, *settings, *choice, scale)
+        made[f"{name} backward"] = nsa._attention_backward, (do, *saved, *tensors, *settings, *choice[:3], scale)
     return made
 
 
@@ -361,16 +360,12 @@ def test_opcheck() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with infinities
-@pytest.mark.parametrize(
-    "window, dtype",
-    [(CASE.window, torch.float32), (CASE.select_block_size, torch.float16)],
-    ids=["shorter_than_a_block", "with_recent_blocks"],
-)
-def test_opcheck_of_the_kernels(window: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_of_the_kernels(dtype: torch.dtype) -> None:
     """Dtypes, shapes and strides; what else opcheck looks at does not depend on the backend."""
     if nsa.triton is None or not (nsa._INTERPRETED or torch.cuda.is_available()):
         pytest.skip("needs Triton, and its interpreter or a CUDA device")
-    made = calls(replace(CASE, T=9, B=1, window=window), "triton", dtype)
+    made = calls(replace(CASE, T=9, B=1), "triton", dtype)
     for name in ("select", "compressed backward", "attention forward", "attention backward"):
         operator, arguments = made[name]
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
@@ -401,7 +396,7 @@ def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest
         spec.loader.exec_module(other)
         assert not list(recwarn), [str(each.message) for each in recwarn]
         other._BACKENDS["torch"] = other._BACKENDS["torch"]._replace(
-            gated_selective=lambda gates, *others: (others[0] + 1, others[1] + 1, others[2][..., 0] + 1, [])
+            selected_forward=lambda q, *_, gated: (q + 1, q[..., 0] + 1, gated[1] + 1)
         )
         broken = step(lambda: other.nsa_attention(**tensors, **CASE.whole, backend="torch"), tensors)
         assert not torch.equal(broken["output 0"], expected["output 0"])

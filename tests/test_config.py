@@ -237,13 +237,13 @@ def test_a_field_that_does_not_exist() -> None:
 
 def test_a_change_of_use_flash_takes_effect_with_the_next_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     backends: list[str] = []
-    whole = nsa.nsa_attention
+    whole = nsa._attention
 
     def record(*args: Any, backend: str, **settings: Any) -> torch.Tensor:
         backends.append(backend)
         return whole(*args, backend=backend, **settings)
 
-    monkeypatch.setattr(nsa, "nsa_attention", record)
+    monkeypatch.setattr(nsa, "_attention", record)
     cfg = NSAConfig(dim=8, heads=2, block_size=4)
     attention, x = NativeSparseAttention(cfg), torch.randn(1, 9, 8)
     assert attention.cfg is cfg

@@ -24,8 +24,8 @@ from cases import (
     every_dtype,
     inputs,
     interpreted,
-    needs_triton,
     of_every_length,
+    sizes,
     slow,
 )
 from conftest import assert_step_as_exact_as_plain
@@ -49,7 +49,7 @@ def check(case: Case, step: Step, random: Random, dtype: torch.dtype) -> None:
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many parts as a GPU has room for; the interpreter counts two multiprocessors."""
-    monkeypatch.setattr(nsa, "_processors", lambda device: 64)
+    monkeypatch.setattr(nsa, "_num_sms", lambda device: 64)
 
 
 @interpreted
@@ -73,7 +73,7 @@ def test_several_new_tokens(case: Case, new: int, dtype: torch.dtype, split: Non
 @pytest.mark.parametrize("processors", [1, 2, 1000])
 def test_any_number_of_parts(processors: int, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """One part a branch, a few, one a tile; with buffers so long that most parts have nothing to read."""
-    monkeypatch.setattr(nsa, "_processors", lambda device: processors)
+    monkeypatch.setattr(nsa, "_num_sms", lambda device: processors)
     case = replace(MIDDLE, T=97)
     check(case, Step((97, 30), (1, 1), spare=300), random, torch.float16)
 
@@ -81,8 +81,7 @@ def test_any_number_of_parts(processors: int, random: Random, monkeypatch: pytes
 @interpreted
 def test_blocks_that_nothing_but_their_left_weighs(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compressed blocks reach three selection blocks far, from one tile of scores into the next; no block is forced."""
-    tile = {"PROGRAMS": 8, "KEYS": 16, "STAGES": 1, "num_warps": 4}
-    monkeypatch.setitem(nsa._DECODE_TILES, ("compressed", 4, 128), tile)
+    monkeypatch.setitem(nsa._TILES, "float32", ((16, 16, 4, 1),) * 3)
     case = Case("reaching", T=81, H=3, K=1, D=16, block_size=16, stride=4, topk_blocks=10, local_blocks=0)
     check(case, Step((76, 76, 81), (4, 4, 4)), random, torch.float32)
 
@@ -150,9 +149,13 @@ def test_memory_layout_does_not_matter(layout: str, split: None, random: Random)
     assert_step_as_exact_as_plain(case, step, x, decode(case, step, x, LAYOUTS[layout]))
 
 
-@needs_triton
+@interpreted
 def test_every_setting_has_a_kernel_or_a_reason() -> None:
+    x = torch.empty(1, 1, 1, 16, dtype=torch.float16)
     for case in CASES:
-        assert nsa._decode_obstacle(case.block_size, case.stride, case.select_block_size) is None
-    for sizes in ((256, 1, 1), (129, 1, 129)):
-        assert "/".join(map(str, sizes)) in nsa._decode_obstacle(*sizes)
+        assert nsa._triton_obstacle(x, x, 1.0, sizes(case), decoding=True) is None
+    for block_size, stride, select_block_size in ((256, 1, 8), (129, 1, 129)):
+        choice = nsa._Choice(block_size, stride, select_block_size, 4, 0, 1)
+        reason = nsa._triton_obstacle(x, x, 1.0, choice, decoding=True)
+        assert f"{block_size}/{stride}/{select_block_size}" in reason
+        assert nsa._triton_obstacle(x, x, 1.0, choice) is None

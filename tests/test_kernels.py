@@ -27,7 +27,6 @@ from cases import (
     LAYOUTS,
     MIDDLE,
     PLAIN,
-    RECENT,
     SMALL_PIECES,
     TRITON,
     Branch,
@@ -113,8 +112,8 @@ def test_each_branch_and_gradient(branch: Branch, case: Case, dtype: torch.dtype
 @pytest.mark.parametrize(
     "case, dtype",
     [
-        *((case, torch.float16) for case in (CASES[0], *RECENT[:3], RECENT[4])),
-        *(slow(case, torch.float16) for case in (MIDDLE, CASES[5], RECENT[3])),
+        *((case, torch.float16) for case in (CASES[0], MIDDLE, CASES[5])),
+        *(slow(case, torch.float16) for case in (CASES[1], CASES[6], CASES[8])),
     ],
     ids=str,
 )
@@ -131,49 +130,6 @@ def test_gates_of_0_and_far_below_1(random: Random) -> None:
     assert_as_exact_as_plain(whole, MIDDLE, x, actual)
     closed = (x["gates"] == 0)[:, MIDDLE.block_size :]  # where every branch sees something
     assert (actual["gradient of gates"][:, MIDDLE.block_size :][closed] != 0).all()
-
-
-def choice_sizes(case: Case) -> list[int]:
-    """The sizes that the operators take."""
-    return list(case.choice.values())
-
-
-@pytest.mark.parametrize("case", RECENT, ids=str)
-def test_what_the_local_branch_does_for_the_selective_one(case: Case) -> None:
-    """The blocks left to the selective branch, and the keys from the first recent one on, are what was chosen."""
-    q, position = torch.empty(0, dtype=torch.bfloat16), torch.arange(case.T)
-    recent = nsa._recent_blocks("triton", q, False, case.window, choice_sizes(case))
-    assert recent.blocks == case.local_blocks
-    own = position // case.select_block_size
-    importance = torch.rand(case.T, int(own[-1]) + 1, generator=torch.Generator().manual_seed(0))
-    chosen = nsa._choose_blocks(importance, position, *choice_sizes(case)[2:])
-    others = recent.others(chosen)
-    others = others.masked_fill(others > (own - recent.blocks)[:, None], -1)
-    key, query = position[None, :], position[:, None]
-    causal = key <= query
-    is_recent = causal & (key >= recent.first(query))
-    block = (key // case.select_block_size)[:, None]
-    seen_in = lambda blocks: causal & (blocks[:, :, None] == block).any(1)  # noqa: E731
-    assert torch.equal(is_recent, causal & (query < recent.end(key)))
-    assert not (seen_in(others) & is_recent).any()
-    assert torch.equal(seen_in(others) | is_recent, seen_in(chosen))
-
-
-@pytest.mark.parametrize(
-    "backend, dtype, own_local_keys, change",
-    [
-        ("torch", torch.bfloat16, False, {}),
-        ("triton", torch.float32, False, {}),
-        ("triton", torch.bfloat16, True, {}),
-        ("triton", torch.bfloat16, False, {"window": 23}),  # one token short of three blocks of 8
-        ("triton", torch.bfloat16, False, {"topk_blocks": 3}),  # nothing else to choose
-    ],
-)
-def test_when_the_local_branch_does_nothing_for_it(
-    backend: str, dtype: torch.dtype, own_local_keys: bool, change: dict[str, int]
-) -> None:
-    case, q = replace(RECENT[1], **change), torch.empty(0, dtype=dtype)
-    assert nsa._recent_blocks(backend, q, own_local_keys, case.window, choice_sizes(case)) == nsa._NOTHING_RECENT
 
 
 @interpreted
@@ -237,10 +193,7 @@ def test_pairs_in_order_of_their_block(
     case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
     chosen = random.block_indices(case)  # (B, T, K, S)
     N = -(-case.T // case.select_block_size)
-    in_order = nsa._sort_pairs(chosen, t0, n_tokens, nsa._block_tables(case.T, 8, 0, None))
-    sorted_ = nsa._cut_tiles(in_order, case.B * case.K, N, group, size)
-    again = nsa._cut_tiles(nsa._Pairs(in_order.pairs, sorted_.table, 4, 1), case.B * case.K, N, group, size)
-    assert again.table.equal(sorted_.table) and again.block_of.equal(sorted_.block_of)
+    index = nsa._index_pairs(chosen, t0, n_tokens, N, case.select_block_size, size, group)
     first_pair = 0
     for z in range(case.B * case.K):
         of_head = chosen[z // case.K, t0 : t0 + n_tokens, z % case.K].flatten()  # by pair, t·S + s
@@ -249,11 +202,11 @@ def test_pairs_in_order_of_their_block(
             pairs = (of_head == j).nonzero()[:, 0]
             tiles = -(-len(pairs) * group // size)
             entry = [first_pair, first_pair + len(pairs), first_tile, first_tile + tiles]
-            assert sorted_.table[z].view(N, 4)[j].tolist() == entry
-            assert sorted_.pairs[first_pair : first_pair + len(pairs)].tolist() == pairs.tolist()
-            assert (sorted_.block_of[z, first_tile : first_tile + tiles] == j).all()
+            assert index.table[z].view(N, 4)[j].tolist() == entry
+            assert index.pairs[first_pair : first_pair + len(pairs)].tolist() == pairs.tolist()
+            assert (index.block[z, first_tile : first_tile + tiles] == j).all()
             first_pair, first_tile = entry[1], entry[3]
-        assert first_tile <= sorted_.bound and (sorted_.block_of[z, first_tile:] == N).all()
+        assert first_tile <= index.block.shape[1] and (index.block[z, first_tile:] == N).all()
 
 
 # Sums over chunks are kept in float32: where that is the dtype of the results, they are the results.
@@ -290,7 +243,7 @@ def test_many_chunks_of_64_queries(random: Random, monkeypatch: pytest.MonkeyPat
 @every_dtype
 def test_compressed_gradients_in_parts(dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few keys with many queries: dk and dv are sums over parts of the queries, whose sums are added."""
-    monkeypatch.setattr(nsa, "_parts", lambda *_: 3)
+    monkeypatch.setattr(nsa, "_splits", lambda *_: 3)
     case = replace(MIDDLE, H=8)
     x = draw(compressed, case, random, dtype)
     assert_as_exact_as_plain(compressed, case, x, run(compressed, TRITON, case, x, dtype))
@@ -507,20 +460,17 @@ BUILDS = {
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
 LOCAL, COMPRESSED = ([f"{branch}_{part}" for part in ("forward", "dq", "dkv")] for branch in ("local", "compressed"))
-BY_BLOCK, BY_QUERY = ["selective_partial", "selective_gradient"], ["selective_gradient"]
+BY_BLOCK, BY_QUERY = ["selected_by_block", "selected_gradient"], ["selected_gradient"]
 
 
 def with_products(name: str) -> list[str]:
-    """What a build multiplies matrices with; in the whole the local branch does recent blocks for the selective one."""
+    """What a build multiplies matrices with."""
     G, _, launched, _ = BUILDS[name]
-    selective = BY_QUERY if G >= 16 else BY_BLOCK
-    kernels = list(selective)
-    if "local" in launched:
+    kernels = list(BY_QUERY if G >= 16 else BY_BLOCK)
+    if "local" in launched or "whole" in launched:
         kernels += LOCAL
     if "compressed" in launched or "whole" in launched:
         kernels += [*COMPRESSED, "block_scores"]
-    if "whole" in launched:
-        kernels += [f"{kernel}_recent" for kernel in (*LOCAL, *selective)]
     return kernels
 
 
@@ -531,47 +481,40 @@ STEP = ("compressed", "choose", "attend")
 SPILLS = {
     "compressed_forward": (54, 64),
     "compressed_dkv": (21, 24),
-    "selective_query": (28, 40),
-    "selective_gradient": (23, 32),
-    "sum_over_tiles": (1, 4),
+    "selected_by_query": (28, 40),
+    "selected_gradient": (23, 32),
+    "sum_tiles": (1, 4),
     "block_scores": (9, 16),
 }
 
 
 def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
-    """The launchers of section 5, once each, in bfloat16 with the paper's block sizes."""
+    """All that Part II registers, once each, in bfloat16 with the paper's block sizes."""
     random, dtype, H, T, S = Random(seed=1), torch.bfloat16, K * G, sum(lengths), 16
     C = sum(max(0, (length - 32) // 16 + 1) for length in lengths)
-    q, k, compressed_keys = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
+    q, k, k_cmp = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
-    chosen = torch.zeros(1, T, K, S, dtype=torch.int32)
-    kernels, scale = nsa._BACKENDS["triton"], 0.1
-    if len(lengths) > 1:
-        kernels = nsa._on("triton", torch.tensor([0, *lengths]).cumsum(0).int(), lengths)
-    terms = kernels.row_terms(q, lse, q, lse, K)
-    branches = {
-        "local": ((q, k, k), (512,)),
-        "compressed": ((q, compressed_keys, compressed_keys), (32, 16)),
-        "selective": ((q, k, k, chosen), (64,)),
-    }
-    for name in set(launched) & set(branches):
-        branch, (inputs, sizes) = getattr(kernels, name), branches[name]
-        branch.forward(*inputs, *sizes, scale)
-        branch.backward(q, terms, *inputs, *sizes, scale, q)
+    chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
+    on, packed = nsa._on("triton", cu_seqlens, [] if cu_seqlens is None else lengths)
+    (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
+    for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
+        if name in launched:
+            on.span_forward(q, keys, keys, span, scale, **packed)
+            on.span_backward(q, terms, q, keys, keys, span, scale, dq=q, **packed)
+    if "selective" in launched:
+        on.selected_forward(q, k, k, chosen, 64, scale, **packed)
+        on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, **packed)
     if "select" in launched:
-        kernels.select(q, compressed_keys, lse, 32, 16, 64, S, 1, 2, scale)
+        on.select(q, k_cmp, lse, choice, scale, **packed)
     if "whole" in launched:
-        edges, lengths = (torch.tensor([0, *lengths]).cumsum(0).int(), lengths) if len(lengths) > 1 else (None, [])
-        settings = (512, [32, 16, 64, S, 1, 2], scale)
-        inputs = (q, k, k, compressed_keys, compressed_keys, gates)
-        _, *saved = nsa._attention_forward(list(inputs), edges, lengths, "triton", *settings)
-        nsa._attention_backward([q, *saved[:7], *inputs], edges, lengths, "triton", saved[7:], *settings)
+        tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
+        settings = (cu_seqlens, [] if cu_seqlens is None else lengths, "triton", 512)
+        _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
+        nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
     if "decode" in launched:
-        settings = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": S}
-        keys, positions = (k, k, k, k, compressed_keys, compressed_keys), torch.zeros(1, 1, dtype=torch.int32)
-        nsa._triton_decode(
-            q[:, :1], *keys, gates[:, :1], positions, **settings, init_blocks=1, local_blocks=2, scale=scale
-        )
+        keys, positions = (k, k, k, k, k_cmp, k_cmp), torch.zeros(1, 1, dtype=torch.int32)
+        on.decode(q[:, :1], *keys, gates[:, :1], positions, 512, choice, scale)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -609,8 +552,6 @@ def build(names: list[str], folder: str) -> None:
         if label.startswith("span"):
             label = label.replace("span", "local" if options["WINDOW"] else "compressed")
         machine = disassemble(kernel.asm["cubin"], Path(folder) / "kernel.cubin")
-        fewer_slots = options.get("S", 16) < 16  # the gradient is told of recent blocks by nothing else
-        label += "_recent" * (options.get("RECENT", 0) > 0 or fewer_slots)
         built[label] = {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "machine": machine}
 
     JITFunction.run = compile_only
@@ -646,8 +587,8 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    everything = {"choose", "row_terms", *(f"decode_{kernel}" for kernel in STEP)}
-    rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_over_slots"}
+    everything = {"choose", "preprocess", *(f"decode_{kernel}" for kernel in STEP)}
+    rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_slots"}
     assert set(with_products(name)) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in with_products(name):
         assert kernels[kernel]["wgmma"] > 0, f"{kernel} does without Hopper's matrix unit"
@@ -661,10 +602,9 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
     if None in kernels.values():
         pytest.skip("needs cuobjdump, which some packages of Triton leave out")
     for kernel, machine in kernels.items():
-        _, limit = SPILLS.get(kernel.removesuffix("_recent"), (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
+        _, limit = SPILLS.get(kernel, (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
         assert (machine["HGMMA"] > 0) == (kernel in with_products(name)), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
-    for kernel in {kernel for kernel in kernels if kernel.removesuffix("_recent") in (*LOCAL, *COMPRESSED)}:
-        writes = kernels[kernel]["loads after"] if kernel == "local_forward_recent" else 0  # it writes two results
-        assert kernels[kernel]["loads"] == writes, f"{kernel} keeps an operand of its products in registers"
+    for kernel in kernels.keys() & {*LOCAL, *COMPRESSED}:
+        assert kernels[kernel]["loads"] == 0, f"{kernel} keeps an operand of its products in registers"

@@ -322,7 +322,7 @@ def test_small_selection_blocks_take_memory_for_their_pairs_alone(size: int, ran
     chosen = (torch.arange(8) * 100 + torch.arange(2048)[:, None] // size - 800).clamp(min=-1)
     chosen = chosen.int()[None, :, None].expand(1, 2048, 4, 8)
     with Work() as work:
-        nsa._torch_selective_forward(q, k, v, chosen, size, 0.25)
+        nsa._torch_selected_forward(q, k, v, chosen, size, 0.25)
     pairs = 2048 * 4 * 8
     assert work.largest < 2 * pairs * 16, f"a tensor of {work.largest} numbers for {pairs} pairs"
 
@@ -334,8 +334,8 @@ def test_slots_that_no_block_can_fill_cost_nothing(random: Random) -> None:
     chosen[..., 900] = (torch.arange(256) // 64).int()[None, :, None]
     chosen[:, :64, :, 900] = 3  # behind the query
     with Work() as work:
-        o, _ = nsa._torch_selective_forward(q, k, v, chosen, 64, 0.25)
-    narrow, _ = nsa._torch_selective_forward(q, k, v, chosen[..., [7, 900]], 64, 0.25)
+        o, _, _ = nsa._torch_selected_forward(q, k, v, chosen, 64, 0.25)
+    narrow, _, _ = nsa._torch_selected_forward(q, k, v, chosen[..., [7, 900]], 64, 0.25)
     torch.testing.assert_close(o, narrow)
     assert work.largest <= chosen.numel() and work.numbers < 16 * chosen.numel(), "as if all slots were pairs"
 
@@ -486,7 +486,7 @@ def test_self_tests_do_not_vanish_with_assertions() -> None:
     script = LOAD.format(name="native_sparse_attention", path=str(SOURCE)) + """
 import contextlib, io, math
 assert False, "not under -O"
-nsa._Window.sees = lambda rule, query, key: key <= query + 1
+nsa._Span.sees = lambda span, query, key: key <= query + 1
 nsa._SELFTESTS = {name: nsa._SELFTESTS[name] for name in ("causality", "reference", "dense")}
 with contextlib.redirect_stdout(io.StringIO()) as out:
     code = nsa._main()

@@ -18,7 +18,6 @@ from cases import (
     NO_BLOCK,
     OVERLAPPING,
     PLAIN,
-    RECENT_PACKED,
     SMALL_PIECES,
     Branch,
     Case,
@@ -291,7 +290,7 @@ def test_kernels(branch: Branch, packing: Packing, dtype: torch.dtype, random: R
 @interpreted
 @pytest.mark.parametrize(
     "packing",
-    [GROUP_1, RECENT_PACKED, NO_BLOCK, *(slow(each) for each in (GROUP_3, GROUP_16))],
+    [GROUP_1, NO_BLOCK, *(slow(each) for each in (GROUP_3, GROUP_16))],
     ids=str,
 )
 def test_kernels_of_the_whole(packing: Packing, random: Random) -> None:
@@ -337,7 +336,7 @@ def test_selective_kernels_in_small_pieces(pieces: str, random: Random, monkeypa
 @interpreted
 def test_compressed_gradients_in_parts(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tile of keys splits the queries that see it."""
-    monkeypatch.setattr(nsa, "_parts", lambda *_: 3)
+    monkeypatch.setattr(nsa, "_splits", lambda *_: 3)
     assert_kernels_as_exact_as_plain(compressed, GROUP_16, torch.float16, random)
 
 
