@@ -2985,7 +2985,8 @@ def _query_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
 @_kernel
 def _offsets(strides, b, t, h):
     """Offsets of the rows (b, t, h) of a (B, T, heads, D) tensor."""
-    return b.to(tl.int64) * strides[0] + t.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
+    b, t, h = tl.cast(b, tl.int64), tl.cast(t, tl.int64), tl.cast(h, tl.int64)
+    return b * strides[0] + t * strides[1] + h * strides[2]
 
 
 @_kernel
@@ -4140,6 +4141,8 @@ def _selected_gradient_kernel(
     in_block = s < tl.minimum(block_end, begin + SELECT)
     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), in_block, D, BLOCK_D)
     v_tile = _load_rows(v_ptr, _offsets(v_strides, b, s, k), in_block, D, BLOCK_D)
+    q_ptr += _offsets(q_strides, b, 0, k * GROUP)
+    do_ptr += _offsets(do_strides, b, 0, k * GROUP)
     lse_ptr += z.to(tl.int64) * rows_pad
     delta_ptr += z.to(tl.int64) * rows_pad
     dq_part += (z.to(tl.int64) * n_pairs * SPLITS + split) * GROUP * D
@@ -4151,8 +4154,8 @@ def _selected_gradient_kernel(
         exists = row < end
         t = tl.where(exists, t0 + pair // S, -1)
         term = (t0 + pair // S) * GROUP_PAD + row % GROUP
-        q = _load_rows(q_ptr, _offsets(q_strides, b, t0 + pair // S, k * GROUP + row % GROUP), exists, D, BLOCK_D)
-        do = _load_rows(do_ptr, _offsets(do_strides, b, t0 + pair // S, k * GROUP + row % GROUP), exists, D, BLOCK_D)
+        q = _load_rows(q_ptr, _offsets(q_strides, 0, t0 + pair // S, row % GROUP), exists, D, BLOCK_D)
+        do = _load_rows(do_ptr, _offsets(do_strides, 0, t0 + pair // S, row % GROUP), exists, D, BLOCK_D)
         lse = tl.load(lse_ptr + term, mask=exists, other=0.0)
         delta = tl.load(delta_ptr + term, mask=exists, other=0.0)
 
@@ -4165,7 +4168,7 @@ def _selected_gradient_kernel(
         ds = _dscores(p, dp, delta[None, :]).to(q.dtype)
         dk += tl.dot(ds, q, input_precision=PRECISION)
         dq = tl.trans(tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)) * scale
-        out = pair.to(tl.int64) * (SPLITS * GROUP) + row % GROUP
+        out = (pair * (SPLITS * GROUP) + row % GROUP).to(tl.int64)
         _store_rows(dq_part, out * D, dq, exists, D, BLOCK_D)
         # early: rows that are gathered by numbers of the same round would wait for them
         pair = tl.load(pairs_ptr + first_pair + (row + BLOCK_M) // GROUP, mask=row + BLOCK_M < end, other=0)

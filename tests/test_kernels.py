@@ -482,10 +482,12 @@ SPILLS = {
     "compressed_forward": (54, 64),
     "compressed_dkv": (21, 24),
     "selected_by_query": (28, 40),
-    "selected_gradient": (23, 32),
+    "selected_gradient": (31, 40),
     "sum_tiles": (1, 4),
     "block_scores": (9, 16),
 }
+# Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's.
+PACKED_SPILLS = SPILLS | {"local_dkv": (32, 48), "selected_by_query": (67, 80), "selected_gradient": (42, 56)}
 
 
 def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
@@ -601,8 +603,9 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
     kernels = {kernel: found["machine"] for kernel, found in built(folder)[name].items()}
     if None in kernels.values():
         pytest.skip("needs cuobjdump, which some packages of Triton leave out")
+    spills = PACKED_SPILLS if len(BUILDS[name][3]) > 1 else SPILLS
     for kernel, machine in kernels.items():
-        _, limit = SPILLS.get(kernel, (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
+        _, limit = spills.get(kernel, (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
         assert (machine["HGMMA"] > 0) == (kernel in with_products(name)), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
