@@ -5,8 +5,10 @@
     python tests/benchmarks/cpu.py memory    # peak above the inputs, against eager dense attention
     python tests/benchmarks/cpu.py model     # a training step of the example's full-size model, NSA against dense
     python tests/benchmarks/cpu.py decode    # a new token after 2048, with a cache against running all tokens again
+    python tests/benchmarks/cpu.py peer      # a module's forward + backward against native-sparse-attention-pytorch
 
 Setting of the first three: float32, batch 1, 8 heads, D 64, window 256, block = stride = 64, 8 blocks selected.
+`peer` needs native-sparse-attention-pytorch installed; nothing else does.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -182,14 +185,56 @@ def decode(repeats: int, prompt: int = 2048, layers: int = 6) -> None:
     print(f"all tokens again: {whole:.3f} s, {whole / step:.1f}×")
 
 
+def peer(lengths: list[int], repeats: int) -> None:
+    """Whole modules of equal sizes in turns: projections, RoPE, compression MLPs, gates from the input.
+
+    The other package attends to the query's own block besides those that it selects, so that 3 + 1 match our 4. Its
+    hidden layer of the compression is given our size.
+    """
+    from native_sparse_attention_pytorch import SparseAttention
+
+    heads, block, topk, window = 8, 32, 4, 128
+    cfg = nsa.NSAConfig(dim=heads * DIM, heads=heads, seq_len=max(lengths), local_window=window, block_size=block,
+                        topk_blocks=topk, gate_mode="q_cond", rope_theta=10000.0)  # fmt: skip
+    ours = nsa.NativeSparseAttention(cfg)
+    theirs = SparseAttention(
+        dim=cfg.dim, dim_head=DIM, heads=heads, causal=True, sliding_window_size=window, compress_block_size=block,
+        compress_block_sliding_stride=block, selection_block_size=block, num_selected_blocks=topk - 1,
+        compress_mlp_expand_factor=2 / block,
+    )  # fmt: skip
+
+    def step(module: torch.nn.Module, x: Tensor) -> float:
+        begin = time.perf_counter()
+        module(x).square().mean().backward()
+        seconds = time.perf_counter() - begin
+        module.zero_grad()
+        return seconds
+
+    name = "native-sparse-attention-pytorch"
+    print(f"{name} {version(name)}; dim {cfg.dim}, {heads} heads\n")
+    print(f"| T | this library | {name} | ratio, median (least to most) |\n|---|---|---|---|")
+    for tokens in lengths:
+        x = torch.randn(1, tokens, cfg.dim)
+        step(ours, x), step(theirs, x)
+        times = [(step(ours, x), step(theirs, x)) for _ in range(repeats)]
+        ratios = sorted(b / a for a, b in times)
+        mine, other = (statistics.median(column) for column in zip(*times, strict=True))
+        spread = f"{statistics.median(ratios):.0f}× ({ratios[0]:.0f} to {ratios[-1]:.0f})"
+        print(f"| {tokens} | {mine:.3f} s | {other:.3f} s | {spread} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "parts", "memory", "model", "decode"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("what", choices=("speed", "parts", "memory", "model", "decode", "peer"))
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; not given: 2k to 32k, for peer 512 to 2k")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64, help="sequences in a step of the model")
     parser.add_argument("--eager-most", type=int, default=8192, help="longest sequence tried in eager dense attention")
+    parser.add_argument("--threads", type=int, help="of PyTorch; not given: as many as it takes by itself")
     args = parser.parse_args()
+    args.lengths = args.lengths or [2**i for i in (range(9, 12) if args.what == "peer" else range(11, 16))]
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     if args.what == "speed":
         speed(args.lengths, args.repeats)
@@ -199,6 +244,8 @@ def main() -> None:
         memory([n for n in args.lengths if n <= 16384], args.eager_most)
     elif args.what == "model":
         model(args.batch, args.repeats)
+    elif args.what == "peer":
+        peer(args.lengths, args.repeats)
     else:
         decode(args.repeats)
 

@@ -2,22 +2,27 @@
 
     python tests/benchmarks/gpu.py                 # the paper's setting: whole, parts, memory
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
+    python tests/benchmarks/gpu.py lengths --json docs/speed.json    # wall time, 1k to 128k tokens; draw.py plots it
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
     python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph, and a prompt of 64k tokens
     python tests/benchmarks/gpu.py decode --sweep  # a decoding step with other launch settings
     python tests/benchmarks/gpu.py packed          # 64k tokens in 64 packed sequences, against 64 rows of 1024
 
-Medians of device events, bf16, batch 1; `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output.
-A decoding step is timed from one new q a row and the cache to the output, in turn on several caches: what a step reads
-would else lie in the L2 of the GPU when the next one reads it again. Dense and sparse steps take turns, as a card near
-its power limit changes its clock within a second; a graph holds as many steps as a model has layers.
+Medians of device events, for `lengths` of the wall clock; bf16, batch 1. `nsa_attention` is timed from q, k, v,
+compressed k, v and gates to the output. A decoding step is timed from one new q a row and the cache to the output, in
+turn on several caches: with one cache alone, the GPU's L2 would still hold it from the step before. Dense and sparse
+steps take turns, as a card near its power limit changes its clock within a second; a graph holds as many steps as a
+model has layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
+import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -178,6 +183,72 @@ def parts(shape: tuple[int, int, int, int], setting: dict[str, int]) -> str:
         back = "" if backward is None else f" / {backward:.2f} ({2.5 * floor:.2f})"
         cells.append(f"{forward:.2f} ({floor:.2f}){back}")
     return " | ".join(cells)
+
+
+# Wall time over length ------------------------------------------------------------------------------------------------
+
+CURVES = [(64, 4, 128), (16, 16, 64)]  # H, K, D
+LENGTHS = [2**i for i in range(10, 18)]
+
+
+def both_passes(attention: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+    upstream = torch.randn_like(leaves[0])
+    return lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)
+
+
+def wall(runs: dict[str, Callable[[], object]], repeats: int = 11) -> dict[str, float]:
+    """Median ms of each run by the wall clock. They take turns, and the clock stops when the GPU is done."""
+
+    def once(run: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - begin)
+
+    for run in [*runs.values()] * 2:
+        once(run)
+    times = [[once(run) for run in runs.values()] for _ in range(repeats)]
+    return {name: statistics.median(column) for name, column in zip(runs, zip(*times, strict=True), strict=True)}
+
+
+def curve(heads: int, kv_heads: int, dim: int, setting: dict[str, int]) -> dict[str, object]:
+    """ms of forward + backward at each length: {"heads": …, "rows": [{"tokens": …, "nsa": …, "dense": …}, …]}.
+
+    Where dense attention runs out of memory, its figure is left out.
+    """
+    rows = []
+    for tokens in LENGTHS:
+        leaves = leaves_of(heads, kv_heads, dim, tokens, setting)
+        runs = {
+            "nsa": both_passes(lambda *x: nsa.nsa_attention(*x, **setting), leaves),
+            "dense": both_passes(dense, leaves[:3]),
+        }
+        try:
+            runs["dense"]()
+        except torch.OutOfMemoryError:
+            del runs["dense"]
+            torch.cuda.empty_cache()
+        rows.append({"tokens": tokens, **{name: round(ms, 3) for name, ms in wall(runs).items()}})
+        ms = [rows[-1].get(name) for name in ("dense", "nsa")]
+        cells = [f"{x:.2f}" if x else "out of memory" for x in ms] + [f"{ms[0] / ms[1]:.2f}×" if ms[0] else "–"]
+        print(f"| {name_of((heads, kv_heads, dim, tokens))} | " + " | ".join(cells) + " |", flush=True)
+    return {"heads": heads, "kv_heads": kv_heads, "dim_head": dim, "setting": setting, "rows": rows}
+
+
+def by_length(setting: dict[str, int], path: Path | None) -> None:
+    print("wall time of forward + backward\n\n| shape | dense, ms | NSA, ms | dense / NSA |\n|---|---|---|---|")
+    results = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": nsa.triton.__version__,
+        "measured": "wall time of forward + backward, bf16, batch 1",
+        "curves": [curve(*shape, setting) for shape in CURVES],
+    }
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 # Packed sequences -----------------------------------------------------------------------------------------------------
@@ -357,13 +428,18 @@ def decode(sweep: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("paper", "long", "packed", "decode"), default="paper")
+    parser.add_argument("what", nargs="?", choices=("paper", "long", "lengths", "packed", "decode"), default="paper")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="of the paper's setting")
     parser.add_argument("--sweep", action="store_true", help="decode: vary the launch settings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="lengths: write the results to this file")
     args = parser.parse_args()
+    if args.json and args.what != "lengths":
+        parser.error("--json goes with lengths")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {nsa.triton.__version__}\n")
     if args.what == "decode":
         return decode(args.sweep)
+    if args.what == "lengths":
+        return by_length(PAPER, args.json)
     if args.what == "packed":
         return packed(PAPER)
     if args.what == "long":
