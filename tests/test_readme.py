@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from native_sparse_attention import NSAConfig
+from native_sparse_attention import NSAConfig, __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,6 +83,10 @@ def test_the_setting_of_the_paper_constructs() -> None:
     assert (config.heads, config.kv_heads, config.stride) == (64, 4, 16)
 
 
+def test_the_citation_has_the_version_of_the_library() -> None:
+    assert re.findall(r"version = \{(.*?)\}", section("## Citation")) == [__version__]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_points_to_exist(page: Path) -> None:
     text = TEXTS[page.name]
@@ -129,65 +131,6 @@ def test_a_script_knows_the_arguments_of_a_command(script: str, arguments: str) 
 def test_commands_are_found() -> None:
     scripts = {script for script, _ in COMMANDS}
     assert {"nsa_gpt_training.py", "tests/benchmarks/cpu.py", "tests/benchmarks/gpu.py"} <= scripts
-
-
-# Drawings -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def draw() -> ModuleType:
-    """tests/benchmarks/draw.py."""
-    pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "tests" / "benchmarks" / "draw.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def made_up(heads: int, rows: list[dict[str, float]]) -> dict[str, object]:
-    setting = dict(block_size=32, stride=16, select_block_size=64, topk_blocks=16, local_window=512)
-    return dict(heads=heads, kv_heads=4, dim_head=128, setting=setting, rows=rows)
-
-
-RESULTS = dict(
-    command="none", date="1970-01-01", card="made up", torch="1", triton="2", measured="nothing",
-    curves=[
-        made_up(64, [dict(tokens=1024, nsa=2.0, dense=1.0), dict(tokens=2048, nsa=3.0, dense=6.0)]),
-        made_up(16, [dict(tokens=512, nsa=1.5, dense=3.0), dict(tokens=1024, nsa=2.5)]),
-    ],
-)  # fmt: skip
-
-
-def test_the_plot_of_speed_has_the_figures_of_its_file(draw: ModuleType) -> None:
-    panels = draw.speed(RESULTS).axes
-    curves = [[(line.get_label(), *map(list, line.get_data())) for line in panel.lines[:2]] for panel in panels]
-    assert [[(list(x), list(y)) for _, x, y in panel] for panel in curves] == [
-        [([1024, 2048], [1.0, 6.0]), ([1024, 2048], [2.0, 3.0])],
-        [([512], [3.0]), ([512, 1024], [1.5, 2.5])],
-    ]
-    words = [{text.get_text() for text in panel.texts} for panel in panels]
-    assert {"dense", "NSA", "2.0×"} <= words[0], "the ratio stands where both are known last"
-    assert {"dense", "NSA", "2.0×"} <= words[1]
-    assert [tick.get_text() for tick in panels[1].get_xticklabels()] == ["512", "1k"]
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_the_drawings_are_written(draw: ModuleType, suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(RESULTS), encoding="utf-8")
-    starts = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
-    for arguments in (["branches"], ["speed", str(file)]):
-        picture = tmp_path / f"picture.{suffix}"
-        draw.main([*arguments, "--out", str(picture)])
-        assert picture.read_bytes().startswith(starts) and picture.stat().st_size > 10_000
-        picture.unlink()
-
-
-def test_the_drawing_of_branches_follows_the_rules(draw: ModuleType) -> None:
-    own, best = draw.QUERY // draw.BLOCK, sorted(range(len(draw.WEIGHTS)), key=draw.WEIGHTS.__getitem__)[-2:]
-    assert sorted(draw.CHOSEN) == sorted([*best, own])
-    assert len(draw.WEIGHTS) == (draw.QUERY + 1) // draw.BLOCK, "one for each block whose last token the query sees"
-    assert sum(draw.WEIGHTS) == pytest.approx(1)
 
 
 def test_the_measured_speed_is_complete() -> None:

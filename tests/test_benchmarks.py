@@ -1,0 +1,133 @@
+"""tests/benchmarks: the drawings show what they are given, and the times of `gpu.py lengths` are what they read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """The script of that name, as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def draw() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    return load("draw")
+
+
+def made_up(heads: int, rows: list[dict[str, float]]) -> dict[str, object]:
+    setting = dict(block_size=32, stride=16, select_block_size=64, topk_blocks=16, local_window=512)
+    return dict(heads=heads, kv_heads=4, dim_head=128, setting=setting, rows=rows)
+
+
+RESULTS = dict(
+    command="none", date="1970-01-01", card="made up", torch="1", triton="2", measured="nothing",
+    curves=[
+        made_up(64, [dict(tokens=1024, nsa=2.0, dense=1.0), dict(tokens=2048, nsa=3.0, dense=6.0)]),
+        made_up(16, [dict(tokens=512, nsa=1.5, dense=3.0), dict(tokens=1024, nsa=2.5)]),
+    ],
+)  # fmt: skip
+
+
+def test_the_plot_of_speed_has_the_figures_of_its_file(draw: ModuleType) -> None:
+    panels = draw.speed(RESULTS).axes
+    curves = [[(line.get_label(), *map(list, line.get_data())) for line in panel.lines[:2]] for panel in panels]
+    assert [[(list(x), list(y)) for _, x, y in panel] for panel in curves] == [
+        [([1024, 2048], [1.0, 6.0]), ([1024, 2048], [2.0, 3.0])],
+        [([512], [3.0]), ([512, 1024], [1.5, 2.5])],
+    ]
+    words = [{text.get_text() for text in panel.texts} for panel in panels]
+    assert {"dense", "NSA", "2.0×"} <= words[0], "the ratio stands where both are known last"
+    assert {"dense", "NSA", "2.0×"} <= words[1]
+    assert [tick.get_text() for tick in panels[1].get_xticklabels()] == ["512", "1k"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_drawings_are_written(draw: ModuleType, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(RESULTS), encoding="utf-8")
+    starts = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
+    for arguments in (["branches"], ["speed", str(file)]):
+        picture = tmp_path / f"picture.{suffix}"
+        draw.main([*arguments, "--out", str(picture)])
+        assert picture.read_bytes().startswith(starts) and picture.stat().st_size > 10_000
+        picture.unlink()
+
+
+def test_the_drawing_of_branches_follows_the_rules(draw: ModuleType) -> None:
+    own, best = draw.QUERY // draw.BLOCK, sorted(range(len(draw.WEIGHTS)), key=draw.WEIGHTS.__getitem__)[-2:]
+    assert sorted(draw.CHOSEN) == sorted([*best, own])
+    assert len(draw.WEIGHTS) == (draw.QUERY + 1) // draw.BLOCK, "one for each block whose last token the query sees"
+    assert sum(draw.WEIGHTS) == pytest.approx(1)
+
+
+# Times over length ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """gpu.py with two short lengths and one small shape."""
+    module = load("gpu")
+    if module.nsa.triton is None:
+        pytest.skip("gpu.py needs Triton")
+    monkeypatch.setattr(module, "LENGTHS", [256, 512])
+    monkeypatch.setattr(module, "CURVES", [(4, 2, 32)])
+    return module
+
+
+def measured(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, file: Path) -> dict:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "lengths", "--json", str(file)])
+    gpu.main()
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def dense_up_to_256_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.shape[1] > 256:
+        raise torch.OutOfMemoryError("made up")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def on_a_cpu(heads: int, kv_heads: int, dim: int, tokens: int, setting: dict[str, int]) -> list[Tensor]:
+    """`leaves_of` on a CPU."""
+    blocks = (tokens - setting["block_size"]) // setting["stride"] + 1
+    shapes = [(tokens, heads, dim), *[(tokens, kv_heads, dim)] * 2, *[(blocks, kv_heads, dim)] * 2, (tokens, heads, 3)]
+    return [torch.rand(1, *shape, requires_grad=True) for shape in shapes]
+
+
+def test_lengths_leaves_out_what_ran_out_of_memory(
+    gpu: ModuleType, draw: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "leaves_of", on_a_cpu)
+    monkeypatch.setattr(gpu, "dense", dense_up_to_256_tokens)
+    for name, value in (("synchronize", None), ("empty_cache", None), ("get_device_name", "a CPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    results = measured(gpu, monkeypatch, tmp_path / "speed.json")
+    assert results["card"] == "a CPU" and results["command"].startswith("python gpu.py lengths --json ")
+    [curve] = results["curves"]
+    assert [row.keys() for row in curve["rows"]] == [{"tokens", "nsa", "dense"}, {"tokens", "nsa"}]
+    assert min(row["nsa"] for row in curve["rows"]) > 0
+    assert curve["setting"] == gpu.PAPER
+    assert len(draw.speed(results).axes) == 1
+
+
+@pytest.mark.gpu
+def test_lengths_on_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    [curve] = measured(gpu, monkeypatch, tmp_path / "speed.json")["curves"]
+    assert [row["tokens"] for row in curve["rows"]] == [256, 512]
+    assert all(row["nsa"] > 0 and row["dense"] > 0 for row in curve["rows"])
