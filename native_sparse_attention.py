@@ -3214,43 +3214,15 @@ def _query_tiles(
 
 
 @_kernel
-def _load_keys(desc, b, k, start, end, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr):
-    """(ROWS, BLOCK_D) keys or values from `start` on. With CUT, those from `end` on are a neighbour's, and 0 here."""
-    x = desc.load([b, k, start, 0]).reshape(ROWS, BLOCK_D)
+def _cut(x, start, end, ROWS: tl.constexpr, CUT: tl.constexpr):
+    """Tile x whose first row is `start`. With CUT, rows from `end` on are a neighbour's, and 0 here."""
     if CUT:
         x = tl.where((start + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
     return x
 
 
-@_kernel
-def _load_queries(
-    desc, b, k, n, end, ROWS: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr
-):  # fmt: skip
-    """(ROWS, BLOCK_D) query rows from row n on; likewise."""
-    x = desc.load([b, k, n // GROUP_PAD, n % GROUP_PAD, 0]).reshape(ROWS, BLOCK_D)
-    if CUT:
-        x = tl.where((n + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
-    return x
-
-
 # Query rows that stay for a whole program come by plain pointers, so that they are an operand in shared memory: through
 # a descriptor they would be one in registers, and ptxas (13.0) has been seen to overwrite such registers in the loop.
-
-
-@_kernel
-def _span_forward_tile(
-    acc, m_i, l_i, q, k_desc, v_desc, b, k, key, start, keys, first, end, scale,
-    MASKED: tl.constexpr, CUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys, `start` in its segment; where it is masked, a row sees the keys [first, end)."""
-    visible = None
-    if MASKED:
-        i = (start + tl.arange(0, BLOCK_N))[None, :]
-        visible = (i >= first[:, None]) & (i < end[:, None])
-    k_t = tl.trans(_load_keys(k_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, False))
-    v = _load_keys(v_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, MASKED and CUT)
-    acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, visible, scale, PRECISION)
-    return acc, m_i, l_i * alpha + tl.sum(p, 1)
 
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
@@ -3279,40 +3251,26 @@ def _span_forward_kernel(
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
 
     # tiles that every row sees whole, then the ones at both edges of the span
-    for j in range(before, before + full):
-        acc, m_i, l_i = _span_forward_tile(
-            acc, m_i, l_i, q, k_desc, v_desc, b, k, key, start + j * BLOCK_N, keys, first, end, scale * _TL_LOG2E,
-            False, PACKED, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
-    for j in range(tiles - full):
-        edge = start + tl.where(j < before, j, j + full) * BLOCK_N
-        acc, m_i, l_i = _span_forward_tile(
-            acc, m_i, l_i, q, k_desc, v_desc, b, k, key, edge, keys, first, end, scale * _TL_LOG2E,
-            True, PACKED, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
+    for EDGE in tl.static_range(2):
+        for n_tile in range(tiles - full if EDGE else full):
+            j = n_tile + (tl.where(n_tile < before, 0, full) if EDGE else before)
+            i = start + j * BLOCK_N
+            k_tile = k_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
+            v_tile = v_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
+            visible = None
+            if EDGE:
+                s = (i + tl.arange(0, BLOCK_N))[None, :]
+                visible = (s >= first[:, None]) & (s < end[:, None])
+                v_tile = _cut(v_tile, i, keys, BLOCK_N, PACKED)
+            acc, m_i, alpha, p = _softmax_step(
+                acc, m_i, q, tl.trans(k_tile), v_tile, visible, scale * _TL_LOG2E, PRECISION
+            )
+            l_i = l_i * alpha + tl.sum(p, 1)
 
     # a row that saw nothing has l_i = 0 and m_i = -inf, hence o = 0 and lse = -inf
     out = (b.to(tl.int64) * T + token + t) * (K * GROUP) + h
     _store_rows(o_ptr, out * D, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], exists, D, BLOCK_D)
     tl.store(lse_ptr + out, (m_i + tl.log2(l_i)) * _TL_LN2, mask=exists)
-
-
-@_kernel
-def _span_dq_tile(
-    dq, q, do, lse, delta, k_desc, v_desc, b, k, key, start, keys, first, end, scale,
-    MASKED: tl.constexpr, CUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys: p = exp2(scale·q·k − lse), ds = p·(do·v − delta), dq += ds·k."""
-    visible = None
-    if MASKED:
-        i = (start + tl.arange(0, BLOCK_N))[None, :]
-        visible = (i >= first[:, None]) & (i < end[:, None])
-    k_tile = _load_keys(k_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, MASKED and CUT)
-    v = _load_keys(v_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, MASKED and CUT)
-    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = _dscores(_probabilities(s, lse[:, None], visible, scale), dp, delta[:, None])
-    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
@@ -3345,53 +3303,27 @@ def _span_dq_kernel(
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
 
     # tiles that every row sees whole, then the ones at both edges of the span
-    for j in range(before, before + full):
-        dq = _span_dq_tile(
-            dq, q, do, lse, delta, k_desc, v_desc, b, k, key, start + j * BLOCK_N, keys, first, end, scale * _TL_LOG2E,
-            False, PACKED, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
-    for j in range(tiles - full):
-        edge = start + tl.where(j < before, j, j + full) * BLOCK_N
-        dq = _span_dq_tile(
-            dq, q, do, lse, delta, k_desc, v_desc, b, k, key, edge, keys, first, end, scale * _TL_LOG2E,
-            True, PACKED, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
+    for EDGE in tl.static_range(2):
+        for n_tile in range(tiles - full if EDGE else full):
+            j = n_tile + (tl.where(n_tile < before, 0, full) if EDGE else before)
+            i = start + j * BLOCK_N
+            k_tile = k_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
+            v_tile = v_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
+            visible = None
+            if EDGE:
+                s = (i + tl.arange(0, BLOCK_N))[None, :]
+                visible = (s >= first[:, None]) & (s < end[:, None])
+                k_tile, v_tile = _cut(k_tile, i, keys, BLOCK_N, PACKED), _cut(v_tile, i, keys, BLOCK_N, PACKED)
+            qk = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+            ds = _dscores(_probabilities(qk, lse[:, None], visible, scale * _TL_LOG2E), dp, delta[:, None])
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
     dq *= scale
     out = ((b.to(tl.int64) * T + token + t) * (K * GROUP) + h) * D
     if ADD:
         dq += _load_rows(dq_ptr, out, exists, D, BLOCK_D)
     _store_rows(dq_ptr, out, dq, exists, D, BLOCK_D)
-
-
-@_kernel
-def _span_dkv_tile(
-    dk, dv, keys, values, q_desc, do_desc, lse_ptr, delta_ptr, b, k, row0, row, rows, first, end, scale,
-    MASKED: tl.constexpr, CUT: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of query rows, transposed so that p is an operand as it stands: dv += p'·do, dk += ds'·q.
-
-    `row` in a segment that begins at row0; where the tile is masked, a key is seen by the queries [first, end).
-    """
-    n, visible = row + tl.arange(0, BLOCK_M), None
-    if MASKED and CUT:
-        lse = tl.load(lse_ptr + row0 + n, mask=n < rows, other=float("inf"))
-        delta = tl.load(delta_ptr + row0 + n, mask=n < rows, other=0.0)
-    else:
-        lse, delta = tl.load(lse_ptr + row0 + n), tl.load(delta_ptr + row0 + n)
-    if MASKED:
-        t = (n // GROUP_PAD)[None, :]
-        visible = (t >= first[:, None]) & (t < end[:, None])
-    q = _load_queries(q_desc, b, k, row0 + row, row0 + rows, BLOCK_M, GROUP_PAD, BLOCK_D, MASKED and CUT)
-    do = _load_queries(do_desc, b, k, row0 + row, row0 + rows, BLOCK_M, GROUP_PAD, BLOCK_D, MASKED and CUT)
-    s = tl.dot(keys, tl.trans(q), input_precision=PRECISION)
-    dp = tl.dot(values, tl.trans(do), input_precision=PRECISION)
-    p = _probabilities(s, lse[None, :], visible, scale)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = _dscores(p, dp, delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
@@ -3422,8 +3354,8 @@ def _span_dkv_kernel(
     first, end = tl.maximum(first, low), tl.minimum(end, high)
     full = tl.minimum(tl.maximum(full, first), end)
     full_end = tl.maximum(tl.minimum(full_end, end), full)
-    k_tile = _load_keys(k_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, PACKED)
-    v_tile = _load_keys(v_desc, b, k, key + start, key + keys, BLOCK_N, BLOCK_D, PACKED)
+    k_tile = _cut(k_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D), start, keys, BLOCK_N, PACKED)
+    v_tile = _cut(v_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D), start, keys, BLOCK_N, PACKED)
     i = start + tl.arange(0, BLOCK_N)
     t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
     lse_ptr += z.to(tl.int64) * rows_pad
@@ -3431,18 +3363,29 @@ def _span_dkv_kernel(
     row0, rows = token * GROUP_PAD, tokens * GROUP_PAD
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # rows that see every key of the tile, then the ones at both edges
-    for tile in range(full, full_end):
-        dk, dv = _span_dkv_tile(
-            dk, dv, k_tile, v_tile, q_desc, do_desc, lse_ptr, delta_ptr, b, k, row0, tile * BLOCK_M, rows,
-            t_first, t_end, scale * _TL_LOG2E, False, PACKED, GROUP_PAD, BLOCK_M, BLOCK_D, PRECISION,
-        )  # fmt: skip
-    for j in range(first, end - full_end + full):
-        tile = tl.where(j < full, j, j - full + full_end)
-        dk, dv = _span_dkv_tile(
-            dk, dv, k_tile, v_tile, q_desc, do_desc, lse_ptr, delta_ptr, b, k, row0, tile * BLOCK_M, rows,
-            t_first, t_end, scale * _TL_LOG2E, True, PACKED, GROUP_PAD, BLOCK_M, BLOCK_D, PRECISION,
-        )  # fmt: skip
+    # rows that see every key of the tile, then the ones at both edges; transposed, so that p is an operand as it stands
+    for EDGE in tl.static_range(2):
+        for tile in range(first if EDGE else full, end - full_end + full if EDGE else full_end):
+            row = (tl.where(tile < full, tile, tile - full + full_end) if EDGE else tile) * BLOCK_M
+            n, visible = row + tl.arange(0, BLOCK_M), None
+            if EDGE:
+                t = (n // GROUP_PAD)[None, :]
+                visible = (t >= t_first[:, None]) & (t < t_end[:, None])
+            if EDGE and PACKED:
+                lse = tl.load(lse_ptr + row0 + n, mask=n < rows, other=0.0)
+                delta = tl.load(delta_ptr + row0 + n, mask=n < rows, other=0.0)
+            else:
+                lse, delta = tl.load(lse_ptr + row0 + n), tl.load(delta_ptr + row0 + n)
+            at = row0 + row
+            q = q_desc.load([b, k, at // GROUP_PAD, at % GROUP_PAD, 0]).reshape(BLOCK_M, BLOCK_D)
+            do = do_desc.load([b, k, at // GROUP_PAD, at % GROUP_PAD, 0]).reshape(BLOCK_M, BLOCK_D)
+            if EDGE:
+                q, do = _cut(q, row, rows, BLOCK_M, PACKED), _cut(do, row, rows, BLOCK_M, PACKED)
+            qk = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+            p = _probabilities(qk, lse[None, :], visible, scale * _TL_LOG2E)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(_dscores(p, dp, delta[None, :]).to(q.dtype), q, dk, input_precision=PRECISION)
 
     out = (((split * (Z // K) + b).to(tl.int64) * C + key + i) * K + k) * D
     _store_rows(dk_ptr, out, dk * scale, i < keys, D, BLOCK_D)
@@ -4035,8 +3978,6 @@ def _selected_by_query_kernel(
         k_t = tl.trans(tl.reshape(k_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D]))
         v = tl.reshape(v_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D])
         visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= t - token)
-        if cu_seqlens is not None:
-            v = tl.where(visible[:, None], v, 0.0)  # a neighbour's
         acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, visible[None, :], scale * _TL_LOG2E, PRECISION)
         l_i = l_i * alpha + tl.sum(p, 1)
         j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies

@@ -480,14 +480,19 @@ STEP = ("compressed", "choose", "attend")
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
     "compressed_forward": (54, 64),
-    "compressed_dkv": (21, 24),
+    "compressed_dkv": (25, 32),
     "selected_by_query": (28, 40),
     "selected_gradient": (31, 40),
     "sum_tiles": (1, 4),
     "block_scores": (9, 16),
 }
 # Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's.
-PACKED_SPILLS = SPILLS | {"local_dkv": (32, 48), "selected_by_query": (67, 80), "selected_gradient": (42, 56)}
+PACKED_SPILLS = SPILLS | {
+    "compressed_dkv": (103, 120),
+    "local_dkv": (32, 48),
+    "selected_by_query": (67, 80),
+    "selected_gradient": (42, 56),
+}
 
 
 def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
