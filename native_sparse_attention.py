@@ -281,24 +281,10 @@ class AttentionPatterns(NamedTuple):
 
 
 def _dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    k_local: Tensor,
-    v_local: Tensor,
-    *,
-    local_window: int,
-    block_size: int,
-    stride: int,
-    select_block_size: int,
-    topk_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
-    block_indices: Tensor | None = None,
-) -> tuple[Tensor, AttentionPatterns]:
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor, v_local: Tensor, *,
+    local_window: int, block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int,
+    local_blocks: int, block_indices: Tensor | None = None,
+) -> tuple[Tensor, AttentionPatterns]:  # fmt: skip
     """o (B, T, H, D) and all probabilities of `nsa_attention`, with T × T numbers in memory.
 
     Given block_indices take the place of the choice.
@@ -483,8 +469,8 @@ class NativeSparseAttention(nn.Module):
         else:
             own_keys = (p.k_local, p.v_local) if cfg.separate_kv else (None, None)
             tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
-            packing = {"cu_seqlens": batch.cu_seqlens, "lengths": batch.lengths if packed else ()}
-            o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, **packing)
+            packing = _Packing(batch.cu_seqlens, batch.lengths if packed else ())
+            o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, packing=packing)
         y = self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
         if cache is not None:
             cache._extend(batch.stops, self)
@@ -523,8 +509,8 @@ class NativeSparseAttention(nn.Module):
         # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
         heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
         queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
-        rotation = None if cfg.rope_theta is None else _rotation(positions, cfg.rope_theta, queries)
-        rotated = lambda y: y if rotation is None else _rotate(y, rotation)  # noqa: E731
+        rope = None if cfg.rope_theta is None else _rope(positions, cfg.rope_theta, queries)
+        rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
         keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
         values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
         k_local = rotated(keys[0])
@@ -537,7 +523,7 @@ class NativeSparseAttention(nn.Module):
             k_raw=keys[len(keys) // 2],
             v_raw=values[len(values) // 2],
             gates=self._gates(x),
-            rotation=rotation,
+            rope=rope,
         )
 
     def _compress(
@@ -560,10 +546,10 @@ class NativeSparseAttention(nn.Module):
         if cfg.rope_theta is not None:
             # Keys are compressed before rotation; compressed key i then turns as position i·d, as its first token does.
             if number is None:
-                rotation = tokens.rotation[..., :: cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
+                rope = tokens.rope[..., :: cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
             else:
-                rotation = _rotation(number * cfg.stride, cfg.rope_theta, k_cmp)
-            k_cmp = _rotate(k_cmp, rotation)
+                rope = _rope(number * cfg.stride, cfg.rope_theta, k_cmp)
+            k_cmp = _apply_rope(k_cmp, rope)
         return k_cmp, v_cmp
 
     def _attend_past(self, p: _Projections, cache: NSACache, positions: Tensor, batch: _Batch) -> Tensor:
@@ -586,7 +572,7 @@ class NativeSparseAttention(nn.Module):
 
 
 class _Projections(NamedTuple):
-    """What the branches and the compressors read of each token of an input x."""
+    """Tensors that the branches and the compressors read, made of an input x."""
 
     q: Tensor  # (B, T, H, D); queries and keys are rotated by their positions already
     k: Tensor  # (B, T, K, D)
@@ -596,24 +582,24 @@ class _Projections(NamedTuple):
     k_raw: Tensor  # for the compressors: not rotated
     v_raw: Tensor
     gates: Tensor  # (B, T, H, 3)
-    rotation: Tensor | None  # of the tokens
+    rope: Tensor | None  # cos and sin of the tokens
 
 
-def _rotation(positions: Tensor, theta: float, like: Tensor) -> Tensor:
-    """`_turns` for heads like those given (..., D): positions (T,) or (B, T) → (2, T, 1, D/2) or (2, B, T, 1, D/2)."""
-    turns = _turns_as_operator if torch.compiler.is_compiling() else _turns
-    return turns(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
+def _rope(positions: Tensor, theta: float, like: Tensor) -> Tensor:
+    """`_rope_cos_sin` for heads like those given (..., D): positions (T,) or (B, T) → (2, T, 1, D/2) or (2, B, T, 1, D/2)."""
+    cos_sin = _rope_operator if torch.compiler.is_compiling() else _rope_cos_sin
+    return cos_sin(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def _apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary position embedding of x (B, T, H, D): dimensions i and i + D/2 turn as a pair."""
-    cos, sin = rotation
+    cos, sin = rope
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class _Compressor(nn.Module):
-    """What the three variants share. (b, T, dim) → (b, C, dim), the heads folded into b.
+    """Base of the three variants: (b, T, dim) → (b, C, dim), the heads folded into b.
 
     Weights are plain parameters rather than nn.Linear or nn.Conv1d: the start near the mean of the block, from which
     the ranking of blocks is useful at once, then survives a model's own `model.apply(init_weights)`.
@@ -850,18 +836,16 @@ def nsa_attention(
     local = {} if k_local is None else {"k_local": k_local, "v_local": v_local}
     scale = _check_query(q, scale)
     _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v, **local)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, packing.lengths, k_cmp=k_cmp, v_cmp=v_cmp)
     _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     _check_choice(choice)
-    settings = {"local_window": local_window, "choice": choice, "cu_seqlens": cu_seqlens, "lengths": lengths}
-    gated = lambda gates: _attention(  # noqa: E731
-        q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings, scale=scale, backend=backend
-    )
+    settings = {"local_window": local_window, "choice": choice, "packing": packing, "scale": scale, "backend": backend}
+    gated = lambda gates: _attention(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings)  # noqa: E731
     if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
         return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
     return gated(gates)
@@ -912,12 +896,12 @@ def local_attention(
     scale = _check_query(q, scale)
     _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v)
     _check_integer("window", window, 1)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
-    flash = _flash_attention(q) if (backend, on, lengths) == ("auto", "torch", ()) else None
+    flash = _flash_attention(q, backend, on, packing)
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _branch(q, k, v, None, _Span(window), (cu_seqlens, lengths, scale, on))[0]
+    return _branch(on, _Span(window), scale, packing, q, k, v)[0]
 
 
 def compressed_attention(
@@ -960,10 +944,10 @@ def compressed_attention(
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_query(q, scale)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, packing.lengths, k_cmp=k_cmp, v_cmp=v_cmp)
     on = _choose_backend(backend, q, k_cmp, scale)
-    return _branch(q, k_cmp, v_cmp, None, _Span(0, block_size, stride), (cu_seqlens, lengths, scale, on))
+    return _branch(on, _Span(0, block_size, stride), scale, packing, q, k_cmp, v_cmp)
 
 
 @torch.no_grad()
@@ -1008,15 +992,15 @@ def select_blocks(
     """
     q, k_cmp = _autocast(q, k_cmp)
     scale = _check_query(q, scale)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, lengths, k_cmp=k_cmp)
+    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, packing.lengths, k_cmp=k_cmp)
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check_device("lse", lse, "q's", q.device)
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     _check_choice(choice)
     on = _choose_backend(backend, q, k_cmp, scale, choice)
-    return _select(q, k_cmp, lse, cu_seqlens, lengths, on, *choice, scale)
+    return _select(q, k_cmp, lse, *packing, on, *choice, scale)
 
 
 def selective_attention(
@@ -1059,53 +1043,40 @@ def selective_attention(
     dtype = block_indices.dtype
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check_device("block_indices", block_indices, "q's", q.device)
-    cu_seqlens, lengths = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
-    blocks = _Span(0, select_block_size, select_block_size)
-    return _branch(q, k, v, block_indices, blocks, (cu_seqlens, lengths, scale, on))[0]
+    return _branch(on, _Span.block(select_block_size), scale, packing, q, k, v, block_indices)[0]
 
 
 # Behind the door: what modules call, with arguments that have been checked ────────────────────────────────────────────
 
 
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    k_local: Tensor | None,
-    v_local: Tensor | None,
-    *,
-    local_window: int,
-    choice: _Choice,
-    cu_seqlens: Tensor | None,
-    lengths: tuple[int, ...],
-    scale: float,
-    backend: str,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
+    v_local: Tensor | None, *, local_window: int, choice: _Choice, packing: _Packing, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
     """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve."""
     on = _choose_backend(backend, q, k, scale, choice)
-    flash = _flash_attention(q) if (backend, on, lengths) == ("auto", "torch", ()) else None
+    flash = _flash_attention(q, backend, on, packing)
     if flash is not None:  # it has a backward of its own, so that the branches are joined by autograd
         local = (k, v) if k_local is None else (k_local, v_local)
         o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
-        o_compressed, lse = _branch(q, k_cmp, v_cmp, None, choice.span, (cu_seqlens, lengths, scale, on))
-        chosen = _select(q, k_cmp, lse.detach(), cu_seqlens, lengths, on, *choice, scale)
-        blocks = _Span(0, choice.select_block_size, choice.select_block_size)
-        o_selective, _ = _branch(q, k, v, chosen, blocks, (cu_seqlens, lengths, scale, on))
+        o_compressed, lse = _branch(on, choice.span, scale, packing, q, k_cmp, v_cmp)
+        chosen = _select(q, k_cmp, lse.detach(), *packing, on, *choice, scale)
+        o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, packing, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    return _AttentionFunction.apply((lengths, on, local_window, *choice, scale), cu_seqlens, *tensors)[0]
+    settings = (packing.lengths, on, local_window, *choice, scale)
+    return _AttentionFunction.apply(settings, packing.cu_seqlens, *tensors)[0]
 
 
 def _branch(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None, span: _Span, how: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    """o and lse of one branch; `how` is cu_seqlens, lengths, scale and the backend that has been chosen."""
-    cu_seqlens, lengths, scale, on = how
-    return _BranchFunction.apply((lengths, on, *span, scale), cu_seqlens, *_apart(q, k, v), block_indices)
+    on: str, span: _Span, scale: float, packing: _Packing, q: Tensor, k: Tensor, v: Tensor,
+    block_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and lse of one branch on a backend: over spans of keys, or over the blocks that are chosen."""
+    settings = (packing.lengths, on, *span, scale)
+    return _BranchFunction.apply(settings, packing.cu_seqlens, *_apart(q, k, v), block_indices)
 
 
 @torch.no_grad()
@@ -1153,10 +1124,10 @@ def _flash_works() -> bool:
     return True
 
 
-def _flash_attention(q: Tensor) -> Callable[..., Tensor] | None:
-    """flash-attn's function, where that package is installed and takes such a query; None elsewhere."""
+def _flash_attention(q: Tensor, backend: str, on: str, packing: _Packing) -> Callable[..., Tensor] | None:
+    """flash-attn's function for the PyTorch backend's local branch, where that package is installed and takes q."""
     takes = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
-    if not takes or not _flash_works():
+    if (backend, on, packing.lengths) != ("auto", "torch", ()) or not takes or not _flash_works():
         return None
     from flash_attn import flash_attn_func
 
@@ -1289,6 +1260,13 @@ def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[st
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
+class _Packing(NamedTuple):
+    """Packed sequences, in the order of the operators' arguments; None and () where there are only rows."""
+
+    cu_seqlens: Tensor | None  # int32 (n + 1,)
+    lengths: tuple[int, ...]
+
+
 class _Segments:
     """Packed sequences, one after another in a batch of 1, as kernels know them: by tables on the device."""
 
@@ -1370,13 +1348,9 @@ class _Batch(NamedTuple):
 
 
 def _read_batch(
-    cfg: NSAConfig,
-    layer: nn.Module,
-    x: Tensor,
-    cache: NSACache | None = None,
-    cu_seqlens: Tensor | None = None,
+    cfg: NSAConfig, layer: nn.Module, x: Tensor, cache: NSACache | None = None, cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
-) -> _Batch:
+) -> _Batch:  # fmt: skip
     """Checks the arguments of a module's forward, whose first layer is given; once, whatever else they pass through."""
     _check_tokens(x, cfg.dim, layer)
     (batch, tokens), padding = x.shape[:2], None
@@ -1401,12 +1375,10 @@ def _read_batch(
     return _Batch(cache.lengths, stops, cu_seqlens, padding)
 
 
-def _sequences(
-    cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device
-) -> tuple[Tensor | None, tuple[int, ...]]:
-    """cu_seqlens as int32, and the lengths of the sequences packed in (batch, tokens, ...); None and () without any."""
+def _sequences(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> _Packing:
+    """The sequences packed in (batch, tokens, ...), checked."""
     if cu_seqlens is None:
-        return None, ()
+        return _Packing(None, ())
     _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
     _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
     dtype = cu_seqlens.dtype
@@ -1415,7 +1387,7 @@ def _sequences(
     _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
     lengths = _read(cu_seqlens, _read_lengths)
     _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
-    return cu_seqlens.int(), lengths
+    return _Packing(cu_seqlens.int(), lengths)
 
 
 # Last readings of tensors that are still alive and on a GPU.
@@ -1913,13 +1885,9 @@ class _BranchFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        settings: tuple[Any, ...],
-        cu_seqlens: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        settings: tuple[Any, ...], cu_seqlens: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
         block_indices: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return _branch_forward(q, k, v, block_indices, cu_seqlens, *settings)
 
     @staticmethod
@@ -1943,17 +1911,9 @@ class _AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        settings: tuple[Any, ...],
-        cu_seqlens: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cmp: Tensor,
-        v_cmp: Tensor,
-        gates: Tensor,
-        k_local: Tensor | None,
-        v_local: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+        settings: tuple[Any, ...], cu_seqlens: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor,
+        v_cmp: Tensor, gates: Tensor, k_local: Tensor | None, v_local: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         return _attention_forward(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, cu_seqlens, *settings)
 
     @staticmethod
@@ -2006,21 +1966,21 @@ def _first_gradients(gradients: Sequence[Tensor], *inputs: Tensor | None) -> Seq
     return _FirstGradients.apply(len(gradients), *gradients, *(x for x in inputs if x is not None))
 
 
-def _turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+def _rope_cos_sin(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
     """Cosine and sine of positions·theta^(−2i/D) for i < D/2 = half: (..., T) → (2, ..., T, D/2)."""
     options = {"base": theta, "dtype": torch.float64, "device": positions.device}  # a position may be a million
     angles = positions[..., None] * torch.logspace(0, (1 - half) / half, half, **options)
-    turns = angles.new_empty((2, *angles.shape), dtype=dtype)
-    torch.cos(angles, out=turns[0])
-    torch.sin(angles, out=turns[1])
-    return turns
+    cos_sin = angles.new_empty((2, *angles.shape), dtype=dtype)
+    torch.cos(angles, out=cos_sin[0])
+    torch.sin(angles, out=cos_sin[1])
+    return cos_sin
 
 
 # Compiled code that saw inside would compute them anew for each head and each use, which has taken a quarter of a step.
-_turns_as_operator = _operator(_turns)
+_rope_operator = _operator(_rope_cos_sin)
 
 
-@_turns_as_operator.register_fake
+@_rope_operator.register_fake
 def _(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
     return positions.new_empty((2, *positions.shape, half), dtype=dtype)
 
@@ -2050,6 +2010,11 @@ class _Span(NamedTuple):
     window: int
     block_size: int = 1
     stride: int = 1
+
+    @classmethod
+    def block(cls, size: int) -> _Span:
+        """Selection blocks, for the operators; a span is not asked for."""
+        return cls(0, size, size)
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         seen = key * self.stride + self.block_size - 1 <= query
@@ -2134,16 +2099,14 @@ def _choose_blocks(importance: Tensor, query: Tensor, choice: _Choice) -> Tensor
     return F.pad(chosen, (0, choice.topk_blocks - chosen.shape[-1]), value=-1).int()
 
 
-# 4  PyTorch branches: forward and backward of each branch on any device, in tiles, so that nothing of size T × T exists
+# PyTorch backend ──────────────────────────────────────────────────────────────────────────────────────────────────────
 #
-# A tile is a batch of small dense attentions: for each of b heads (or b blocks), M query tokens of a group against n
-# keys. The branches differ in nothing but the tiles: local and compressed attention walk along the sequence; selective
-# attention sorts the (query, chosen block) pairs by block and lets every block meet the queries that chose it, so that
-# keys are read once a tile rather than gathered for each query.
-# Arithmetic is in float32 (float64 for float64 inputs). A backward recomputes the probabilities from the log-sum-exp.
-# A forward may begin at a position `first`, over keys that begin at 0: so new queries go on over the keys of a cache.
-# Packed sequences run one at a time.
-
+# Forward and backward of each branch on any device, in tiles, so that nothing of size T × T exists. A tile is a batch
+# of small dense attentions: for each of b heads (or b blocks), M query tokens of a group against n keys. The branches
+# differ in their tiles alone: local and compressed attention walk along the sequence; selected attention sorts the
+# (query, chosen block) pairs by block and lets every block meet the queries that chose it, so that keys are read once
+# a tile rather than gathered for each query. A backward recomputes the probabilities from the log-sum-exp. A forward
+# may begin at a position `first`, over keys that begin at 0: so new queries go on over the keys of a cache.
 
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
@@ -2220,7 +2183,7 @@ def _tile_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 class _Rows(NamedTuple):
-    """What the backward of a tile needs of its query rows: (b, M·G, D) and (b, M·G)."""
+    """Query rows of a tile as its backward reads them: (b, M·G, D) and (b, M·G)."""
 
     q: Tensor
     do: Tensor
@@ -2247,13 +2210,9 @@ def _tile_backward(
 
 
 def _torch_preprocess(
-    do: Tensor,
-    outputs: Sequence[Tensor],
-    lses: Sequence[Tensor],
-    kv_heads: int,
-    gates: Tensor | None = None,
+    do: Tensor, outputs: Sequence[Tensor], lses: Sequence[Tensor], kv_heads: int, gates: Tensor | None = None,
     dlse: Tensor | None = None,
-) -> tuple[list[_RowTerms], Tensor | None]:
+) -> tuple[list[_RowTerms], Tensor | None]:  # fmt: skip
     """lse and delta of each branch, and the gradient of the gates where they have any."""
     dot = lambda o, dtype: torch.einsum("bthd,bthd->bth", do.to(dtype), o.to(dtype))  # noqa: E731
     dots = [dot(o, lse.dtype) for o, lse in zip(outputs, lses, strict=True)]
@@ -2284,11 +2243,11 @@ class _Tile(NamedTuple):
     mask: Tensor  # (M, 1, n), from `_hide`
 
     def rows(self, x: Tensor) -> Tensor:
-        """Of x (B, T, K, g, ...) those of the tile's queries, (b, M, k, g, ...), a view."""
+        """Rows of the tile's queries: x (B, T, K, g, ...) → (b, M, k, g, ...), a view."""
         return x[self.batch, self.queries, self.heads]
 
     def columns(self, x: Tensor) -> Tensor:
-        """Of x (B, T or C, K, 1, D) those of the tile's keys, (b, n, k, 1, D), a view."""
+        """Rows of the tile's keys: x (B, T or C, K, 1, D) → (b, n, k, 1, D), a view."""
         return x[self.batch, self.keys, self.heads]
 
 
@@ -2340,15 +2299,8 @@ def _torch_span_forward(
 
 
 def _torch_span_backward(
-    do: Tensor,
-    terms: _RowTerms,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: _Span,
-    scale: float,
-    dq: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, added to the one that is given; dk, dv."""
     dq = _wide_zeros(q) if dq is None else dq
     rows = _Rows(q, do, *terms).map(lambda x: _grouped(x, k.shape[2]))
@@ -2481,15 +2433,9 @@ def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torch_selected_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    select_block_size: int,
-    scale: float,
-    gated: tuple[Tensor, ...] = (),
-    first: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
+    gated: tuple[Tensor, ...] = (), first: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o, lse; and the gated sum, where gates and the outputs of the other branches are given."""
     block_indices = _without_free_slots(block_indices, _selection_count(first + q.shape[1], select_block_size))
     slots, group, dim = block_indices.shape[3], q.shape[2] // k.shape[2], q.shape[3]
@@ -2517,18 +2463,9 @@ def _torch_selected_forward(
 
 
 def _torch_selected_backward(
-    do: Tensor,
-    terms: _RowTerms,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    select_block_size: int,
-    scale: float,
-    dq: Tensor | None = None,
-    dk: Tensor | None = None,
-    dv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
+    scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given."""
     dq = _wide_zeros(q) if dq is None else dq
     block_indices = _without_free_slots(block_indices, _selection_count(q.shape[1], select_block_size))
@@ -2578,19 +2515,9 @@ def _equal_rows(positions: Tensor) -> Iterator[tuple[slice, int, int]]:
 
 
 def _torch_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_local: Tensor,
-    v_local: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    positions: Tensor,
-    local_window: int,
-    choice: _Choice,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+    positions: Tensor, local_window: int, choice: _Choice, scale: float,
+) -> Tensor:  # fmt: skip
     """The gated sum of the branches for a few queries q (B, M, H, D) over many keys: (B, M, H, D).
 
     The keys (B, T, K, D) and (B, C, K, D) start at position 0 and may go on behind the last query, with anything that
@@ -2628,7 +2555,7 @@ _BACKENDS["torch"] = _Backend(
 
 
 def _main() -> int:
-    """Runs the self-tests and prints a table of them. Exit code 1 if one fails."""
+    """Run the self-tests and print a table of them. Exit code 1 if one fails."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     print(f"native_sparse_attention {__version__} · torch {torch.__version__} · {device}\n")
     print(f"{'test':<12}{'result':<8}{'seconds':>8}   what")
@@ -3105,7 +3032,7 @@ def _preprocess_kernel(
     do_strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
-    """Of each branch c: dgates[c] = do·o_c, delta[c] = do·o_c − dlse, lse[c] = lse_c − log gates[c].
+    """dgates[c] = do·o_c, delta[c] = do·o_c − dlse, lse[c] = lse_c − log gates[c].
 
     One branch stands alone, ungated, with the gradient of its lse; three are under their gates, which have gradients.
     """
@@ -4582,7 +4509,7 @@ def _triton_preferred(device: torch.device) -> bool:
 def _triton_obstacle(
     q: Tensor, k: Tensor, scale: float, choice: _Choice | None = None, decoding: bool = False
 ) -> str | None:
-    """Why the kernels cannot run on such queries, keys and sizes; None if they can."""
+    """Reason why the kernels cannot run on such queries, keys and sizes; None if they can."""
     if triton is None:
         return "Triton is not installed, or older than 3.4"
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * q.is_cuda  # its interpreter gets bfloat16 wrong

@@ -436,7 +436,7 @@ def of_every_length(case: Case, new: int) -> Step:
 
 
 def inputs(case: Case, step: Step, random: Random, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Those of a full forward, and keys and values of the local branch of its own."""
+    """Inputs of a full forward, and keys and values of the local branch of its own."""
     case = replace(case, B=len(step.lengths))
     x = {name: tensor.detach() for name, tensor in case.tensors(random, dtype).items()}
     return x | {name: random(x["k"].shape, dtype) for name in ("k_local", "v_local")}

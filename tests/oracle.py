@@ -199,7 +199,7 @@ def selective_attention(
 
 
 def sigmoid(logits: Tensor) -> Tensor:
-    """What turns gate logits into gates."""
+    """Gate of a logit."""
     return 1 / (1 + torch.exp(-logits.double()))
 
 

@@ -174,7 +174,7 @@ def choose(importance: Tensor, select_block_size: int, **settings: int) -> list[
 def test_choice_against_the_oracle(
     select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int, levels: int, random: Random
 ) -> None:
-    """Of few levels of importance most are tied; one level is a tie of all."""
+    """With few levels of importance most are tied; one level is a tie of all."""
     tokens = 26
     blocks = oracle.selection_count(tokens, select_block_size)
     importance = random.integers(0, levels, (2, tokens, blocks)).double()

@@ -101,7 +101,7 @@ def test_gates_of_0_and_far_below_1(case: Case, random: Random) -> None:
 @every_branch
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_scores_of_half_a_million(branch: Branch, sign: int, random: Random) -> None:
-    """What is hidden stays below them. All scores share a term of 2^19, which float64 adds and takes back exactly."""
+    """Hidden scores stay below them. All scores share a term of 2^19, which float64 adds and takes back exactly."""
     case = replace(AWKWARD[6], D=4)
     x = {name: tensor.detach() for name, tensor in draw(branch, case, random).items()}
     x["q"][..., 0] = 1024.0

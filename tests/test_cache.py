@@ -101,7 +101,7 @@ def test_one_by_one_from_the_first_token(name: str, random: Random) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_configs_and_random_splits(seed: int, random: Random) -> None:
-    """Of rows that begin together, and of ragged ones whose tokens come with padding."""
+    """Rows that begin together, and ragged ones whose tokens come with padding."""
     pick = python_random.Random(seed)
     attention = draw_config(pick, random)
     batch, tokens = pick.choice([1, 2, 3]), pick.choice([1, 5, 18, 33, 64])

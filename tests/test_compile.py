@@ -352,7 +352,7 @@ OPERATORS = [value for value in vars(nsa).values() if isinstance(value, torch.li
 @pytest.mark.slow
 def test_opcheck() -> None:
     made = calls(CASE, "torch", torch.bfloat16)
-    made["turns"] = nsa._turns_as_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)
+    made["rope"] = nsa._rope_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)
     assert {operator for operator, _ in made.values()} == set(OPERATORS)
     for operator, arguments in made.values():
         torch.library.opcheck(operator, arguments)

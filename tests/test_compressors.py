@@ -160,7 +160,7 @@ def test_positions_start_different_and_learn(kind: type[Compressor], random: Ran
 
 
 def initialize_like_gpt(module: nn.Module) -> None:
-    """What models commonly `apply`: small normal weights, no bias."""
+    """Initialisation that models commonly `apply`: small normal weights, no bias."""
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None:
@@ -188,7 +188,7 @@ def test_the_start_survives_the_initialization_of_a_model(compression: str, gate
 
 
 def poison(module: nn.Module) -> nn.Module:
-    """What `to_empty` leaves behind may be anything."""
+    """Memory that `to_empty` leaves behind may hold anything."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(float("nan"))
@@ -230,7 +230,7 @@ class Last(nn.Module):
 
 
 class LastWithoutStride(Last):
-    """Its signature is (dim, block)."""
+    """Compressor of the signature (dim, block)."""
 
     def __init__(self, dim: int, block: int) -> None:
         super().__init__(dim, block, block)

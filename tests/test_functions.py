@@ -332,7 +332,7 @@ def test_flash_attention_sees_the_same_window(monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     own = nsa.local_attention(q, k, v, 7, scale=0.3)
-    monkeypatch.setattr(nsa, "_flash_attention", lambda q: flash)
+    monkeypatch.setattr(nsa, "_flash_attention", lambda q, backend, *_: flash if backend == "auto" else None)
     torch.testing.assert_close(nsa.local_attention(q, k, v, 7, scale=0.3), own, rtol=1e-10, atol=1e-12)
     explicit = nsa.local_attention(q, k, v, 7, scale=0.3, backend="torch")
     assert torch.equal(explicit, own), "backend='torch' must not take flash-attn"

@@ -225,7 +225,7 @@ def test_error_budget_and_repeatability(branch: Branch, case: Case, dtype: torch
 @every_branch
 @pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
 def test_packed_sequences(branch: Branch, packing: Packing, dtype: torch.dtype, compiled: None) -> None:
-    """Of each alone, within the error budget; in memory full of NaN, twice.
+    """Results of each alone, within the error budget; in memory full of NaN, twice.
 
     The first token of a sequence sees one key, so that its ds is do·v − do·o with o = v: exactly 0 by the reference's
     softmax, the rounding of two sums of D products in a kernel that recomputes from the log-sum-exp. Half types drown

@@ -163,7 +163,7 @@ def test_a_few_steps_lower_the_loss_and_gradients_reach_every_weight(recipe: Sim
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, recipe: SimpleNamespace) -> list[tuple[int, bool]]:
-    """Of each forward of an attention: the tokens that it was given, and whether there was a cache."""
+    """Tokens of each forward of an attention, and whether there was a cache."""
     seen, forward = [], recipe.NativeSparseAttention.forward
 
     def counted(self: nn.Module, x: Tensor, **options: object) -> Tensor:

@@ -58,7 +58,7 @@ def test_rows_of_a_batch_in_kernels(heads: int, kv_heads: int, value: float, ran
 
 @pytest.mark.parametrize("value", [math.nan, 1e38])
 def test_rows_whose_partial_outputs_share_memory(value: float, random: Random) -> None:
-    """So many slots, heads and tokens that the rows of a batch are done in several chunks."""
+    """There are so many slots, heads and tokens that the rows of a batch are done in several chunks."""
     sizes = SIZES | {"stride": 16, "topk_blocks": 16}
     tensors = inputs(random, 2, 1024, 64, 16, 1, 128)
     assert 2 * 1024 * 16 * 16 * 128 > 2 * nsa._PARTIAL_VALUES
@@ -111,7 +111,7 @@ CONFIGS = {
 def test_an_earlier_conversation(
     settings: dict[str, object], forget: str, value: float, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a cache holds beyond a row's length is never read."""
+    """A cache is never read beyond a row's length."""
     cfg = nsa.NSAConfig(dim=32, heads=4, seq_len=96, local_window=12, block_size=8, topk_blocks=3, **settings)
     attention, cache = nsa.NativeSparseAttention(cfg).eval(), nsa.NSACache(cfg, batch=2, max_len=96)
     x, garbage, kept = random((2, 60, 32), torch.float32), torch.full((2, 70, 32), value), 21

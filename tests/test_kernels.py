@@ -136,7 +136,7 @@ def test_gates_of_0_and_far_below_1(random: Random) -> None:
 @pytest.mark.parametrize("tokens, dtype", [(1, torch.float16), (9, torch.float32)], ids=str)
 @pytest.mark.parametrize("branch", [local, selective], ids=lambda branch: branch.__name__)
 def test_a_single_key(branch: Branch, tokens: int, dtype: torch.dtype, random: Random) -> None:
-    """Its probability is 1: o is v, dv the sum of do over the group, and no gradient flows to q and k.
+    """A single key has probability 1: o is v, dv the sum of do over the group, and no gradient flows to q and k.
 
     The kernels find that 0 as a difference of two equal sums of D products, which need not be added in the same order.
     """
@@ -187,7 +187,7 @@ def test_the_log_sum_exp_alone_has_gradients(case: Case, random: Random) -> None
 def test_pairs_in_order_of_their_block(
     cut: int, group: int, size: int, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the queries from t0 on: pairs ascend within their block, and tiles are of one block each."""
+    """Pairs of the queries from t0 on ascend within their block, and tiles are of one block each."""
     monkeypatch.setattr(nsa, "_CUT", cut)
     monkeypatch.setattr(nsa, "_RUN", 64)
     case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
@@ -464,7 +464,7 @@ BY_BLOCK, BY_QUERY = ["selected_by_block", "selected_gradient"], ["selected_grad
 
 
 def with_products(name: str) -> list[str]:
-    """What a build multiplies matrices with."""
+    """Kernels of a build that multiply matrices."""
     G, _, launched, _ = BUILDS[name]
     kernels = list(BY_QUERY if G >= 16 else BY_BLOCK)
     if "local" in launched or "whole" in launched:
@@ -525,7 +525,7 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
-    """What NVIDIA's tool, which Triton brings along, sees in the machine code; None where it is missing."""
+    """Counts of NVIDIA's tool, which Triton brings along, in the machine code; None where it is missing."""
     bundled = Path(nsa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
     if tool is None:

@@ -446,7 +446,7 @@ BREAK = {
 
 
 def run(script: str, *options: str, path: Path | None = None) -> None:
-    """Runs a script by itself; it must succeed and print nothing."""
+    """Run a script by itself; it must succeed and print nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(path)} if path else {}
     result = subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True, env=environment)

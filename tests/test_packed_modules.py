@@ -130,7 +130,7 @@ def test_compressors_are_given_whole_blocks(random: Random) -> None:
 
 
 def assert_padding(module: nn.Module, x: Tensor, mask: Tensor, random: Random) -> None:
-    """Of tokens, what they give alone. Padding gives 0, takes no gradient, and may hold anything, even NaN."""
+    """Tokens give what they give alone. Padding gives 0, takes no gradient, and may hold anything, even NaN."""
     x = torch.where(mask[..., None], x, torch.nan).requires_grad_()
     y = module(x, key_padding_mask=mask)
     assert y.shape == x.shape

@@ -21,7 +21,7 @@ MODULE = Path(nsa.__file__)
 
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a folder with nothing but a copy of the file."""
+    """Run Python in a folder with nothing but a copy of the file."""
     shutil.copy(MODULE, folder)
     environment = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     return subprocess.run(

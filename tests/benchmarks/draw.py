@@ -71,7 +71,7 @@ def name(axes: Axes, y: float, title: str, line: str, colour: str) -> None:
 
 
 def branches() -> Figure:
-    """What one query sees in each branch, and the gates that join the branches."""
+    """Keys that one query sees in each branch, and the gates that join the branches."""
     figure = card(10, 3.75)
     axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
     axes.set(xlim=(-18, 68.5), ylim=(-1.7, 29.3), aspect="equal")

@@ -262,7 +262,7 @@ def compressed_by_mean(x: Tensor, lengths: list[int], setting: dict[str, int]) -
 
 
 def tokens_a_second(leaves: list[Tensor], lengths: list[int], setting: dict[str, int], packed: bool) -> float:
-    """Of `nsa_attention`, forward and backward."""
+    """Tokens that `nsa_attention` takes in a second, forward and backward."""
     q, k, v, _, _, gates = (x.detach() for x in leaves)
     k_cmp, v_cmp = (compressed_by_mean(x, lengths, setting) for x in (k, v))
     options, tensors = dict(setting), [q, k, v, k_cmp, v_cmp, gates]
