@@ -586,7 +586,7 @@ class _Projections(NamedTuple):
 
 
 def _rope(positions: Tensor, theta: float, like: Tensor) -> Tensor:
-    """`_rope_cos_sin` for heads like those given (..., D): positions (T,) or (B, T) → (2, T, 1, D/2) or (2, B, T, 1, D/2)."""
+    """cos and sin for heads like those given, (..., D): positions (T,) or (B, T) → (2, [B,] T, 1, D/2)."""
     cos_sin = _rope_operator if torch.compiler.is_compiling() else _rope_cos_sin
     return cos_sin(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
 
@@ -1721,7 +1721,7 @@ def _each_sequence(function: Callable[..., Any], *, cu_seqlens: Tensor, lengths:
     return tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
 
 
-def _on(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> tuple[_Backend, dict[str, _Segments]]:
+def _backend(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> tuple[_Backend, dict[str, _Segments]]:
     """The backend, and the argument `segments` for its functions where sequences are packed."""
     return _BACKENDS[backend], {"segments": _Segments(cu_seqlens, tuple(lengths))} if any(lengths) else {}
 
@@ -1742,7 +1742,7 @@ def _branch_forward(
     window: int, block_size: int, stride: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse over the blocks of `block_size` tokens that are chosen; without a choice, over the spans."""
-    on, packed = _on(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, lengths)
     if block_indices is None:
         return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **packed)
     return on.selected_forward(q, k, v, block_indices, block_size, scale, **packed)[:2]
@@ -1760,7 +1760,7 @@ def _branch_backward(
     window: int, block_size: int, stride: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    on, packed = _on(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, lengths)
     (terms,), _ = on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)
     if block_indices is None:
         span = _Span(window, block_size, stride)
@@ -1783,7 +1783,7 @@ def _select(
     scale: float,
 ) -> Tensor:  # fmt: skip
     """block_indices."""
-    on, packed = _on(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, lengths)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     return on.select(q, k_cmp, lse, choice, scale, **packed)
 
@@ -1805,7 +1805,7 @@ def _attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o; o of the local, the compressed and the selective branch; their lse; block_indices."""
-    on, packed = _on(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, lengths)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
     o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **packed)
@@ -1841,7 +1841,7 @@ def _attention_backward(
 
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
-    on, packed = _on(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, lengths)
     outputs, lses = [o_local, o_compressed, o_selective], [lse_local, lse_compressed, lse_selective]
     (local, compressed, selective), dgates = on.preprocess(do, outputs, lses, k.shape[2], gates=gates)
     own_keys = k_local is not None

@@ -503,7 +503,7 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
-    on, packed = nsa._on("triton", cu_seqlens, [] if cu_seqlens is None else lengths)
+    on, packed = nsa._backend("triton", cu_seqlens, [] if cu_seqlens is None else lengths)
     (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
         if name in launched:
