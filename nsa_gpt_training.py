@@ -22,8 +22,8 @@ import sys
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -42,10 +42,11 @@ from native_sparse_attention import AttentionPatterns, NSABlock, NSACache, NSACo
 
 HERE = Path(__file__).resolve().parent
 BRANCHES = ("local", "compressed", "selective")
+Batch = tuple[Tensor, Tensor]  # tokens (B, T), and targets (B, T): the token that follows each
 
 
 class Stop(Exception):
-    """End of the program with one line for its user and no traceback: Stop(line, exit code)."""
+    """End of the program with one line and no traceback: Stop(line, exit_code=2)."""
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -67,7 +68,7 @@ class Settings:
     overwrite: bool = option("run", False, "replace the checkpoints of an earlier run in --out")
 
     generate: bool = option("sample", False, "train nothing; continue --prompt with the model in --out")
-    prompt: tuple[str, ...] | None = option("sample", None, "text to continue; default: a new line", nargs="+", type=str)
+    prompt: tuple[str, ...] | None = option("sample", None, "texts to continue; default: a line", nargs="+", type=str)
     sample_length: int = option("sample", 500, "characters to generate", 0)
     temperature: float = option("sample", 0.8, "below 1 is safer, above 1 bolder", 0.01)
 
@@ -95,10 +96,10 @@ class Settings:
     gate_mode: str = option("NSA", "q_cond", "learned numbers, or linear in the input", choices=("static", "q_cond"))
 
     seed: int = option("training", 1337, "seed of weights, batches, dropout and samples")
-    iterations: int = option("training", 5000, "optimizer steps", 1)
+    iterations: int = option("length", 5000, "optimizer steps", 1)
     batch_size: int = option("training", 64, "sequences in a batch, over all processes", 1)
     learning_rate: float = option("training", 1e-3, "peak; it decays to a tenth along a cosine", 0)
-    eval_interval: int = option("training", 250, "iterations between evaluations", 1)
+    eval_interval: int = option("length", 250, "iterations between evaluations", 1)
     eval_batches: int = 200  # of each split
     warmup: int = 100
     weight_decay: float = 0.1
@@ -126,7 +127,7 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def share(self, batch: tuple[Tensor, Tensor], parts: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    def share(self, batch: Batch, parts: int = 1) -> Iterator[Batch]:
         """Rows of a batch (tokens, targets) that are this process's, on the device, in equal parts."""
         mine = [x.chunk(self.world)[self.rank] for x in batch]
         mine = [x.pin_memory() for x in mine] if self.device.type == "cuda" else mine
@@ -137,6 +138,10 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(x)
         return x
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.device}, {dtype}" + (f", {self.world} processes" if self.world > 1 else "")
 
 
 def say(line: str = "", end: str = "\n") -> None:
@@ -156,7 +161,7 @@ class Text:
         self.vocabulary = "".join(sorted(set(text)))
         self.train, self.val = encode(text, self.vocabulary).tensor_split([int(0.9 * len(text))])
 
-    def batch(self, split: str, rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, rows: int, length: int, seed: int) -> Batch:
         """Random windows (rows, length) of a split, and the same windows one character later."""
         tokens: Tensor = getattr(self, split)
         starts = torch.randint(len(tokens) - length, (rows, 1), generator=torch.Generator().manual_seed(seed))
@@ -188,9 +193,7 @@ class NSALanguageModel(nn.Module):
     torch.Size([8, 128, 65])
     """
 
-    def __init__(
-        self, vocab_size: int, cfg: NSAConfig, layers: int, attention: str = "nsa", init_std: float = 0.02
-    ) -> None:
+    def __init__(self, vocab_size: int, cfg: NSAConfig, layers: int, attention="nsa", init_std=0.02) -> None:
         super().__init__()
         self.cfg, self.attention, self.recompute = cfg, attention, False
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
@@ -204,16 +207,11 @@ class NSALanguageModel(nn.Module):
         self.initialize(init_std)
 
     def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        *,
-        caches: Sequence[NSACache] | None = None,
-        mask: Tensor | None = None,
+        self, tokens: Tensor, targets: Tensor | None = None, *, caches=None, mask=None
     ) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocabulary) of tokens (B, T), and their mean cross-entropy with targets (B, T) or None.
 
-        With a cache for each block, tokens follow those that the caches hold; `mask` (B, T) is False at padding.
+        With an NSACache for each block, tokens follow those in the caches; `mask` (B, T) is False at padding.
         """
         T = tokens.shape[1]
         if T > self.cfg.seq_len:
@@ -233,9 +231,9 @@ class NSALanguageModel(nn.Module):
             else:
                 x = block(x)
         logits = self.head(self.norm(x))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # targets of -100 are ignored
+        # Targets of -100 are not asked for.
+        loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, loss
 
     def initialize(self, std: float) -> None:
         """Draw weights as nanoGPT does: normal, and smaller where 2·layers branches add up in the residual stream."""
@@ -295,7 +293,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 def build_model(vocabulary: str, attention: str, settings: Settings) -> NSALanguageModel:
     """The model that these settings describe, on the CPU, the same on every machine."""
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed_of(settings.seed, "weights"))
     shared = {each.name for each in dataclasses.fields(NSAConfig)} & vars(settings).keys()
     cfg = NSAConfig(seq_len=settings.context, **{name: getattr(settings, name) for name in shared})
     model = NSALanguageModel(len(vocabulary), cfg, settings.layers, attention)
@@ -307,33 +305,32 @@ def build_model(vocabulary: str, attention: str, settings: Settings) -> NSALangu
 def drop_values(model: NSALanguageModel, p: float) -> None:
     """In training, take the value of a token from a head now and then.
 
-    A query then misses something that it looks at, as with dropout on attention probabilities, of which no attention
-    kernel needs to know.
+    A query then misses something that it looks at, as with dropout on attention probabilities, but no attention kernel
+    needs to know of it.
     """
+    if not 0 <= p < 1:
+        raise ValueError(f"value_dropout = {p}: must be at least 0 and below 1")
 
     def drop(_: nn.Module, __: Any, values: Tensor) -> Tensor:
         values = values.unflatten(-1, (-1, model.cfg.dim_head))  # (B, T, heads, D)
         return (values * F.dropout(torch.ones_like(values[..., :1]), p, model.training)).flatten(-2)
 
-    if p > 0:
-        for block in model.blocks:
-            block.attn.to_v.register_forward_hook(drop)
+    for block in model.blocks if p > 0 else ():
+        block.attn.to_v.register_forward_hook(drop)
 
 
 def distribute(model: NSALanguageModel, settings: Settings, runtime: Runtime) -> nn.Module:
     """Move the model to its device, whole or in shards; returns the module that a training step calls."""
-    net: nn.Module = model
     if settings.fsdp:
         for module in (*model.blocks, model):  # a block at a time, so that the whole never has to fit
             fully_shard(module)
     else:
         model.to(runtime.device)
-    if settings.compile != "off":
-        net = torch.compile(model, mode=settings.compile)
-    if runtime.world > 1 and not settings.fsdp:
-        ids = [runtime.device] if runtime.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
-    return net
+    net = model if settings.compile == "off" else torch.compile(model, mode=settings.compile)
+    if settings.fsdp or runtime.world == 1:
+        return net
+    ids = [runtime.device] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 
 # ── Optimizer ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -362,34 +359,24 @@ def learning_rate(iteration: int, settings: Settings) -> float:
 # ── Evaluate ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Losses of both splits, accuracy on the validation split, and the mean gates of each layer (dense: none)."""
-
-    iteration: int
-    train: float
-    val: float
-    accuracy: float
-    gates: list[list[float]]  # of each layer: (local, compressed, selective)
-
-
 def evaluate(
-    net: nn.Module, model: NSALanguageModel, text: Text, iteration: int, settings: Settings, runtime: Runtime
-) -> Evaluation:
-    """Evaluate on the same batches every time, whatever the attention, so that differences are the model's."""
-    rows, length, count = settings.batch_size, settings.context, settings.eval_batches
-    seeds = [seed_of(settings.seed, "evaluation", number) for number in range(count)]
-    train, _ = score(net, (text.batch("train", rows, length, seed) for seed in seeds), runtime)
-    val, accuracy = score(net, (text.batch("val", rows, length, seed) for seed in seeds), runtime)
-    gates: list[list[float]] = []
+    net: nn.Module, model: NSALanguageModel, text: Text, settings: Settings, runtime: Runtime
+) -> dict[str, Any]:
+    """Losses, accuracy and mean gates, on the same batches every time, so that differences are the model's."""
+    scores = []
+    for split in ("train", "val"):
+        seeds = [seed_of(settings.seed, "evaluation", number) for number in range(settings.eval_batches)]
+        batches = (text.batch(split, settings.batch_size, settings.context, seed) for seed in seeds)
+        scores.append(score(net, batches, runtime))
+    gates = []  # of each layer: (local, compressed, selective)
     if model.attention == "nsa":
-        patterns = layer_patterns(model, text.val[:256][None, :length], runtime)  # T × T numbers: a sample will do
-        gates = torch.stack([each.gates.mean((0, 1, 2)) for each in patterns]).tolist()
-    return Evaluation(iteration, train, val, accuracy, gates)
+        tokens = text.val[None, : min(settings.context, 256)]  # patterns are T × T numbers: a sample will do
+        gates = [each.gates.mean((0, 1, 2)).tolist() for each in layer_patterns(model, tokens, runtime)]
+    return {"train": scores[0][0], "val": scores[1][0], "accuracy": scores[1][1], "gates": gates}
 
 
 @torch.no_grad()
-def score(net: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], runtime: Runtime) -> tuple[float, float]:
+def score(net: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> tuple[float, float]:
     """Mean loss and share of right answers, over all targets of all batches."""
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     net.eval()
@@ -406,16 +393,12 @@ def score(net: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], runtime: Run
 
 @torch.no_grad()
 def layer_patterns(model: NSALanguageModel, tokens: Tensor, runtime: Runtime) -> list[AttentionPatterns]:
-    """Attention patterns of every layer for tokens (B, T)."""
+    """Attention patterns of every layer for tokens (B, T): T × T numbers for each head."""
     patterns: list[AttentionPatterns] = []
-
-    def look(attention: nn.Module, x: Tensor) -> None:
-        patterns.append(attention.attention_patterns(x))
-
-    hooks = [
-        block.norm1.register_forward_hook(lambda _, __, x, attention=block.attn: look(attention, x))
-        for block in model.blocks
-    ]
+    hooks = []
+    for block in model.blocks:  # what norm1 returns is what attention takes
+        look = lambda _, __, x, attn=block.attn: patterns.append(attn.attention_patterns(x))  # noqa: E731
+        hooks.append(block.norm1.register_forward_hook(look))
     training = model.training
     model.eval()(tokens.to(runtime.device))
     model.train(training)
@@ -427,7 +410,6 @@ def layer_patterns(model: NSALanguageModel, tokens: Tensor, runtime: Runtime) ->
 # ── Checkpoint ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file, however many processes there are
-FIELDS = ("model", "optimizer", "run", "settings", "vocabulary", "text")
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -448,12 +430,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or set(state) != set(FIELDS):
-            raise ValueError(f"its content is not that of this version of {Path(__file__).name}")
-    except FileNotFoundError as problem:
-        raise Stop(f"there is no checkpoint {path}") from problem
+        if not {"model", "optimizer", "run", "settings", "vocabulary", "text"} <= set(state):
+            raise ValueError("it is of another program or version")
     except Exception as problem:  # depends on where the file is damaged
-        raise Stop(f"{path} is damaged or no checkpoint: {first_line(problem)}") from problem
+        raise Stop(f"cannot read the checkpoint {path}: {first_line(problem)}") from problem
     return state
 
 
@@ -467,9 +447,9 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[NSALangu
 
 def identity(settings: Settings) -> dict[str, Any]:
     """Settings that a resumed run must share with its checkpoint: all that a step depends on."""
-    free = {"iterations", "eval_interval"}
-    fields = [each for each in dataclasses.fields(settings) if each.metadata.get("group") not in ("run", "sample", "device")]
-    return {each.name: getattr(settings, each.name) for each in fields if each.name not in free}
+    free = {"run", "sample", "device", "length"}
+    fields = [each.name for each in dataclasses.fields(settings) if each.metadata.get("group") not in free]
+    return {name: getattr(settings, name) for name in fields}
 
 
 def first_line(problem: Exception) -> str:
@@ -488,11 +468,12 @@ class Run:
     iteration: int = 0
     seconds: float = 0.0  # in training steps, without evaluations
     losses: list[float] = field(default_factory=list)  # of every training batch
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def best(self) -> Evaluation | None:
-        return min((each for each in self.evaluations if each.iteration > 0), key=lambda each: each.val, default=None)
+    def best(self) -> dict[str, Any]:
+        """The evaluation with the lowest validation loss; that before the first step counts only if it is alone."""
+        return min(self.evaluations[1:] or self.evaluations, key=lambda each: each["val"])
 
 
 class Trainer:
@@ -504,49 +485,50 @@ class Trainer:
         self.run = Run(model.attention, sum(parameter.numel() for parameter in model.parameters()))
         self.net = distribute(model, settings, runtime)
         self.optimizer = make_optimizer(model, settings)
+        if settings.resume and self.last_path.exists():
+            self.resume()
 
-    def train(self, request: "StopRequest") -> Run:
-        """Train to the last iteration, or to where Ctrl-C stops; the best and the last state stay in files."""
+    def train(self, request: "StopRequest") -> bool:
+        """Train to the last iteration and return True, or to where Ctrl-C stops it and return False."""
         run, settings, runtime = self.run, self.settings, self.runtime
-        with Log(run, self.log_path, settings, runtime) as log:
+        with closing(Log(run, self.log_path, settings, runtime)) as log:
             while True:
-                if runtime.sum(torch.tensor(float(request.asked))).item() > 0:  # everywhere after the same step
-                    log.read()
+                if runtime.sum(torch.tensor(float(request.asked))).item() > 0:  # on all processes after the same step
                     self.save(self.last_path)
-                    break
+                    return False
 
                 finished = run.iteration >= settings.iterations
-                evaluated = bool(run.evaluations) and run.evaluations[-1].iteration == run.iteration
+                evaluated = bool(run.evaluations) and run.evaluations[-1]["iteration"] == run.iteration
                 if (finished or run.iteration % settings.eval_interval == 0) and not evaluated:
-                    log.read()
-                    now = evaluate(self.net, self.model, self.text, run.iteration, settings, runtime)
+                    now = {"iteration": run.iteration, **evaluate(self.net, self.model, self.text, settings, runtime)}
                     run.evaluations.append(now)
                     log.evaluation(now)
-                    if not math.isfinite(now.train + now.val):
+                    if not math.isfinite(now["train"] + now["val"]):
                         raise Stop(f"the loss of {run.attention} is not finite: try a lower --learning-rate", 1)
                     self.save(*([self.best_path] if now is run.best else []), self.last_path)
                 if finished:
-                    break
+                    return True
 
                 # Each step has seeds of its own: a resumed run, on any number of processes, draws the same batches.
-                seed = seed_of(settings.seed, "batch", run.iteration)
+                begin, seed = time.perf_counter(), seed_of(settings.seed, "batch", run.iteration)
                 batch = self.text.batch("train", settings.batch_size, settings.context, seed)
                 torch.manual_seed(seed_of(settings.seed, "dropout", run.iteration, runtime.rank))
                 rate = learning_rate(run.iteration, settings)
                 loss, norm = train_step(self.net, self.optimizer, batch, rate, settings, runtime)
-                run.iteration += 1
-                log.step(loss, norm, rate)
-        return run
+                run.losses.append(loss.item())
+                run.iteration, seconds = run.iteration + 1, time.perf_counter() - begin
+                run.seconds += seconds
+                log.step(seconds, loss=run.losses[-1], learning_rate=rate, gradient_norm=norm.item())
 
     def save(self, *paths: Path) -> None:
         """Gather the state of all processes and write it on the first; before the first step there is none."""
         if self.run.iteration == 0:
             return
         weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)
-        run, settings = dataclasses.asdict(self.run), identity(self.settings)
-        values = (weights, moments, run, settings, self.text.vocabulary, self.text.digest)
+        state = {"model": weights, "optimizer": moments, "run": vars(self.run), "settings": identity(self.settings)}
+        state |= {"vocabulary": self.text.vocabulary, "text": self.text.digest}
         for path in paths if self.runtime.rank == 0 else ():
-            save_checkpoint(dict(zip(FIELDS, values, strict=True)), path)
+            save_checkpoint(state, path)
 
     def resume(self) -> None:
         """Load the last state, to go on as if the run had never been stopped."""
@@ -557,7 +539,6 @@ class Trainer:
             if then != settings.get(name):
                 raise Stop(f"{path} was trained with {name} = {then!r}, not {settings.get(name)!r}")
         self.run = Run(**state["run"])
-        self.run.evaluations = [Evaluation(**each) for each in state["run"]["evaluations"]]
         if self.run.iteration > self.settings.iterations:
             raise Stop(f"iterations = {self.settings.iterations}: {path} is at iteration {self.run.iteration} already")
         states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
@@ -566,24 +547,19 @@ class Trainer:
     def duration(self) -> float:
         """Seconds that training will take, judged by one forward and one backward."""
         settings, begin = self.settings, time.perf_counter()
-        batch = self.text.batch("train", settings.batch_size, settings.context, 0)
+        batch = self.text.batch("train", settings.batch_size, settings.context, seed=0)
         loss = self.model(*next(self.runtime.share(batch, settings.accumulate)))[1]
         forward = time.perf_counter() - begin
         loss.backward()
         step = time.perf_counter() - begin
         self.optimizer.zero_grad()
-        left = settings.iterations - self.run.iteration
-        evaluations = 1 + left // settings.eval_interval
-        return settings.accumulate * (left * step + evaluations * 2 * settings.eval_batches * forward)
+        steps = settings.iterations - self.run.iteration
+        evaluations = 2 * settings.eval_batches * (1 + steps // settings.eval_interval)
+        return settings.accumulate * (steps * step + evaluations * forward)
 
 
 def train_step(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],
-    rate: float,
-    settings: Settings,
-    runtime: Runtime,
+    net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, settings: Settings, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """One update; returns the loss of the whole batch before it, and the norm of its gradient before clipping."""
     for group in optimizer.param_groups:
@@ -606,85 +582,57 @@ def train_step(
 
 
 class Log:
-    """Every step and evaluation as JSON lines, after settings and environment; and progress for the user.
-
-    What steps find stays on the device until ten of them are read together, so that a GPU seldom waits for Python.
-    """
+    """Every step and evaluation as JSON lines, after settings and environment; and progress on a terminal."""
 
     def __init__(self, run: Run, path: Path, settings: Settings, runtime: Runtime) -> None:
-        self.run, self.settings, self.unread = run, settings, []
-        mode = "a" if run.iteration > 0 else "w"
-        self.file = (path if runtime.rank == 0 else Path(os.devnull)).open(mode, encoding="utf-8", buffering=1)
+        self.run, self.settings, self.bar, is_first = run, settings, None, runtime.rank == 0
+        self.file = (path if is_first else Path(os.devnull)).open("a" if run.iteration else "w", encoding="utf-8")
         environment = {"torch": torch.__version__, "python": sys.version.split()[0], "command": " ".join(sys.argv)}
-        environment |= {"device": str(runtime.device), "dtype": str(runtime.dtype), "processes": runtime.world}
-        self.write(settings=vars(settings), environment=environment)
-        self.bar = None
-        if runtime.rank == 0 and sys.stderr.isatty():
-            with suppress(ImportError):
-                from tqdm import tqdm
+        self.write(settings=vars(settings), environment={**environment, "device": str(runtime)})
+        with suppress(ImportError):
+            from tqdm import tqdm
 
-                self.bar = tqdm(total=settings.iterations, initial=run.iteration, desc=run.attention, leave=False)
-        self.since = time.perf_counter()
+            title = {"desc": run.attention, "initial": run.iteration, "total": settings.iterations}
+            self.bar = tqdm(**title, leave=False, disable=None if is_first else True)  # None: unless on a terminal
 
     def write(self, **values: Any) -> None:
-        print(json.dumps(values, default=str), file=self.file)
+        print(json.dumps(values, default=str), file=self.file, flush=True)
 
-    def step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
-        self.unread.append((loss, norm, rate))
-        if len(self.unread) == 10:
-            self.read()
+    def step(self, seconds: float, **values: float) -> None:
+        speed = self.settings.batch_size * self.settings.context / seconds
+        self.write(iteration=self.run.iteration, **values, tokens_per_second=speed)
+        if self.bar is not None and self.bar.update():  # which draws a few times a second
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
 
-    def read(self) -> None:
-        if self.unread:
-            run, (losses, norms, rates) = self.run, zip(*self.unread, strict=True)
-            losses, norms = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
-            seconds = time.perf_counter() - self.since
-            speed = len(losses) * self.settings.batch_size * self.settings.context / seconds
-            for iteration, (loss, norm, rate) in enumerate(zip(losses, norms, rates, strict=True), 1 + len(run.losses)):
-                line = {"iteration": iteration, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-                self.write(**line, tokens_per_second=speed)
-            run.losses += losses
-            run.seconds += seconds
-            if self.bar is not None:
-                self.bar.update(len(losses))
-                self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s")
-        self.unread, self.since = [], time.perf_counter()
-
-    def evaluation(self, now: Evaluation) -> None:
-        self.write(**dataclasses.asdict(now))
+    def evaluation(self, now: dict[str, Any]) -> None:
+        self.write(**now)
         if self.bar is not None:
             self.bar.clear()
-        position = f"{self.run.attention:<5} {now.iteration:>{len(str(self.settings.iterations))}}"
-        losses = f"loss {now.train:.4f}  validation {now.val:.4f}  accuracy {now.accuracy:.3f}"
-        say(f"{position}/{self.settings.iterations}  {losses}")
-        self.since = time.perf_counter()  # the clock stops around evaluations
+        last = self.settings.iterations
+        losses = f"loss {now['train']:.4f}  validation {now['val']:.4f}  accuracy {now['accuracy']:.3f}"
+        say(f"{self.run.attention:<5} {now['iteration']:>{len(str(last))}}/{last}  {losses}")
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.file.close()
         if self.bar is not None:
             self.bar.close()
 
 
 class StopRequest:
-    """Inside `with`, Ctrl-C or SIGTERM asks to stop after the step that is being done; a second one stops at once."""
+    """Ctrl-C or SIGTERM asks to stop after the step that is being done, a second one stops at once; until `close`."""
 
-    asked = False
+    def __init__(self) -> None:
+        self.asked = False
+        self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, *_: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a handler
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print may interrupt a print
 
-    def __enter__(self) -> "StopRequest":
-        self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -694,13 +642,7 @@ class StopRequest:
 
 @torch.no_grad()
 def generate(
-    model: NSALanguageModel,
-    prompts: Sequence[Tensor],
-    count: int,
-    *,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
+    model: NSALanguageModel, prompts: Sequence[Tensor], count: int, temperature=1.0, generator=None, use_cache=True
 ) -> Iterator[Tensor]:
     """Continue prompts, each (T ≥ 1,) of any length, with a model in evaluation mode; yields tokens (B,) `count` times.
 
@@ -731,8 +673,7 @@ def encode_prompts(vocabulary: str, settings: Settings) -> list[Tensor]:
     prompts = settings.prompt or ("\n" if "\n" in vocabulary else vocabulary[0],)
     for prompt in prompts:
         if not prompt or not set(prompt) <= set(vocabulary):
-            unknown = "".join(sorted(set(prompt) - set(vocabulary)))
-            raise Stop(f"prompt = {prompt!r}: must be characters of the text that the model learns; not {unknown!r}")
+            raise Stop(f"prompt = {prompt!r}: must be one or more characters of the text that the model learns")
     return [encode(prompt, vocabulary) for prompt in prompts]
 
 
@@ -740,80 +681,78 @@ def say_text(model: NSALanguageModel, vocabulary: str, settings: Settings, runti
     """Print prompts and their continuations: a single one as it comes, several one after the other."""
     prompts = encode_prompts(vocabulary, settings)
     texts = ["".join(vocabulary[token] for token in prompt) for prompt in prompts]
-    alone = len(texts) == 1
-    say(texts[0] if alone else "", end="")
-    options = {"temperature": settings.temperature}
-    options["generator"] = torch.Generator(runtime.device).manual_seed(settings.seed)
-    for drawn in generate(model, prompts, settings.sample_length, **options):
-        for row, token in enumerate(drawn.tolist()):
-            texts[row] += vocabulary[token]
-        say(texts[0][-1] if alone else "", end="")
-    say("" if alone else "\n\n".join(texts))
+    stream = (lambda text: say(text, end="")) if len(texts) == 1 else (lambda text: None)
+    stream(texts[0])
+    generator = torch.Generator(runtime.device).manual_seed(seed_of(settings.seed, "sample"))
+    for drawn in generate(model, prompts, settings.sample_length, settings.temperature, generator):
+        texts = [text + vocabulary[token] for text, token in zip(texts, drawn.tolist(), strict=True)]
+        stream(texts[0][-1])
+    say("" if len(texts) == 1 else "\n\n".join(texts))
 
 
 # ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 COLORS = {"nsa": "#c2410c", "dense": "#1d4ed8", "local": "#1d6fb8", "compressed": "#d9690f", "selective": "#2b8a3e"}
-MAPS = {"local": "Blues", "compressed": "Oranges", "selective": "Greens"}
-HEADS_DRAWN = 2
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure that needs no screen."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+COLOR_MAPS = ("Blues", "Oranges", "Greens")  # of the branches
 
 
 def draw_pictures(runs: list[Run], model: NSALanguageModel, text: Text, out: Path, runtime: Runtime) -> None:
     """Draw loss.png, and gates.png and patterns.png for NSA, and say where they are."""
     try:
-        say(f"pictures: {plot_losses(runs, out / 'loss.png')}")
+        figures = {"loss.png": loss_figure(runs)}
         if model.attention == "nsa":
-            say(f"          {plot_gates(runs[0], out / 'gates.png')}")
-            say(f"          {plot_patterns(model, text, out / 'patterns.png', runtime)}")
+            figures |= {"gates.png": gates_figure(runs[0]), "patterns.png": patterns_figure(model, text, runtime)}
     except ImportError:
         say("pictures: skipped, matplotlib is not installed")
+        return
+    for name, figure in figures.items():
+        figure.savefig(out / name)
+    say(f"pictures: {', '.join(figures)} in {out}")
 
 
-def plot_losses(runs: list[Run], path: Path) -> Path:
-    """Draw the loss of every training batch, thin, and the evaluations of both splits."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure that needs no screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def loss_figure(runs: list[Run]) -> Any:
+    """Loss of every training batch, thin, and of the evaluations."""
     figure = new_figure(8, 4.5)
     axes = figure.add_subplot(xlabel="iteration", ylabel="cross-entropy of a token, nats")
     for run in runs:
-        iterations = [each.iteration for each in run.evaluations]
-        style = {"color": COLORS[run.attention], "markersize": 4}
-        axes.plot(range(len(run.losses)), run.losses, **style, alpha=0.25, linewidth=0.8)
-        axes.plot(iterations, [each.train for each in run.evaluations], "--", **style, label=f"{run.attention}, training")
-        axes.plot(iterations, [each.val for each in run.evaluations], "o-", **style, label=f"{run.attention}, validation")
+        color = COLORS[run.attention]
+        axes.plot(run.losses, color=color, alpha=0.25, linewidth=0.8)
+        for split, line in (("train", "--"), ("val", "o-")):
+            points = [(each["iteration"], each[split]) for each in run.evaluations]
+            axes.plot(*zip(*points, strict=True), line, color=color, markersize=4, label=f"{run.attention}, {split}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path)
-    return path
+    return figure
 
 
-def plot_gates(run: Run, path: Path) -> Path:
-    """Draw the mean gate of each branch over training, a panel for each layer."""
-    layers, iterations = len(run.evaluations[0].gates), [each.iteration for each in run.evaluations]
-    figure = new_figure(1.2 + 1.6 * layers, 2.8)
+def gates_figure(run: Run) -> Any:
+    """Mean gate of each branch over training, a panel for each layer."""
+    layers, iterations = len(run.evaluations[0]["gates"]), [each["iteration"] for each in run.evaluations]
+    figure = new_figure(2 + 1.6 * layers, 2.8)
     panels = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
     for layer, axes in enumerate(panels):
         for number, (branch, line) in enumerate(zip(BRANCHES, ("-", "--", ":"), strict=True)):  # they may coincide
-            gates = [each.gates[layer][number] for each in run.evaluations]
+            gates = [each["gates"][layer][number] for each in run.evaluations]
             axes.plot(iterations, gates, line, color=COLORS[branch], label=branch)
         axes.set(title=f"layer {layer + 1}", xlabel="iteration", ylim=(0, 1))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("mean gate")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path)
-    return path
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return figure
 
 
-def plot_patterns(model: NSALanguageModel, text: Text, path: Path, runtime: Runtime) -> Path:
-    """Draw which keys each query of a validation passage looks at: a row for each of two heads, a column a branch."""
+def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads: int = 2) -> Any:
+    """Keys that each query looks at in the last layer: rows are the first heads, columns the branches."""
     from matplotlib.colors import LogNorm
 
-    T, heads = model.cfg.seq_len, min(HEADS_DRAWN, model.cfg.heads)
+    T, heads = model.cfg.seq_len, min(heads, model.cfg.heads)
     patterns = layer_patterns(model, text.val[None, :T], runtime)[-1]
     figure = new_figure(9, 0.9 + 2.85 * heads)
     grid = figure.subplots(heads, len(BRANCHES), sharex=True, sharey=True, squeeze=False)
@@ -821,54 +760,48 @@ def plot_patterns(model: NSALanguageModel, text: Text, path: Path, runtime: Runt
         for head, axes in enumerate(grid[:, column]):
             weights = getattr(patterns, branch)[0, head].float().cpu()  # (T, T), or (T, C) for compressed keys
             width = weights.shape[1] * (model.cfg.stride if branch == "compressed" else 1)
-            axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0)  # all keys that dense attention looks at
-            options = {"norm": LogNorm(1e-3, 1.0), "cmap": MAPS[branch], "extent": (0, width, T, 0)}
-            image = axes.imshow(weights.where(weights >= 1e-3, math.nan).numpy(), **options, interpolation="nearest")
+            axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0)  # all that dense attention would look at
+            weights = weights.where(weights >= 1e-3, math.nan)  # the rest stays grey
+            scale = {"norm": LogNorm(1e-3, 1.0), "cmap": COLOR_MAPS[column]}
+            image = axes.imshow(weights, **scale, extent=(0, width, T, 0), interpolation="nearest")
             gate = patterns.gates[0, :, head, column].mean().item()
             axes.set(xlim=(0, T), ylim=(T, 0), aspect="equal", title=f"{branch}, gate {gate:.2f}")
+            axes.set(ylabel=f"head {head + 1}: query" if column == 0 else "", xlabel="key" if head + 1 == heads else "")
         figure.colorbar(image, ax=grid[:, column], location="bottom", shrink=0.85, aspect=30, label="attention weight")
-    for head, axes in enumerate(grid[:, 0]):
-        axes.set_ylabel(f"head {head + 1}: query")
-    for axes in grid[-1]:
-        axes.set_xlabel("key")
-    figure.savefig(path)
-    return path
+    return figure
 
 
-# ── Main: the command line, text files, processes, and what is said at the end ────────────────────────────────────────
+# ── Main: command line, text files, processes, report ─────────────────────────────────────────────────────────────────
 
 INPUT = HERE / "input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Stop(f"{message} (--help lists the flags)")
+
+
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings of the quick or the full run, with what the flags change in them."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise Stop(f"{message} (--help lists the flags)")
-
     summary, usage, *_ = __doc__.split("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=summary, epilog=usage, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--full", action="store_true", help="the full run instead of the quick one; for a GPU")
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Settings):
-        if not each.metadata:
-            continue
-        group, help = each.metadata["group"], each.metadata["help"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        values = [each.default, getattr(QUICK, each.name)]
-        if values != [None, None] and values != [False, False]:
-            full, quick = (value.relative_to(HERE) if isinstance(value, Path) else value for value in values)
-            help += f" ({full})" if full == quick else f" ({quick}; full: {full})"
-        kind: dict[str, Any] = {"action": "store_true"} if each.default is False else {"type": type(each.default)}
-        kind |= each.metadata["parsing"]
-        if "type" in kind and "choices" not in kind:
-            kind["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(kind["type"], "PATH")
-        groups[group].add_argument("--" + each.name.replace("_", "-"), help=help, default=None, **kind)
-    groups["run"].add_argument("--full", action="store_true", help="the full run instead of the quick one; for a GPU")
+        if each.metadata:
+            name, help = each.metadata["group"], each.metadata["help"]
+            groups[name] = groups.get(name) or parser.add_argument_group(name)
+            full, quick = (str(value).replace(f"{HERE}/", "") for value in (each.default, getattr(QUICK, each.name)))
+            if full not in ("None", "False"):
+                help += f" ({full})" if full == quick else f" ({quick}; full: {full})"
+            kind = {"action": "store_true"} if each.default is False else {"type": type(each.default)}
+            kind |= each.metadata["parsing"]
+            if "type" in kind and "choices" not in kind:
+                kind["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(kind["type"], "PATH")
+            groups[name].add_argument(f"--{each.name.replace('_', '-')}", help=help, default=None, **kind)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(Settings() if given.pop("full") else QUICK, **given)
@@ -882,65 +815,56 @@ def check(settings: Settings) -> None:
         value, least = getattr(settings, each.name), each.metadata.get("least")
         if least is not None and not value >= least:
             raise Stop(f"{each.name} = {value!r}: must be at least {least}")
-    if not settings.value_dropout < 1:
-        raise Stop(f"value_dropout = {settings.value_dropout}: must be below 1")
     if settings.compile == "reduce-overhead" and settings.accumulate > 1:  # a CUDA graph overwrites its own gradients
         raise Stop("accumulate: must be 1 with --compile reduce-overhead")
+    if settings.fsdp and "RANK" not in os.environ:
+        raise Stop("fsdp: start several processes with torchrun --nproc-per-node N")
     if settings.resume and settings.overwrite:
-        raise Stop("resume and overwrite: only one of them")
+        raise Stop("resume, overwrite: only one of them")
 
 
 def find_text(data: Path | None) -> tuple[str, str]:
     """Source and text: the given file, else input.txt, else Tiny Shakespeare, else the help pages of Python."""
     path = data or INPUT
-    try:
-        problem = download(INPUT) if data is None and not INPUT.exists() else None
-        if problem is not None:
+    if data is None and not INPUT.exists():
+        say(f"downloading Tiny Shakespeare from {SHAKESPEARE_URL}")
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=10) as response:
+                content = response.read()
+            if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+                raise OSError("what came is something else")
+            INPUT.write_bytes(content)
+        except (OSError, http.client.HTTPException) as problem:
             from pydoc_data.topics import topics
 
-            return f"the help pages of Python ({problem})", "\n\n".join(topics[name] for name in sorted(topics))
-        return str(path), path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as problem:
-        raise Stop(f"cannot read {path}: it is not UTF-8 text at byte {problem.start}") from problem
-    except OSError as problem:
-        raise Stop(f"cannot read {path}: {first_line(problem)}") from problem
-
-
-def download(path: Path) -> str | None:
-    """Fetch Tiny Shakespeare to `path`; returns why that failed, or None."""
-    say(f"downloading Tiny Shakespeare from {SHAKESPEARE_URL}")
+            source = f"the help pages of Python, as there is no Tiny Shakespeare: {first_line(problem)}"
+            return source, "\n\n".join(topics[name] for name in sorted(topics))
     try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=10) as response:
-            content = response.read()
-        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-            return "the download was not Tiny Shakespeare"
-        path.write_bytes(content)
-    except (OSError, http.client.HTTPException) as problem:
-        return f"Tiny Shakespeare could not be downloaded: {first_line(problem)}"
-    return None
+        return str(path), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise Stop(f"cannot read {path}: {first_line(problem)}") from problem
 
 
 @contextmanager
 def start_runtime(settings: Settings) -> Iterator[Runtime]:
     """Find the device, and join the other processes if torchrun started this one."""
-    launched, name = "RANK" in os.environ, settings.device
-    if settings.fsdp and not launched:
-        raise Stop("fsdp: start several processes with torchrun --nproc-per-node N")
+    launched, name, dtype = "RANK" in os.environ, settings.device, settings.dtype
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and launched:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        on_cuda = torch.zeros(1, device=name).sum().item() == 0 and name.startswith("cuda")
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as problem:
-        raise Stop(f"device = {name!r}: {str(problem).splitlines()[0]}") from problem
-    automatic = "bfloat16" if on_cuda else "float32"
-    runtime = Runtime(torch.device(name), getattr(torch, automatic if settings.dtype == "auto" else settings.dtype))
+        raise Stop(f"device = {name!r}: {first_line(problem)}") from problem
+    on_cuda = device.type == "cuda"
+    runtime = Runtime(device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_cuda else "float32"))
     if not launched:
         yield runtime
         return
     if on_cuda:
-        torch.cuda.set_device(runtime.device)
+        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
         yield dataclasses.replace(runtime, rank=dist.get_rank(), world=dist.get_world_size())
@@ -954,12 +878,9 @@ def files_of(attention: str, settings: Settings) -> tuple[Path, Path, Path]:
 
 
 def claim_folder(attentions: Sequence[str], settings: Settings) -> IO[str]:
-    """Make the folder of a run and keep others out while the returned file is open; no checkpoint is overwritten."""
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        lock = (settings.out / ".lock").open("w")
-    except OSError as problem:
-        raise Stop(f"cannot write to {settings.out}: {first_line(problem)}") from problem
+    """Make the folder of a run, keep others out while the returned file is open, and overwrite nothing unasked."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    lock = (settings.out / ".lock").open("w")
     try:
         import fcntl
 
@@ -968,12 +889,12 @@ def claim_folder(attentions: Sequence[str], settings: Settings) -> IO[str]:
         raise Stop(f"another run is writing to {settings.out}: choose another --out") from problem
     except (ImportError, OSError):  # a system without locks
         pass
-    files = [path for attention in attentions for path in files_of(attention, settings)[:2] if path.exists()]
-    if settings.resume and not any(path.name.endswith(".last.pt") for path in files):
+    there = [path for each in attentions for path in files_of(each, settings)[:2] if path.exists()]
+    if settings.resume and not any(path.match("*.last.pt") for path in there):
         raise Stop(f"nothing to resume: there is no checkpoint {files_of(attentions[0], settings)[1]}")
-    if files and not (settings.resume or settings.overwrite):
-        raise Stop(f"{files[0]} is of an earlier run: --resume goes on with it, --overwrite replaces it, --out keeps it")
-    for path in files if settings.overwrite else ():
+    if there and not settings.resume and not settings.overwrite:
+        raise Stop(f"{there[0]} exists: --resume goes on with that run, --overwrite replaces it, --out keeps it")
+    for path in there if settings.overwrite else ():
         path.unlink()
     return lock
 
@@ -983,9 +904,9 @@ def run_training(settings: Settings, runtime: Runtime) -> None:
     if runtime.world > 1:
         dist.broadcast_object_list(found)
     text = Text(*found[0])
-    if len(text.val) <= settings.context:
-        raise Stop(f"{text.source} is too short: a context of {settings.context} needs {10 * settings.context + 10}")
     say(f"data: {text.source}; {len(text.train):,} characters to train on, {len(text.val):,} to validate on")
+    if len(text.val) <= settings.context:
+        raise Stop(f"{text.source} is too short: a tenth of it must be longer than the context, {settings.context}")
     encode_prompts(text.vocabulary, settings)
     parts = runtime.world * settings.accumulate
     if settings.batch_size % parts != 0:
@@ -995,32 +916,28 @@ def run_training(settings: Settings, runtime: Runtime) -> None:
         models = [build_model(text.vocabulary, attention, settings) for attention in attentions]
     except (ValueError, TypeError) as problem:
         raise Stop(first_line(problem)) from problem
-    lock = claim_folder(attentions, settings) if runtime.rank == 0 else None
-    runs = []
-    with StopRequest() as request:
-        for model in models:
-            trainer = Trainer(model, text, settings, runtime)
-            if settings.resume and trainer.last_path.exists():
-                trainer.resume()
-            run = trainer.run
-            dtype = str(runtime.dtype).removeprefix("torch.")
-            say(f"{run.attention}: {run.parameters:,} parameters, {runtime.device}, {dtype}, processes: {runtime.world}")
-            seconds = trainer.duration() if runtime.device.type == "cpu" else 0
-            if seconds > 60:
-                say(f"{run.attention}: will take {seconds / 60:,.0f} minutes on this CPU; --full is for a GPU")
-            if not trainer.train(request):
-                line = f"stopped after iteration {run.iteration} of {run.attention}; --resume goes on from there"
-                raise Stop(line, 130)
-            runs.append(run)
-    if runtime.rank == 0:
-        report(runs, text, settings, runtime)
-        lock.close()
+    with claim_folder(attentions, settings) if runtime.rank == 0 else nullcontext():
+        with closing(StopRequest()) as request:
+            runs = [train_model(model, text, settings, runtime, request) for model in models]
+        if runtime.rank == 0:
+            report(runs, text, settings, runtime)
+
+
+def train_model(model: NSALanguageModel, text: Text, settings: Settings, runtime: Runtime, request: StopRequest) -> Run:
+    trainer = Trainer(model, text, settings, runtime)
+    run = trainer.run
+    say(f"{run.attention}: {run.parameters:,} parameters; {runtime}")
+    if runtime.device.type == "cpu" and (seconds := trainer.duration()) > 60:
+        say(f"{run.attention}: this will take about {seconds / 60:,.0f} minutes on this CPU")
+    if not trainer.train(request):
+        raise Stop(f"stopped after iteration {run.iteration} of {run.attention}; --resume goes on from there", 130)
+    return run
 
 
 def report(runs: list[Run], text: Text, settings: Settings, runtime: Runtime) -> None:
     """Show a sample of the best model, pictures, files and the table, which is not lost if something fails."""
+    paths = [files_of(run.attention, settings)[0] for run in runs]
     try:
-        paths = [files_of(run.attention, settings)[0] for run in runs]
         model, vocabulary = load_model(paths[0], runtime.device)
         say()
         say_text(model, vocabulary, settings, runtime)
@@ -1037,9 +954,9 @@ def report(runs: list[Run], text: Text, settings: Settings, runtime: Runtime) ->
 
 def loss_table(runs: list[Run], settings: Settings) -> str:
     rows = [("", [run.attention for run in runs])]
-    rows += [("validation loss, best", [f"{run.best.val:.4f}" for run in runs])]
-    rows += [("training loss, then", [f"{run.best.train:.4f}" for run in runs])]
-    rows += [("at iteration", [f"{run.best.iteration}" for run in runs])]
+    rows += [("validation loss, best", [f"{run.best['val']:.4f}" for run in runs])]
+    rows += [("training loss, then", [f"{run.best['train']:.4f}" for run in runs])]
+    rows += [("at iteration", [f"{run.best['iteration']}" for run in runs])]
     rows += [("parameters", [f"{run.parameters:,}" for run in runs])]
     tokens = settings.batch_size * settings.context * runs[0].iteration
     rows += [("tokens/s", [f"{tokens / run.seconds:,.0f}" for run in runs])]
