@@ -23,26 +23,26 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from native_sparse_attention import AttentionPatterns, NSABlock, NSACache, NSAConfig
 
 HERE = Path(__file__).resolve().parent
 BRANCHES = ("local", "compressed", "selective")
 Batch = tuple[Tensor, Tensor]  # tokens (B, T), and targets (B, T): the token that follows each
+Evaluation = dict[str, Any]  # iteration; train and val loss; accuracy; gates: of each layer the mean of each branch
 
 
 class Stop(Exception):
@@ -50,8 +50,6 @@ class Stop(Exception):
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def option(group: str, default: Any, help: str, least: float | None = None, **parsing: Any) -> Any:
     """Field of Settings that is also a flag; `parsing` goes to argparse."""
     return field(default=default, metadata={"group": group, "help": help, "least": least, "parsing": parsing})
@@ -68,16 +66,14 @@ class Settings:
     overwrite: bool = option("run", False, "replace the checkpoints of an earlier run in --out")
 
     generate: bool = option("sample", False, "train nothing; continue --prompt with the model in --out")
-    prompt: tuple[str, ...] | None = option("sample", None, "texts to continue; default: a line", nargs="+", type=str)
+    prompt: list[str] | None = option("sample", None, "texts to continue; default: a new line", nargs="+", type=str)
     sample_length: int = option("sample", 500, "characters to generate", 0)
     temperature: float = option("sample", 0.8, "below 1 is safer, above 1 bolder", 0.01)
 
     device: str = option("device", "auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     compile: str = option("device", "off", "torch.compile and its mode", choices=("off", "default", "reduce-overhead"))
     fsdp: bool = option("device", False, "shard the model over processes (FSDP2) instead of copying it (DDP)")
-    recompute: bool = option("device", False, "save memory: compute each block again in the backward")
     accumulate: int = option("device", 1, "save memory: parts of a batch, one after the other", 1)
-    dtype: str = "auto"  # of the arithmetic, weights stay float32; auto: bfloat16 on CUDA, float32 elsewhere
 
     layers: int = option("model", 6, "blocks of attention and feed-forward", 1)
     dim: int = option("model", 384, "width")
@@ -102,8 +98,6 @@ class Settings:
     eval_interval: int = option("length", 250, "iterations between evaluations", 1)
     eval_batches: int = 200  # of each split
     warmup: int = 100
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
 
 
 QUICK = Settings(
@@ -112,9 +106,8 @@ QUICK = Settings(
     **{"learning_rate": 3e-3, "warmup": 20, "eval_interval": 20, "eval_batches": 4},
 )
 
+
 # ── Device and processes ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class Runtime:
     """A device, a precision, and the number of this process among those that train together."""
@@ -151,8 +144,6 @@ def say(line: str = "", end: str = "\n") -> None:
 
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Text:
     """Tokens of a text, the first 90 % to train on. A token is the index of a character in the vocabulary."""
 
@@ -180,8 +171,6 @@ def seed_of(*use: Any) -> int:
 
 
 # ── Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class NSALanguageModel(nn.Module):
     """A GPT: token and position embeddings, NSA blocks, norm, and a head tied to the token embedding.
 
@@ -195,7 +184,7 @@ class NSALanguageModel(nn.Module):
 
     def __init__(self, vocab_size: int, cfg: NSAConfig, layers: int, attention="nsa", init_std=0.02) -> None:
         super().__init__()
-        self.cfg, self.attention, self.recompute = cfg, attention, False
+        self.cfg, self.attention = cfg, attention
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
         self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim) if cfg.rope_theta is None else None
         self.dropout = nn.Dropout(cfg.dropout)
@@ -224,12 +213,7 @@ class NSALanguageModel(nn.Module):
             x = x + self.position_embedding(positions.clamp(max=self.cfg.seq_len - 1))  # padding may lie beyond
         x = self.dropout(x)
         for number, block in enumerate(self.blocks):
-            if caches is not None:
-                x = block(x, cache=caches[number], key_padding_mask=mask)
-            elif self.recompute and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = block(x) if caches is None else block(x, cache=caches[number], key_padding_mask=mask)
         logits = self.head(self.norm(x))
         # Targets of -100 are not asked for.
         loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -297,17 +281,13 @@ def build_model(vocabulary: str, attention: str, settings: Settings) -> NSALangu
     shared = {each.name for each in dataclasses.fields(NSAConfig)} & vars(settings).keys()
     cfg = NSAConfig(seq_len=settings.context, **{name: getattr(settings, name) for name in shared})
     model = NSALanguageModel(len(vocabulary), cfg, settings.layers, attention)
-    model.recompute = settings.recompute
     drop_values(model, settings.value_dropout)
     return model
 
 
 def drop_values(model: NSALanguageModel, p: float) -> None:
-    """In training, take the value of a token from a head now and then.
-
-    A query then misses something that it looks at, as with dropout on attention probabilities, but no attention kernel
-    needs to know of it.
-    """
+    """In training, take the value of a token from a head now and then: a query then misses something it looks at, as
+    with dropout on attention probabilities, but no attention kernel needs to know of it."""
     if not 0 <= p < 1:
         raise ValueError(f"value_dropout = {p}: must be at least 0 and below 1")
 
@@ -334,15 +314,13 @@ def distribute(model: NSALanguageModel, settings: Settings, runtime: Runtime) ->
 
 
 # ── Optimizer ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def make_optimizer(model: NSALanguageModel, settings: Settings) -> torch.optim.AdamW:
     """AdamW. Matrices decay, those of compressors too; norms, biases, embeddings and gate logits do not."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not name.endswith(("embedding.weight", "position", "gate_bias"))
         (decayed if is_matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     fused = decayed[0].device.type == "cuda"
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=fused)
 
@@ -357,22 +335,15 @@ def learning_rate(iteration: int, settings: Settings) -> float:
 
 
 # ── Evaluate ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def evaluate(
-    net: nn.Module, model: NSALanguageModel, text: Text, settings: Settings, runtime: Runtime
-) -> dict[str, Any]:
-    """Losses, accuracy and mean gates, on the same batches every time, so that differences are the model's."""
-    scores = []
+def evaluate(net: nn.Module, model: NSALanguageModel, text: Text, settings: Settings, runtime: Runtime) -> Evaluation:
+    """Losses, accuracy and gates, on the same batches every time, so that differences are the model's."""
+    rows, length, scores = settings.batch_size, settings.context, {}
     for split in ("train", "val"):
         seeds = [seed_of(settings.seed, "evaluation", number) for number in range(settings.eval_batches)]
-        batches = (text.batch(split, settings.batch_size, settings.context, seed) for seed in seeds)
-        scores.append(score(net, batches, runtime))
-    gates = []  # of each layer: (local, compressed, selective)
-    if model.attention == "nsa":
-        tokens = text.val[None, : min(settings.context, 256)]  # patterns are T × T numbers: a sample will do
-        gates = [each.gates.mean((0, 1, 2)).tolist() for each in layer_patterns(model, tokens, runtime)]
-    return {"train": scores[0][0], "val": scores[1][0], "accuracy": scores[1][1], "gates": gates}
+        scores[split] = score(net, (text.batch(split, rows, length, seed) for seed in seeds), runtime)
+    patterns = layer_patterns(model, text.val[None, : min(length, 256)], runtime)  # T × T numbers: a sample will do
+    gates = [each.gates.mean((0, 1, 2)).tolist() for each in patterns]
+    return {"train": scores["train"][0], "val": scores["val"][0], "accuracy": scores["val"][1], "gates": gates}
 
 
 @torch.no_grad()
@@ -381,11 +352,11 @@ def score(net: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> tuple[f
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     net.eval()
     for batch in batches:
-        for tokens, targets in runtime.share(batch):
-            with runtime.autocast():
-                logits, loss = net(tokens, targets)
-            asked = (targets >= 0).sum()
-            totals += torch.stack([loss * asked, (logits.argmax(-1) == targets).sum(), asked])
+        tokens, targets = next(runtime.share(batch))
+        with runtime.autocast():
+            logits, loss = net(tokens, targets)
+        asked = (targets >= 0).sum()
+        totals += torch.stack([loss * asked, (logits.argmax(-1) == targets).sum(), asked])
     net.train()
     loss, right, asked = runtime.sum(totals).tolist()
     return loss / asked, right / asked
@@ -393,13 +364,11 @@ def score(net: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> tuple[f
 
 @torch.no_grad()
 def layer_patterns(model: NSALanguageModel, tokens: Tensor, runtime: Runtime) -> list[AttentionPatterns]:
-    """Attention patterns of every layer for tokens (B, T): T × T numbers for each head."""
-    patterns: list[AttentionPatterns] = []
-    hooks = []
-    for block in model.blocks:  # what norm1 returns is what attention takes
+    """Attention patterns of every NSA layer for tokens (B, T): T × T numbers for each head."""
+    patterns, hooks, training = [], [], model.training
+    for block in model.blocks if model.attention == "nsa" else ():  # what norm1 returns is what attention takes
         look = lambda _, __, x, attn=block.attn: patterns.append(attn.attention_patterns(x))  # noqa: E731
         hooks.append(block.norm1.register_forward_hook(look))
-    training = model.training
     model.eval()(tokens.to(runtime.device))
     model.train(training)
     for hook in hooks:
@@ -457,8 +426,6 @@ def first_line(problem: Exception) -> str:
 
 
 # ── Train ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass
 class Run:
     """Progress and results of training one model."""
@@ -468,12 +435,11 @@ class Run:
     iteration: int = 0
     seconds: float = 0.0  # in training steps, without evaluations
     losses: list[float] = field(default_factory=list)  # of every training batch
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
-    def best(self) -> dict[str, Any]:
-        """The evaluation with the lowest validation loss; that before the first step counts only if it is alone."""
-        return min(self.evaluations[1:] or self.evaluations, key=lambda each: each["val"])
+    def best(self) -> Evaluation:
+        return min(self.evaluations, key=lambda each: each["val"])
 
 
 class Trainer:
@@ -481,7 +447,7 @@ class Trainer:
 
     def __init__(self, model: NSALanguageModel, text: Text, settings: Settings, runtime: Runtime) -> None:
         self.model, self.text, self.settings, self.runtime = model, text, settings, runtime
-        self.best_path, self.last_path, self.log_path = files_of(model.attention, settings)
+        self.best_path, self.last_path = (settings.out / f"{model.attention}{kind}.pt" for kind in ("", ".last"))
         self.run = Run(model.attention, sum(parameter.numel() for parameter in model.parameters()))
         self.net = distribute(model, settings, runtime)
         self.optimizer = make_optimizer(model, settings)
@@ -491,15 +457,15 @@ class Trainer:
     def train(self, request: "StopRequest") -> bool:
         """Train to the last iteration and return True, or to where Ctrl-C stops it and return False."""
         run, settings, runtime = self.run, self.settings, self.runtime
-        with closing(Log(run, self.log_path, settings, runtime)) as log:
+        with closing(Log(run, settings, runtime)) as log:
             while True:
                 if runtime.sum(torch.tensor(float(request.asked))).item() > 0:  # on all processes after the same step
                     self.save(self.last_path)
                     return False
 
                 finished = run.iteration >= settings.iterations
-                evaluated = bool(run.evaluations) and run.evaluations[-1]["iteration"] == run.iteration
-                if (finished or run.iteration % settings.eval_interval == 0) and not evaluated:
+                due = finished or run.iteration % settings.eval_interval == 0
+                if due and run.iteration not in (0, *(each["iteration"] for each in run.evaluations[-1:])):
                     now = {"iteration": run.iteration, **evaluate(self.net, self.model, self.text, settings, runtime)}
                     run.evaluations.append(now)
                     log.evaluation(now)
@@ -544,19 +510,6 @@ class Trainer:
         states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(self.model, self.optimizer, **states, options=WHOLE)
 
-    def duration(self) -> float:
-        """Seconds that training will take, judged by one forward and one backward."""
-        settings, begin = self.settings, time.perf_counter()
-        batch = self.text.batch("train", settings.batch_size, settings.context, seed=0)
-        loss = self.model(*next(self.runtime.share(batch, settings.accumulate)))[1]
-        forward = time.perf_counter() - begin
-        loss.backward()
-        step = time.perf_counter() - begin
-        self.optimizer.zero_grad()
-        steps = settings.iterations - self.run.iteration
-        evaluations = 2 * settings.eval_batches * (1 + steps // settings.eval_interval)
-        return settings.accumulate * (steps * step + evaluations * forward)
-
 
 def train_step(
     net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, settings: Settings, runtime: Runtime
@@ -565,17 +518,12 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     total = torch.zeros((), device=runtime.device)
-    for part, (tokens, targets) in enumerate(runtime.share(batch, settings.accumulate), start=1):
-        last = part == settings.accumulate  # only the last backward needs to average gradients over the processes
-        if isinstance(net, DistributedDataParallel):
-            net.require_backward_grad_sync = last
-        elif isinstance(net, FSDPModule):
-            net.set_requires_gradient_sync(last)
+    for tokens, targets in runtime.share(batch, settings.accumulate):
         with runtime.autocast():
             loss = net(tokens, targets)[1] / settings.accumulate
         loss.backward()
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(net.parameters(), settings.grad_clip)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return runtime.sum(total) / runtime.world, norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -584,11 +532,13 @@ def train_step(
 class Log:
     """Every step and evaluation as JSON lines, after settings and environment; and progress on a terminal."""
 
-    def __init__(self, run: Run, path: Path, settings: Settings, runtime: Runtime) -> None:
-        self.run, self.settings, self.bar, is_first = run, settings, None, runtime.rank == 0
-        self.file = (path if is_first else Path(os.devnull)).open("a" if run.iteration else "w", encoding="utf-8")
-        environment = {"torch": torch.__version__, "python": sys.version.split()[0], "command": " ".join(sys.argv)}
-        self.write(settings=vars(settings), environment={**environment, "device": str(runtime)})
+    def __init__(self, run: Run, settings: Settings, runtime: Runtime) -> None:
+        self.run, self.settings, self.begin, self.bar = run, settings, run.iteration, None
+        self.on_cpu, is_first = runtime.device.type == "cpu", runtime.rank == 0
+        path = settings.out / f"{run.attention}.jsonl" if is_first else Path(os.devnull)
+        self.file = path.open("a" if run.iteration else "w", encoding="utf-8")
+        environment = {"torch": torch.__version__, "device": str(runtime), "command": " ".join(sys.argv)}
+        self.write(settings=vars(settings), environment=environment)
         with suppress(ImportError):
             from tqdm import tqdm
 
@@ -599,12 +549,18 @@ class Log:
         print(json.dumps(values, default=str), file=self.file, flush=True)
 
     def step(self, seconds: float, **values: float) -> None:
-        speed = self.settings.batch_size * self.settings.context / seconds
-        self.write(iteration=self.run.iteration, **values, tokens_per_second=speed)
+        run, settings = self.run, self.settings
+        speed = settings.batch_size * settings.context / seconds
+        self.write(iteration=run.iteration, **values, tokens_per_second=speed)
         if self.bar is not None and self.bar.update():  # which draws a few times a second
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
+        # A batch of an evaluation takes a third of a step.
+        minutes = seconds / 60 * (1 + 2 / 3 * settings.eval_batches / settings.eval_interval)
+        minutes *= settings.iterations - run.iteration
+        if self.on_cpu and run.iteration == self.begin + 3 and minutes > 1:
+            say(f"{run.attention}: about {minutes:,.0f} minutes to go on this CPU, at {seconds:.1f} s a step")
 
-    def evaluation(self, now: dict[str, Any]) -> None:
+    def evaluation(self, now: Evaluation) -> None:
         self.write(**now)
         if self.bar is not None:
             self.bar.clear()
@@ -638,8 +594,6 @@ class StopRequest:
 
 
 # ── Sample ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @torch.no_grad()
 def generate(
     model: NSALanguageModel, prompts: Sequence[Tensor], count: int, temperature=1.0, generator=None, use_cache=True
@@ -697,17 +651,15 @@ COLOR_MAPS = ("Blues", "Oranges", "Greens")  # of the branches
 
 
 def draw_pictures(runs: list[Run], model: NSALanguageModel, text: Text, out: Path, runtime: Runtime) -> None:
-    """Draw loss.png, and gates.png and patterns.png for NSA, and say where they are."""
     try:
         figures = {"loss.png": loss_figure(runs)}
         if model.attention == "nsa":
             figures |= {"gates.png": gates_figure(runs[0]), "patterns.png": patterns_figure(model, text, runtime)}
+        for name, figure in figures.items():
+            figure.savefig(out / name)
+        say(f"pictures: {', '.join(figures)} in {out}")
     except ImportError:
         say("pictures: skipped, matplotlib is not installed")
-        return
-    for name, figure in figures.items():
-        figure.savefig(out / name)
-    say(f"pictures: {', '.join(figures)} in {out}")
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -760,13 +712,13 @@ def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads
         for head, axes in enumerate(grid[:, column]):
             weights = getattr(patterns, branch)[0, head].float().cpu()  # (T, T), or (T, C) for compressed keys
             width = weights.shape[1] * (model.cfg.stride if branch == "compressed" else 1)
-            axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0)  # all that dense attention would look at
+            axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0, zorder=-1)  # what dense attention looks at
             weights = weights.where(weights >= 1e-3, math.nan)  # the rest stays grey
-            scale = {"norm": LogNorm(1e-3, 1.0), "cmap": COLOR_MAPS[column]}
-            image = axes.imshow(weights, **scale, extent=(0, width, T, 0), interpolation="nearest")
+            options = {"norm": LogNorm(1e-3, 1.0), "cmap": COLOR_MAPS[column], "extent": (0, width, T, 0)}
+            image = axes.imshow(weights, **options, interpolation="nearest")
             gate = patterns.gates[0, :, head, column].mean().item()
             axes.set(xlim=(0, T), ylim=(T, 0), aspect="equal", title=f"{branch}, gate {gate:.2f}")
-            axes.set(ylabel=f"head {head + 1}: query" if column == 0 else "", xlabel="key" if head + 1 == heads else "")
+            axes.set(ylabel=f"head {head + 1}: query" if column == 0 else None, xlabel="key" if head > 0 else None)
         figure.colorbar(image, ax=grid[:, column], location="bottom", shrink=0.85, aspect=30, label="attention weight")
     return figure
 
@@ -778,16 +730,16 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Stop(f"{message} (--help lists the flags)")
-
-
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Settings of the quick or the full run, with what the flags change in them."""
+
+    def refuse(message: str) -> None:
+        raise Stop(f"{message} (--help lists the flags)")
+
     summary, usage, *_ = __doc__.split("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=summary, epilog=usage, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=raw, allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("--full", action="store_true", help="the full run instead of the quick one; for a GPU")
     groups: dict[str, Any] = {}
     for each in dataclasses.fields(Settings):
@@ -799,18 +751,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
                 help += f" ({full})" if full == quick else f" ({quick}; full: {full})"
             kind = {"action": "store_true"} if each.default is False else {"type": type(each.default)}
             kind |= each.metadata["parsing"]
-            if "type" in kind and "choices" not in kind:
-                kind["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(kind["type"], "PATH")
             groups[name].add_argument(f"--{each.name.replace('_', '-')}", help=help, default=None, **kind)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = dataclasses.replace(Settings() if given.pop("full") else QUICK, **given)
-    check(settings)
-    return settings
-
-
-def check(settings: Settings) -> None:
-    """Stop unless the settings fit together; NSAConfig checks its own."""
     for each in dataclasses.fields(settings):
         value, least = getattr(settings, each.name), each.metadata.get("least")
         if least is not None and not value >= least:
@@ -821,6 +764,7 @@ def check(settings: Settings) -> None:
         raise Stop("fsdp: start several processes with torchrun --nproc-per-node N")
     if settings.resume and settings.overwrite:
         raise Stop("resume, overwrite: only one of them")
+    return settings
 
 
 def find_text(data: Path | None) -> tuple[str, str]:
@@ -848,7 +792,7 @@ def find_text(data: Path | None) -> tuple[str, str]:
 @contextmanager
 def start_runtime(settings: Settings) -> Iterator[Runtime]:
     """Find the device, and join the other processes if torchrun started this one."""
-    launched, name, dtype = "RANK" in os.environ, settings.device, settings.dtype
+    launched, name = "RANK" in os.environ, settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and launched:
@@ -859,44 +803,29 @@ def start_runtime(settings: Settings) -> Iterator[Runtime]:
     except (RuntimeError, AssertionError) as problem:
         raise Stop(f"device = {name!r}: {first_line(problem)}") from problem
     on_cuda = device.type == "cuda"
-    runtime = Runtime(device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_cuda else "float32"))
-    if not launched:
+    runtime = Runtime(device, torch.bfloat16 if on_cuda else torch.float32)
+    if launched:
+        if on_cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        runtime = dataclasses.replace(runtime, rank=dist.get_rank(), world=dist.get_world_size())
+    try:
         yield runtime
-        return
-    if on_cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    try:
-        yield dataclasses.replace(runtime, rank=dist.get_rank(), world=dist.get_world_size())
     finally:
-        dist.destroy_process_group()
+        if launched:
+            dist.destroy_process_group()
 
 
-def files_of(attention: str, settings: Settings) -> tuple[Path, Path, Path]:
-    """Checkpoints of the best and of the last state, and the log."""
-    return tuple(settings.out / f"{attention}{suffix}" for suffix in (".pt", ".last.pt", ".jsonl"))
-
-
-def claim_folder(attentions: Sequence[str], settings: Settings) -> IO[str]:
-    """Make the folder of a run, keep others out while the returned file is open, and overwrite nothing unasked."""
+def claim_folder(attentions: tuple[str, ...], settings: Settings) -> None:
+    """Make the folder of a run; no file of another run, or of one that is still going on, is overwritten unasked."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    lock = (settings.out / ".lock").open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as problem:
-        raise Stop(f"another run is writing to {settings.out}: choose another --out") from problem
-    except (ImportError, OSError):  # a system without locks
-        pass
-    there = [path for each in attentions for path in files_of(each, settings)[:2] if path.exists()]
+    there = [path for each in attentions for path in settings.out.glob(f"{each}.*") if path.suffix in (".pt", ".jsonl")]
     if settings.resume and not any(path.match("*.last.pt") for path in there):
-        raise Stop(f"nothing to resume: there is no checkpoint {files_of(attentions[0], settings)[1]}")
+        raise Stop(f"nothing to resume: there is no checkpoint {settings.out / attentions[0]}.last.pt")
     if there and not settings.resume and not settings.overwrite:
         raise Stop(f"{there[0]} exists: --resume goes on with that run, --overwrite replaces it, --out keeps it")
     for path in there if settings.overwrite else ():
         path.unlink()
-    return lock
 
 
 def run_training(settings: Settings, runtime: Runtime) -> None:
@@ -916,27 +845,25 @@ def run_training(settings: Settings, runtime: Runtime) -> None:
         models = [build_model(text.vocabulary, attention, settings) for attention in attentions]
     except (ValueError, TypeError) as problem:
         raise Stop(first_line(problem)) from problem
-    with claim_folder(attentions, settings) if runtime.rank == 0 else nullcontext():
-        with closing(StopRequest()) as request:
-            runs = [train_model(model, text, settings, runtime, request) for model in models]
-        if runtime.rank == 0:
-            report(runs, text, settings, runtime)
-
-
-def train_model(model: NSALanguageModel, text: Text, settings: Settings, runtime: Runtime, request: StopRequest) -> Run:
-    trainer = Trainer(model, text, settings, runtime)
-    run = trainer.run
-    say(f"{run.attention}: {run.parameters:,} parameters; {runtime}")
-    if runtime.device.type == "cpu" and (seconds := trainer.duration()) > 60:
-        say(f"{run.attention}: this will take about {seconds / 60:,.0f} minutes on this CPU")
-    if not trainer.train(request):
-        raise Stop(f"stopped after iteration {run.iteration} of {run.attention}; --resume goes on from there", 130)
-    return run
+    if runtime.rank == 0:
+        claim_folder(attentions, settings)
+    runs = []
+    with closing(StopRequest()) as request:
+        for model in models:
+            trainer = Trainer(model, text, settings, runtime)
+            run = trainer.run
+            say(f"{run.attention}: {run.parameters:,} parameters; {runtime}")
+            if not trainer.train(request):
+                line = f"stopped after iteration {run.iteration} of {run.attention}; --resume goes on from there"
+                raise Stop(line, 130)
+            runs.append(run)
+    if runtime.rank == 0:
+        report(runs, text, settings, runtime)
 
 
 def report(runs: list[Run], text: Text, settings: Settings, runtime: Runtime) -> None:
     """Show a sample of the best model, pictures, files and the table, which is not lost if something fails."""
-    paths = [files_of(run.attention, settings)[0] for run in runs]
+    paths = [settings.out / f"{run.attention}.pt" for run in runs]
     try:
         model, vocabulary = load_model(paths[0], runtime.device)
         say()
@@ -946,28 +873,19 @@ def report(runs: list[Run], text: Text, settings: Settings, runtime: Runtime) ->
         for path in paths:
             say(f"checkpoint: {path}")
     finally:
-        say(loss_table(runs, settings))
+        say(f"\n{loss_table(runs, settings)}")
         p = text.train.bincount() / len(text.train)
-        chance = -torch.special.xlogy(p, p).sum().item()
-        say(f"for comparison, knowing only how frequent each character is: {chance:.2f}")
+        say(f"for comparison, knowing only how frequent each character is: {-torch.special.xlogy(p, p).sum():.2f}")
 
 
 def loss_table(runs: list[Run], settings: Settings) -> str:
-    rows = [("", [run.attention for run in runs])]
-    rows += [("validation loss, best", [f"{run.best['val']:.4f}" for run in runs])]
-    rows += [("training loss, then", [f"{run.best['train']:.4f}" for run in runs])]
-    rows += [("at iteration", [f"{run.best['iteration']}" for run in runs])]
-    rows += [("parameters", [f"{run.parameters:,}" for run in runs])]
-    tokens = settings.batch_size * settings.context * runs[0].iteration
-    rows += [("tokens/s", [f"{tokens / run.seconds:,.0f}" for run in runs])]
-    rows += [("seconds of training", [f"{run.seconds:.1f}" for run in runs])]
-    return "\n" + "\n".join(f"{title:<24}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows)
-
-
-def run_generation(settings: Settings, runtime: Runtime) -> None:
-    path = files_of("dense" if settings.attention == "dense" else "nsa", settings)[0]
-    model, vocabulary = load_model(path, runtime.device)
-    say_text(model, vocabulary, settings, runtime)
+    columns = [("", "validation loss, best", "training loss, then", "at iteration", "parameters", "tokens/s")]
+    for run in runs:
+        best, speed = run.best, settings.batch_size * settings.context * run.iteration / run.seconds
+        losses = (f"{best['val']:.4f}", f"{best['train']:.4f}", f"{best['iteration']}")
+        columns.append((run.attention, *losses, f"{run.parameters:,}", f"{speed:,.0f}"))
+    rows = zip(*columns, strict=True)
+    return "\n".join(f"{title:<24}" + "".join(f"{cell:>12}" for cell in cells) for title, *cells in rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -977,7 +895,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = parse_settings(arguments)
         with start_runtime(settings) as runtime:
-            (run_generation if settings.generate else run_training)(settings, runtime)
+            if settings.generate:
+                name = "dense.pt" if settings.attention == "dense" else "nsa.pt"
+                say_text(*load_model(settings.out / name, runtime.device), settings, runtime)
+            else:
+                run_training(settings, runtime)
     except Stop as reason:
         line, exit_code = (*reason.args, 2)[:2]
     except BrokenPipeError:  # nobody reads on, as behind `| head`
