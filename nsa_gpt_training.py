@@ -102,7 +102,7 @@ class Settings:
 
 QUICK = Settings(
     **{"attention": "both", "out": HERE / "out" / "quick", "sample_length": 200, "layers": 2, "dim": 128, "heads": 4},
-    **{"dropout": 0.0, "value_dropout": 0.0, "local_window": 32, "block_size": 16, "iterations": 100, "batch_size": 8},
+    **{"dropout": 0.0, "value_dropout": 0.0, "local_window": 32, "block_size": 8, "iterations": 100, "batch_size": 6},
     **{"learning_rate": 3e-3, "warmup": 20, "eval_interval": 20, "eval_batches": 4},
 )
 
@@ -557,7 +557,7 @@ class Log:
         # A batch of an evaluation takes a third of a step.
         minutes = seconds / 60 * (1 + 2 / 3 * settings.eval_batches / settings.eval_interval)
         minutes *= settings.iterations - run.iteration
-        if self.on_cpu and run.iteration == self.begin + 3 and minutes > 1:
+        if self.on_cpu and run.iteration == self.begin + 1 and minutes > 1:
             say(f"{run.attention}: about {minutes:,.0f} minutes to go on this CPU, at {seconds:.1f} s a step")
 
     def evaluation(self, now: Evaluation) -> None:
