@@ -275,12 +275,15 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def nsa_config(settings: Settings) -> NSAConfig:
+    shared = {each.name for each in dataclasses.fields(NSAConfig)} & vars(settings).keys()
+    return NSAConfig(seq_len=settings.context, **{name: getattr(settings, name) for name in shared})
+
+
 def build_model(vocabulary: str, attention: str, settings: Settings) -> NSALanguageModel:
     """The model that these settings describe, on the CPU, the same on every machine."""
     torch.manual_seed(seed_of(settings.seed, "weights"))
-    shared = {each.name for each in dataclasses.fields(NSAConfig)} & vars(settings).keys()
-    cfg = NSAConfig(seq_len=settings.context, **{name: getattr(settings, name) for name in shared})
-    model = NSALanguageModel(len(vocabulary), cfg, settings.layers, attention)
+    model = NSALanguageModel(len(vocabulary), nsa_config(settings), settings.layers, attention)
     drop_values(model, settings.value_dropout)
     return model
 

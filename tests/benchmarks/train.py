@@ -2,7 +2,7 @@
 
     python tests/benchmarks/train.py                                    # context 2k, 8k and 32k, eager
     python tests/benchmarks/train.py --compile                          # both compiled
-    python tests/benchmarks/train.py --compile --graphs                 # and both in CUDA graphs
+    python tests/benchmarks/train.py --graphs                           # and both in CUDA graphs
     python tests/benchmarks/train.py --contexts 32768 --recompute       # activation checkpointing
     python tests/benchmarks/train.py --paper                            # the paper's block sizes and window
     python tests/benchmarks/train.py --kv-heads 4                       # grouped queries, for both
@@ -17,66 +17,75 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import nsa_gpt_training as script  # noqa: E402
 
 VOCABULARY = 50304
-MODEL = dataclasses.replace(
-    script.FULL,
-    **{"layers": 12, "dim": 768, "heads": 12, "rope_theta": 10000.0, "dropout": 0.0, "value_dropout": 0.0},
-    gate_init=(0.0, 0.0, 0.0),
-)
-PAPER = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16,
-         "init_blocks": 1, "local_blocks": 2}  # fmt: skip
+MODEL = dataclasses.replace(script.Settings(), layers=12, dim=768, heads=12, dropout=0.0, value_dropout=0.0)
+PAPER = {"local_window": 512, "block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16}
+PAPER_FORCED = {"init_blocks": 1, "local_blocks": 2}
 MEDIUM = {"local_window": 128, "block_size": 32, "topk_blocks": 4}
 LONG = {"local_window": 256, "block_size": 64, "topk_blocks": 8}
 
 
 def settings_for(context: int, args: argparse.Namespace) -> script.Settings:
-    """As many sequences as make up --tokens, at least one."""
-    names = ("kv_heads", "compression", "compile", "graphs", "recompute", "accumulate")
-    given = {name: getattr(args, name) for name in names}
+    """Settings with as many sequences as make up --tokens, at least one."""
+    given = {name: getattr(args, name) for name in ("kv_heads", "compression", "accumulate")}
     rows = max(args.accumulate, args.tokens // context)
     sizes = PAPER if args.paper else LONG if context >= 4096 else MEDIUM
-    return dataclasses.replace(MODEL, context=context, batch_size=rows, **sizes, **given)
+    mode = "reduce-overhead" if args.graphs else "default" if args.compile else "off"
+    return dataclasses.replace(MODEL, context=context, batch_size=rows, compile=mode, **sizes, **given)
 
 
-def step_costs(attention: str, settings: script.Settings, runtime: script.Runtime, repeats: int) -> tuple[float, float]:
-    """Median seconds of a training step, and the GiB that it takes at its peak, weights and optimizer included."""
+def build_model(attention: str, settings: script.Settings, args: argparse.Namespace) -> script.NSALanguageModel:
+    """The script's model with rotary positions and gates that start at one half."""
+    more = {"rope_theta": 10000.0, "gate_init": (0.0, 0.0, 0.0), **(PAPER_FORCED if args.paper else {})}
     torch.manual_seed(0)
-    model = script.NSALanguageModel(VOCABULARY, settings.nsa_config(), settings.layers, attention)
-    model.recompute = settings.recompute
-    script.place(model, settings, runtime)
-    optimizer = script.make_optimizer(model, settings)
+    cfg = dataclasses.replace(script.nsa_config(settings), **more)
+    model = script.NSALanguageModel(VOCABULARY, cfg, settings.layers, attention)
+    for block in model.blocks if args.recompute else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def step_costs(
+    model: script.NSALanguageModel, settings: script.Settings, runtime: script.Runtime, repeats: int
+) -> tuple[float, float]:
+    """Median seconds of a training step, and the GiB that it takes at its peak, weights and optimizer included."""
+    on_cuda = runtime.device.type == "cuda"
+    net, optimizer = script.distribute(model, settings, runtime), script.make_optimizer(model, settings)
     tokens = torch.randint(VOCABULARY, (settings.batch_size, settings.context + 1))
     batch, seconds = (tokens[:, :-1], tokens[:, 1:]), []
     for step in range(3 + repeats):  # the first ones compile, and let the optimizer make its state
-        if step == 3 and runtime.device.type == "cuda":
+        if step == 3 and on_cuda:
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
-        _, norm = script.train_step(model, optimizer, batch, 1e-4, settings, runtime)
+        _, norm = script.train_step(net, optimizer, batch, 1e-4, settings, runtime)
         float(norm)  # waits for the whole backward; an update is timed with the next step
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[3:]), runtime.peak_memory()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else float("nan")
+    return statistics.median(seconds[3:]), peak
 
 
 def row(context: int, args: argparse.Namespace, runtime: script.Runtime) -> str:
     settings, speeds, cells = settings_for(context, args), {}, []
     for attention in args.attention:
         try:
-            seconds, memory = step_costs(attention, settings, runtime, args.repeats)
+            seconds, memory = step_costs(build_model(attention, settings, args), settings, runtime, args.repeats)
         except torch.cuda.OutOfMemoryError:
             cells += ["out of memory", "–"]
         else:
             speeds[attention] = settings.batch_size * context / seconds
-            cells += [f"{speeds[attention]:,.0f}", "–" if settings.graphs else f"{memory:.1f}"]
+            cells += [f"{speeds[attention]:,.0f}", "–" if args.graphs else f"{memory:.1f}"]
         torch.compiler.reset()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -88,18 +97,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--tokens", type=int, default=32768, help="in a batch")
-    parser.add_argument("--attention", nargs="+", choices=script.ATTENTIONS, default=script.ATTENTIONS)
+    parser.add_argument("--attention", nargs="+", choices=("nsa", "dense"), default=("nsa", "dense"))
     parser.add_argument("--kv-heads", type=int, default=None)
     parser.add_argument("--compression", default=MODEL.compression)
     parser.add_argument("--paper", action="store_true", help="NSA's settings are those of the paper")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of what is compiled")
+    parser.add_argument("--graphs", action="store_true", help="compile, and run CUDA graphs")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    with script.joined_processes(dataclasses.replace(MODEL, device=args.device)) as runtime:
+    with script.start_runtime(dataclasses.replace(MODEL, device=args.device)) as runtime:
         print(f"{runtime}, torch {torch.__version__}, {' '.join(sys.argv[1:]) or 'defaults'}\n")
         names = [f"{attention}, {what}" for attention in args.attention for what in ("tokens/s", "peak GiB")]
         columns = ("context", "batch", *names, "NSA / dense")
