@@ -64,17 +64,14 @@ class Settings:
     out: Path = option("run", HERE / "out" / "full", "folder of checkpoints, logs and pictures")
     resume: bool = option("run", False, "go on with the run in --out; more --iterations extend a finished one")
     overwrite: bool = option("run", False, "replace the checkpoints of an earlier run in --out")
-
     generate: bool = option("sample", False, "train nothing; continue --prompt with the model in --out")
     prompt: list[str] | None = option("sample", None, "texts to continue; default: a new line", nargs="+", type=str)
     sample_length: int = option("sample", 500, "characters to generate", 0)
     temperature: float = option("sample", 0.8, "below 1 is safer, above 1 bolder", 0.01)
-
     device: str = option("device", "auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     compile: str = option("device", "off", "torch.compile and its mode", choices=("off", "default", "reduce-overhead"))
     fsdp: bool = option("device", False, "shard the model over processes (FSDP2) instead of copying it (DDP)")
     accumulate: int = option("device", 1, "save memory: parts of a batch, one after the other", 1)
-
     layers: int = option("model", 6, "blocks of attention and feed-forward", 1)
     dim: int = option("model", 384, "width")
     heads: int = option("model", 6, "query heads")
@@ -82,7 +79,6 @@ class Settings:
     context: int = option("model", 256, "tokens that the model sees; a token is a character", 1)
     dropout: float = option("model", 0.2, "dropout on embeddings, attention output and feed-forward")
     value_dropout: float = option("model", 0.35, "dropout on the values of whole tokens, for each head", 0)
-
     local_window: int = option("NSA", 64, "tokens of the local branch")
     block_size: int = option("NSA", 32, "tokens in a compressed block")
     stride: int | None = option("NSA", None, "tokens between starts of blocks; default: block size", type=int)
@@ -90,11 +86,10 @@ class Settings:
     topk_blocks: int = option("NSA", 4, "blocks that a query selects")
     compression: str = option("NSA", "grouped_mlp", "block to vector", choices=("grouped_mlp", "conv1d", "avgpool"))
     gate_mode: str = option("NSA", "q_cond", "learned numbers, or linear in the input", choices=("static", "q_cond"))
-
     seed: int = option("training", 1337, "seed of weights, batches, dropout and samples")
-    iterations: int = option("length", 5000, "optimizer steps", 1)
     batch_size: int = option("training", 64, "sequences in a batch, over all processes", 1)
     learning_rate: float = option("training", 1e-3, "peak; it decays to a tenth along a cosine", 0)
+    iterations: int = option("length", 5000, "optimizer steps", 1)
     eval_interval: int = option("length", 250, "iterations between evaluations", 1)
     eval_batches: int = 200  # of each split
     warmup: int = 100
@@ -167,7 +162,7 @@ def encode(text: str, vocabulary: str) -> Tensor:
 
 def seed_of(*use: Any) -> int:
     """A seed for each use of random numbers."""
-    return int.from_bytes(hashlib.sha256(repr(use).encode()).digest()[:4])
+    return int.from_bytes(hashlib.sha256(repr(use).encode()).digest()[:4], "big")
 
 
 # ── Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -463,7 +458,7 @@ class Trainer:
         with closing(Log(run, settings, runtime)) as log:
             while True:
                 if runtime.sum(torch.tensor(float(request.asked))).item() > 0:  # on all processes after the same step
-                    self.save(self.last_path)
+                    self.save(*[self.last_path][: run.iteration])  # before the first step there is nothing to save
                     return False
 
                 finished = run.iteration >= settings.iterations
@@ -490,9 +485,7 @@ class Trainer:
                 log.step(seconds, loss=run.losses[-1], learning_rate=rate, gradient_norm=norm.item())
 
     def save(self, *paths: Path) -> None:
-        """Gather the state of all processes and write it on the first; before the first step there is none."""
-        if self.run.iteration == 0:
-            return
+        """Gather the state of all processes and write it on the first."""
         weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)
         state = {"model": weights, "optimizer": moments, "run": vars(self.run), "settings": identity(self.settings)}
         state |= {"vocabulary": self.text.vocabulary, "text": self.text.digest}
@@ -606,9 +599,11 @@ def generate(
     NSA computes each token once and keeps keys and values in an NSACache for each layer. When the longest sequence
     fills the model's context, all go on from the last half of it.
     """
-    limit, device = model.cfg.seq_len, model.token_embedding.weight.device
-    make = lambda block: NSACache(block.attn.cfg, len(prompts), limit, device=device)  # noqa: E731
-    caches = [make(block) for block in model.blocks] if use_cache and model.attention == "nsa" else None
+    weight, limit = model.token_embedding.weight, model.cfg.seq_len
+    device, options = weight.device, {"max_len": limit, "device": weight.device, "dtype": weight.dtype}
+    caches = None  # dense attention, or without `use_cache`: all tokens are computed anew for each one
+    if use_cache and model.attention == "nsa":
+        caches = [NSACache(block.attn.cfg, len(prompts), **options) for block in model.blocks]
     rows = [prompt.to(device)[-limit:] for prompt in prompts]
     new = rows  # tokens that are not in the caches
     for _ in range(count):
@@ -665,16 +660,11 @@ def draw_pictures(runs: list[Run], model: NSALanguageModel, text: Text, out: Pat
         say("pictures: skipped, matplotlib is not installed")
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure that needs no screen."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
-
-
 def loss_figure(runs: list[Run]) -> Any:
     """Loss of every training batch, thin, and of the evaluations."""
-    figure = new_figure(8, 4.5)
+    from matplotlib.figure import Figure  # which needs no screen
+
+    figure = Figure((8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="cross-entropy of a token, nats")
     for run in runs:
         color = COLORS[run.attention]
@@ -689,8 +679,10 @@ def loss_figure(runs: list[Run]) -> Any:
 
 def gates_figure(run: Run) -> Any:
     """Mean gate of each branch over training, a panel for each layer."""
+    from matplotlib.figure import Figure
+
     layers, iterations = len(run.evaluations[0]["gates"]), [each["iteration"] for each in run.evaluations]
-    figure = new_figure(2 + 1.6 * layers, 2.8)
+    figure = Figure((2 + 1.6 * layers, 2.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
     for layer, axes in enumerate(panels):
         for number, (branch, line) in enumerate(zip(BRANCHES, ("-", "--", ":"), strict=True)):  # they may coincide
@@ -706,10 +698,11 @@ def gates_figure(run: Run) -> Any:
 def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads: int = 2) -> Any:
     """Keys that each query looks at in the last layer: rows are the first heads, columns the branches."""
     from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
 
     T, heads = model.cfg.seq_len, min(heads, model.cfg.heads)
     patterns = layer_patterns(model, text.val[None, :T], runtime)[-1]
-    figure = new_figure(9, 0.9 + 2.85 * heads)
+    figure = Figure((9, 0.9 + 2.85 * heads), dpi=150, layout="constrained")
     grid = figure.subplots(heads, len(BRANCHES), sharex=True, sharey=True, squeeze=False)
     for column, branch in enumerate(BRANCHES):
         for head, axes in enumerate(grid[:, column]):
@@ -718,7 +711,7 @@ def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads
             axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0, zorder=-1)  # what dense attention looks at
             weights = weights.where(weights >= 1e-3, math.nan)  # the rest stays grey
             options = {"norm": LogNorm(1e-3, 1.0), "cmap": COLOR_MAPS[column], "extent": (0, width, T, 0)}
-            image = axes.imshow(weights, **options, interpolation="nearest")
+            image = axes.imshow(weights.numpy(), **options, interpolation="nearest")
             gate = patterns.gates[0, :, head, column].mean().item()
             axes.set(xlim=(0, T), ylim=(T, 0), aspect="equal", title=f"{branch}, gate {gate:.2f}")
             axes.set(ylabel=f"head {head + 1}: query" if column == 0 else None, xlabel="key" if head > 0 else None)

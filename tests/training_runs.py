@@ -1,7 +1,8 @@
-"""What the tests of the training example share: a tiny run, its text, and ways to start it."""
+"""Helpers for the tests of the training script: a tiny run, its text, and ways to start it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -13,19 +14,10 @@ import nsa_gpt_training as script
 WORDS = ["attention", "block", "gate", "key", "local", "query", "sparse", "token", "value", "window", "\n"]
 TINY = dataclasses.replace(
     script.QUICK,
-    layers=2,
-    dim=32,
-    heads=2,
-    context=32,
-    local_window=8,
-    block_size=8,
-    iterations=6,
-    batch_size=4,
-    warmup=2,
-    eval_interval=3,
-    eval_batches=2,
-    sample_length=20,
+    **{"attention": "nsa", "layers": 2, "dim": 32, "heads": 2, "context": 32, "local_window": 8, "block_size": 8},
+    **{"topk_blocks": 2, "iterations": 7, "batch_size": 4, "eval_interval": 3, "sample_length": 20},
 )
+CPU = script.Runtime(torch.device("cpu"), torch.float32)
 
 
 def write_words(path: Path) -> Path:
@@ -36,40 +28,31 @@ def write_words(path: Path) -> Path:
 
 
 def flags(settings: script.Settings) -> list[str]:
-    """The command line that says the same as `settings`."""
+    """Command line that says the same as `settings`."""
     line = []
     for each in dataclasses.fields(settings):
         value, flag = getattr(settings, each.name), "--" + each.name.replace("_", "-")
-        if isinstance(value, bool):
-            line += [flag if value else flag.replace("--", "--no-", 1)]
-        elif isinstance(value, tuple):
-            line += [flag, *map(str, value)] if value else []
-        elif value is not None:
-            line += [f"{flag}={value}"]
+        if each.metadata and value is not None and value is not False:
+            words = () if value is True else value if isinstance(value, list) else (value,)
+            line += [flag, *map(str, words)]
     return line
 
 
-def prepare(settings: script.Settings) -> tuple[script.Runtime, script.Data, script.Batches]:
-    with script.joined_processes(settings) as runtime:
-        data = script.load_data(settings, runtime)
-    return runtime, data, script.fixed_batches(data, settings)
-
-
-def make_trainer(settings: script.Settings, attention: str) -> script.Trainer:
+def make_trainer(settings: script.Settings, attention: str = "nsa") -> script.Trainer:
     settings.out.mkdir(exist_ok=True)
-    runtime, data, batches = prepare(settings)
-    model = script.build_model(data, attention, settings)
-    return script.Trainer(model, data, batches, settings, runtime)
+    text = script.Text(*script.find_text(settings.data))
+    return script.Trainer(script.build_model(text.vocabulary, attention, settings), text, settings, CPU)
 
 
-def train(trainer: script.Trainer) -> script.Run:
-    with script.Log(trainer.settings, trainer.runtime) as log:
-        return trainer.train(log)
+def train(trainer: script.Trainer) -> bool:
+    """Train until the end, or until a signal asks to stop."""
+    with contextlib.closing(script.StopRequest()) as request:
+        return trainer.train(request)
 
 
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str], exit_code: int = 2) -> str:
-    """The one line on stderr with which the script turns these arguments down."""
+def complaint(capfd: pytest.CaptureFixture[str], arguments: list[str], exit_code: int = 2) -> str:
+    """The one line on stderr with which the script refuses these arguments."""
     assert script.main(arguments) == exit_code, f"exit code of {arguments}"
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, f"{len(lines)} lines on stderr: {lines}"
     return lines[0]

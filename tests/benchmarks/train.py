@@ -85,7 +85,8 @@ def row(context: int, args: argparse.Namespace, runtime: script.Runtime) -> str:
             cells += ["out of memory", "–"]
         else:
             speeds[attention] = settings.batch_size * context / seconds
-            cells += [f"{speeds[attention]:,.0f}", "–" if args.graphs else f"{memory:.1f}"]
+            known = runtime.device.type == "cuda" and not args.graphs
+            cells += [f"{speeds[attention]:,.0f}", f"{memory:.1f}" if known else "–"]
         torch.compiler.reset()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
