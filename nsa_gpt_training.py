@@ -2,7 +2,7 @@
 
     python nsa_gpt_training.py                                quick run: both attentions, half a minute on a CPU
     python nsa_gpt_training.py --full                         full run: 14 M parameters, 5000 iterations, for a GPU
-    python nsa_gpt_training.py --full --data book.txt         any UTF-8 text; Tiny Shakespeare if none is given
+    python nsa_gpt_training.py --data book.txt                any UTF-8 text; Tiny Shakespeare if none is given
     python nsa_gpt_training.py --full --resume                go on where a run was stopped
     python nsa_gpt_training.py --generate --prompt "To be"    write on with the model of the quick run
     torchrun --nproc-per-node 8 nsa_gpt_training.py --full    one process for each GPU: same batches, same losses
@@ -128,8 +128,8 @@ class Runtime:
         return x
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {dtype}" + (f", {self.world} processes" if self.world > 1 else "")
+        name = f"{self.device}, {self.dtype}".replace("torch.", "")
+        return name if self.world == 1 else f"{name}, {self.world} processes"
 
 
 def say(line: str = "", end: str = "\n") -> None:
@@ -149,8 +149,8 @@ class Text:
 
     def batch(self, split: str, rows: int, length: int, seed: int) -> Batch:
         """Random windows (rows, length) of a split, and the same windows one character later."""
-        tokens: Tensor = getattr(self, split)
-        starts = torch.randint(len(tokens) - length, (rows, 1), generator=torch.Generator().manual_seed(seed))
+        tokens, generator = getattr(self, split), torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(tokens) - length, (rows, 1), generator=generator)
         windows = tokens[starts + torch.arange(length + 1)]  # (rows, length + 1)
         return windows[:, :-1], windows[:, 1:]
 
@@ -193,7 +193,7 @@ class NSALanguageModel(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, caches=None, mask=None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, vocabulary) of tokens (B, T), and their mean cross-entropy with targets (B, T) or None.
+        """Logits (B, T, vocabulary) of tokens (B, T), and their mean cross-entropy with targets (B, T) other than -100.
 
         With an NSACache for each block, tokens follow those in the caches; `mask` (B, T) is False at padding.
         """
@@ -210,7 +210,6 @@ class NSALanguageModel(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x) if caches is None else block(x, cache=caches[number], key_padding_mask=mask)
         logits = self.head(self.norm(x))
-        # Targets of -100 are not asked for.
         loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -319,17 +318,15 @@ def make_optimizer(model: NSALanguageModel, settings: Settings) -> torch.optim.A
         is_matrix = parameter.ndim >= 2 and not name.endswith(("embedding.weight", "position", "gate_bias"))
         (decayed if is_matrix else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    fused = decayed[0].device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=fused)
+    return torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.99), fused=decayed[0].is_cuda)
 
 
 def learning_rate(iteration: int, settings: Settings) -> float:
     """Linear warm-up to the peak, then a cosine down to a tenth of it at the last iteration."""
-    peak, warmup = settings.learning_rate, settings.warmup
-    if iteration < warmup:
-        return peak * (iteration + 1) / (warmup + 1)
-    progress = (iteration - warmup) / max(1, settings.iterations - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    if iteration < settings.warmup:
+        return settings.learning_rate * (iteration + 1) / (settings.warmup + 1)
+    progress = (iteration - settings.warmup) / max(1, settings.iterations - settings.warmup)
+    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 # ── Evaluate ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -379,26 +376,14 @@ def layer_patterns(model: NSALanguageModel, tokens: Tensor, runtime: Runtime) ->
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file, however many processes there are
 
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a file that is whole at any moment, the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:  # PyTorch has its own words for a full disk
-        temporary.unlink(missing_ok=True)
-        raise Stop(f"cannot write {path}: {first_line(problem)}", 1) from problem
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a checkpoint. The checksums of the zip archive find damage, and no code inside is run."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
+            damaged = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "optimizer", "run", "settings", "vocabulary", "text"} <= set(state):
-            raise ValueError("it is of another program or version")
+        if damaged or not {"model", "optimizer", "run", "settings", "vocabulary", "text"} <= set(state):
+            raise ValueError("it is damaged, or of another program or version")
     except Exception as problem:  # depends on where the file is damaged
         raise Stop(f"cannot read the checkpoint {path}: {first_line(problem)}") from problem
     return state
@@ -458,7 +443,8 @@ class Trainer:
         with closing(Log(run, settings, runtime)) as log:
             while True:
                 if runtime.sum(torch.tensor(float(request.asked))).item() > 0:  # on all processes after the same step
-                    self.save(*[self.last_path][: run.iteration])  # before the first step there is nothing to save
+                    if run.iteration > 0:  # else there is no optimizer state yet
+                        self.save(self.last_path)
                     return False
 
                 finished = run.iteration >= settings.iterations
@@ -490,7 +476,13 @@ class Trainer:
         state = {"model": weights, "optimizer": moments, "run": vars(self.run), "settings": identity(self.settings)}
         state |= {"vocabulary": self.text.vocabulary, "text": self.text.digest}
         for path in paths if self.runtime.rank == 0 else ():
-            save_checkpoint(state, path)
+            temporary = path.with_suffix(".tmp")
+            try:
+                torch.save(state, temporary)
+                os.replace(temporary, path)  # a file is whole at any moment, the old one or the new one
+            except (OSError, RuntimeError) as problem:  # PyTorch has its own words for a full disk
+                temporary.unlink(missing_ok=True)
+                raise Stop(f"cannot write {path}: {first_line(problem)}", 1) from problem
 
     def resume(self) -> None:
         """Load the last state, to go on as if the run had never been stopped."""
@@ -538,8 +530,8 @@ class Log:
         with suppress(ImportError):
             from tqdm import tqdm
 
-            title = {"desc": run.attention, "initial": run.iteration, "total": settings.iterations}
-            self.bar = tqdm(**title, leave=False, disable=None if is_first else True)  # None: unless on a terminal
+            options = {"leave": False, "disable": None if is_first else True}  # None: unless on a terminal
+            self.bar = tqdm(desc=run.attention, initial=run.iteration, total=settings.iterations, **options)
 
     def write(self, **values: Any) -> None:
         print(json.dumps(values, default=str), file=self.file, flush=True)
@@ -550,9 +542,8 @@ class Log:
         self.write(iteration=run.iteration, **values, tokens_per_second=speed)
         if self.bar is not None and self.bar.update():  # which draws a few times a second
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
-        # A batch of an evaluation takes a third of a step.
-        minutes = seconds / 60 * (1 + 2 / 3 * settings.eval_batches / settings.eval_interval)
-        minutes *= settings.iterations - run.iteration
+        evaluation = 2 / 3 * settings.eval_batches / settings.eval_interval  # a batch of it takes a third of a step
+        minutes = seconds / 60 * (settings.iterations - run.iteration) * (1 + evaluation)
         if self.on_cpu and run.iteration == self.begin + 1 and minutes > 1:
             say(f"{run.attention}: about {minutes:,.0f} minutes to go on this CPU, at {seconds:.1f} s a step")
 
@@ -560,9 +551,9 @@ class Log:
         self.write(**now)
         if self.bar is not None:
             self.bar.clear()
-        last = self.settings.iterations
+        position = f"{now['iteration']:>{len(str(self.settings.iterations))}}/{self.settings.iterations}"
         losses = f"loss {now['train']:.4f}  validation {now['val']:.4f}  accuracy {now['accuracy']:.3f}"
-        say(f"{self.run.attention:<5} {now['iteration']:>{len(str(last))}}/{last}  {losses}")
+        say(f"{self.run.attention:<5} {position}  {losses}")
 
     def close(self) -> None:
         self.file.close()
@@ -599,25 +590,24 @@ def generate(
     NSA computes each token once and keeps keys and values in an NSACache for each layer. When the longest sequence
     fills the model's context, all go on from the last half of it.
     """
-    weight, limit = model.token_embedding.weight, model.cfg.seq_len
-    device, options = weight.device, {"max_len": limit, "device": weight.device, "dtype": weight.dtype}
-    caches = None  # dense attention, or without `use_cache`: all tokens are computed anew for each one
+    weight, limit, caches = model.token_embedding.weight, model.cfg.seq_len, []
     if use_cache and model.attention == "nsa":
-        caches = [NSACache(block.attn.cfg, len(prompts), **options) for block in model.blocks]
-    rows = [prompt.to(device)[-limit:] for prompt in prompts]
-    new = rows  # tokens that are not in the caches
+        room = {"max_len": limit, "device": weight.device, "dtype": weight.dtype}
+        caches = [NSACache(block.attn.cfg, len(prompts), **room) for block in model.blocks]
+    new = rows = [prompt.to(weight.device)[-limit:] for prompt in prompts]  # new: tokens that are not in the caches
     for _ in range(count):
-        lengths = torch.tensor([len(row) for row in new], device=device)
+        lengths = torch.tensor([len(row) for row in new], device=weight.device)
         tokens = nn.utils.rnn.pad_sequence(new, batch_first=True)  # padded on the right, where a causal model is blind
-        mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None] if len(set(map(len, new))) > 1 else None
-        logits = model(tokens, caches=caches, mask=mask)[0][torch.arange(len(new), device=device), lengths - 1]
+        is_token = torch.arange(tokens.shape[1], device=weight.device) < lengths[:, None]
+        mask = is_token if len(set(map(len, new))) > 1 else None
+        logits = model(tokens, caches=caches or None, mask=mask)[0][torch.arange(len(new)), lengths - 1]
         drawn = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
         yield drawn[:, 0]
         rows = [torch.cat(pair) for pair in zip(rows, drawn, strict=True)]
-        new = rows if caches is None else list(drawn)
+        new = list(drawn) if caches else rows
         if max(map(len, rows)) > limit:
             new = rows = [row[-max(1, limit // 2) :] for row in rows]
-            for cache in caches or ():
+            for cache in caches:
                 cache.reset()
 
 
@@ -655,9 +645,9 @@ def draw_pictures(runs: list[Run], model: NSALanguageModel, text: Text, out: Pat
             figures |= {"gates.png": gates_figure(runs[0]), "patterns.png": patterns_figure(model, text, runtime)}
         for name, figure in figures.items():
             figure.savefig(out / name)
-        say(f"pictures: {', '.join(figures)} in {out}")
+        say(f"\npictures: {', '.join(figures)} in {out}")
     except ImportError:
-        say("pictures: skipped, matplotlib is not installed")
+        say("\npictures: skipped, matplotlib is not installed")
 
 
 def loss_figure(runs: list[Run]) -> Any:
@@ -697,7 +687,6 @@ def gates_figure(run: Run) -> Any:
 
 def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads: int = 2) -> Any:
     """Keys that each query looks at in the last layer: rows are the first heads, columns the branches."""
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     T, heads = model.cfg.seq_len, min(heads, model.cfg.heads)
@@ -709,9 +698,9 @@ def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads
             weights = getattr(patterns, branch)[0, head].float().cpu()  # (T, T), or (T, C) for compressed keys
             width = weights.shape[1] * (model.cfg.stride if branch == "compressed" else 1)
             axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0, zorder=-1)  # what dense attention looks at
-            weights = weights.where(weights >= 1e-3, math.nan)  # the rest stays grey
-            options = {"norm": LogNorm(1e-3, 1.0), "cmap": COLOR_MAPS[column], "extent": (0, width, T, 0)}
-            image = axes.imshow(weights.numpy(), **options, interpolation="nearest")
+            scale = {"norm": "log", "vmin": 1e-3, "vmax": 1.0, "cmap": COLOR_MAPS[column]}
+            seen = weights.where(weights >= 1e-3, math.nan).numpy()  # the rest stays grey
+            image = axes.imshow(seen, **scale, extent=(0, width, T, 0), interpolation="nearest")
             gate = patterns.gates[0, :, head, column].mean().item()
             axes.set(xlim=(0, T), ylim=(T, 0), aspect="equal", title=f"{branch}, gate {gate:.2f}")
             axes.set(ylabel=f"head {head + 1}: query" if column == 0 else None, xlabel="key" if head > 0 else None)
@@ -794,8 +783,7 @@ def start_runtime(settings: Settings) -> Iterator[Runtime]:
     if name == "cuda" and launched:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        device = torch.zeros(1).to(name).cpu().to(name).device  # fails here and now if it cannot be used
     except (RuntimeError, AssertionError) as problem:
         raise Stop(f"device = {name!r}: {first_line(problem)}") from problem
     on_cuda = device.type == "cuda"
@@ -859,15 +847,13 @@ def run_training(settings: Settings, runtime: Runtime) -> None:
 
 def report(runs: list[Run], text: Text, settings: Settings, runtime: Runtime) -> None:
     """Show a sample of the best model, pictures, files and the table, which is not lost if something fails."""
-    paths = [settings.out / f"{run.attention}.pt" for run in runs]
+    files = [f"{run.attention}.pt" for run in runs]
     try:
-        model, vocabulary = load_model(paths[0], runtime.device)
+        model, vocabulary = load_model(settings.out / files[0], runtime.device)
         say()
         say_text(model, vocabulary, settings, runtime)
-        say()
         draw_pictures(runs, model, text, settings.out, runtime)
-        for path in paths:
-            say(f"checkpoint: {path}")
+        say(f"checkpoints: {', '.join(files)} in {settings.out}")
     finally:
         say(f"\n{loss_table(runs, settings)}")
         p = text.train.bincount() / len(text.train)
@@ -884,18 +870,18 @@ def loss_table(runs: list[Run], settings: Settings) -> str:
     return "\n".join(f"{title:<24}" + "".join(f"{cell:>12}" for cell in cells) for title, *cells in rows)
 
 
+def run_generation(settings: Settings, runtime: Runtime) -> None:
+    name = "dense.pt" if settings.attention == "dense" else "nsa.pt"
+    say_text(*load_model(settings.out / name, runtime.device), settings, runtime)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot spell ends no run
     line, exit_code = "", 0
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot spell ends no run
     try:
         settings = parse_settings(arguments)
         with start_runtime(settings) as runtime:
-            if settings.generate:
-                name = "dense.pt" if settings.attention == "dense" else "nsa.pt"
-                say_text(*load_model(settings.out / name, runtime.device), settings, runtime)
-            else:
-                run_training(settings, runtime)
+            (run_generation if settings.generate else run_training)(settings, runtime)
     except Stop as reason:
         line, exit_code = (*reason.args, 2)[:2]
     except BrokenPipeError:  # nobody reads on, as behind `| head`
