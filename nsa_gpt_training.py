@@ -544,7 +544,7 @@ class Log:
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
         evaluation = 2 / 3 * settings.eval_batches / settings.eval_interval  # a batch of it takes a third of a step
         minutes = seconds / 60 * (settings.iterations - run.iteration) * (1 + evaluation)
-        if self.on_cpu and run.iteration == self.begin + 1 and minutes > 1:
+        if self.on_cpu and run.iteration == self.begin + 2 and minutes > 1:
             say(f"{run.attention}: about {minutes:,.0f} minutes to go on this CPU, at {seconds:.1f} s a step")
 
     def evaluation(self, now: Evaluation) -> None:
