@@ -183,8 +183,9 @@ class NSALanguageModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
         self.position_embedding = nn.Embedding(cfg.seq_len, cfg.dim) if cfg.rope_theta is None else None
         self.dropout = nn.Dropout(cfg.dropout)
-        Block = {"nsa": NSABlock, "dense": DenseBlock}[attention]
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(layers))
+        if attention not in ("nsa", "dense"):
+            raise ValueError(f"attention = {attention!r}: must be 'nsa' or 'dense'")
+        self.blocks = nn.ModuleList((NSABlock if attention == "nsa" else DenseBlock)(cfg) for _ in range(layers))
         self.norm = nn.LayerNorm(cfg.dim, bias=cfg.bias)
         self.head = nn.Linear(cfg.dim, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
@@ -372,7 +373,6 @@ def layer_patterns(model: NSALanguageModel, tokens: Tensor, runtime: Runtime) ->
 
 
 # ── Checkpoint ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same file, however many processes there are
 
 
@@ -448,8 +448,8 @@ class Trainer:
                     return False
 
                 finished = run.iteration >= settings.iterations
-                due = finished or run.iteration % settings.eval_interval == 0
-                if due and run.iteration not in (0, *(each["iteration"] for each in run.evaluations[-1:])):
+                evaluated = [0, *(each["iteration"] for each in run.evaluations)]  # a resumed run may begin at the last
+                if (finished or run.iteration % settings.eval_interval == 0) and run.iteration not in evaluated:
                     now = {"iteration": run.iteration, **evaluate(self.net, self.model, self.text, settings, runtime)}
                     run.evaluations.append(now)
                     log.evaluation(now)
@@ -633,7 +633,6 @@ def say_text(model: NSALanguageModel, vocabulary: str, settings: Settings, runti
 
 
 # ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 COLORS = {"nsa": "#c2410c", "dense": "#1d4ed8", "local": "#1d6fb8", "compressed": "#d9690f", "selective": "#2b8a3e"}
 COLOR_MAPS = ("Blues", "Oranges", "Greens")  # of the branches
 
@@ -698,18 +697,17 @@ def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads
             weights = getattr(patterns, branch)[0, head].float().cpu()  # (T, T), or (T, C) for compressed keys
             width = weights.shape[1] * (model.cfg.stride if branch == "compressed" else 1)
             axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0, zorder=-1)  # what dense attention looks at
-            scale = {"norm": "log", "vmin": 1e-3, "vmax": 1.0, "cmap": COLOR_MAPS[column]}
-            seen = weights.where(weights >= 1e-3, math.nan).numpy()  # the rest stays grey
-            image = axes.imshow(seen, **scale, extent=(0, width, T, 0), interpolation="nearest")
+            scale = {"norm": "log", "vmin": 1e-3, "vmax": 1.0, "cmap": COLOR_MAPS[column], "extent": (0, width, T, 0)}
+            image = axes.imshow(weights.where(weights >= 1e-3, math.nan).numpy(), interpolation="nearest", **scale)
             gate = patterns.gates[0, :, head, column].mean().item()
             axes.set(xlim=(0, T), ylim=(T, 0), aspect="equal", title=f"{branch}, gate {gate:.2f}")
-            axes.set(ylabel=f"head {head + 1}: query" if column == 0 else None, xlabel="key" if head > 0 else None)
+            axes.set_ylabel(f"head {head + 1}: query" if column == 0 else "")
+        grid[-1, column].set_xlabel("key")
         figure.colorbar(image, ax=grid[:, column], location="bottom", shrink=0.85, aspect=30, label="attention weight")
     return figure
 
 
 # ── Main: command line, text files, processes, report ─────────────────────────────────────────────────────────────────
-
 INPUT = HERE / "input.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -130,9 +130,7 @@ def test_a_bad_flag_is_refused_in_one_line(
     assert names in line and not list(settings.out.glob("*")), "nothing is written before all is known to be in order"
 
 
-def test_a_folder_that_cannot_be_made_is_refused(
-    settings: script.Settings, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_made_is_refused(settings: script.Settings, capfd: pytest.CaptureFixture[str]) -> None:
     blocked = dataclasses.replace(settings, out=settings.data / "out")  # under a file
     assert str(settings.data) in complaint(capfd, flags(blocked), exit_code=1)
 
@@ -298,7 +296,9 @@ def test_value_dropout_changes_what_a_model_returns(attention: str) -> None:
     assert not torch.allclose(model(tokens)[0], plain) and torch.equal(model.eval()(tokens)[0], plain)
 
 
-def test_a_sequence_that_is_too_long_is_refused() -> None:
+def test_what_the_model_does_not_take() -> None:
+    with pytest.raises(ValueError, match="attention = 'linear'"):
+        make_model("linear")
     with pytest.raises(ValueError, match="longest sequence is 32"):
         make_model()(random_tokens(1, 33))
 
