@@ -545,7 +545,8 @@ class Log:
         evaluation = 2 / 3 * settings.eval_batches / settings.eval_interval  # a batch of it takes a third of a step
         minutes = seconds / 60 * (settings.iterations - run.iteration) * (1 + evaluation)
         if self.on_cpu and run.iteration == self.begin + 2 and minutes > 1:
-            say(f"{run.attention}: about {minutes:,.0f} minutes to go on this CPU, at {seconds:.1f} s a step")
+            time_left = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:,.0f} hours"
+            say(f"{run.attention}: about {time_left} to go on this CPU, at {seconds:.1f} s a step")
 
     def evaluation(self, now: Evaluation) -> None:
         self.write(**now)

@@ -169,8 +169,8 @@ def test_a_long_run_on_a_cpu_says_early_how_long_it_will_take(
     settings = dataclasses.replace(settings, iterations=1001, eval_interval=1000)
     interrupt_at(monkeypatch, 3, ctrl_c)
     assert script.main(flags(settings)) == 130
-    minutes = 999 * 0.5 * (1 + 2 / 3 * settings.eval_batches / 1000)
-    assert f"about {minutes:,.0f} minutes to go on this CPU, at 30.0 s a step" in capfd.readouterr().out
+    hours = 999 * 30 / 3600 * (1 + 2 / 3 * settings.eval_batches / 1000)
+    assert f"about {hours:.0f} hours to go on this CPU, at 30.0 s a step" in capfd.readouterr().out
 
 
 def test_a_quick_run_says_nothing_of_how_long_it_will_take(
