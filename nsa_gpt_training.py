@@ -57,7 +57,7 @@ def option(group: str, default: Any, help: str, least: float | None = None, **pa
 
 @dataclass(frozen=True)
 class Settings:
-    """All that shapes a run, with the values of the full run. Names that NSAConfig has too mean the same there."""
+    """Settings of a run, with the values of the full run. Names that NSAConfig has too mean the same there."""
 
     attention: str = option("run", "nsa", "attention to train", choices=("nsa", "dense", "both"))
     data: Path | None = option("run", None, "UTF-8 text; default: input.txt here, else Tiny Shakespeare", type=Path)
@@ -161,7 +161,7 @@ def encode(text: str, vocabulary: str) -> Tensor:
 
 
 def seed_of(*use: Any) -> int:
-    """A seed for each use of random numbers."""
+    """Seed that differs for each use of random numbers."""
     return int.from_bytes(hashlib.sha256(repr(use).encode()).digest()[:4], "big")
 
 
@@ -276,7 +276,7 @@ def nsa_config(settings: Settings) -> NSAConfig:
 
 
 def build_model(vocabulary: str, attention: str, settings: Settings) -> NSALanguageModel:
-    """The model that these settings describe, on the CPU, the same on every machine."""
+    """Model that the settings describe, on the CPU, the same on every machine."""
     torch.manual_seed(seed_of(settings.seed, "weights"))
     model = NSALanguageModel(len(vocabulary), nsa_config(settings), settings.layers, attention)
     drop_values(model, settings.value_dropout)
@@ -284,8 +284,8 @@ def build_model(vocabulary: str, attention: str, settings: Settings) -> NSALangu
 
 
 def drop_values(model: NSALanguageModel, p: float) -> None:
-    """In training, take the value of a token from a head now and then: a query then misses something it looks at, as
-    with dropout on attention probabilities, but no attention kernel needs to know of it."""
+    """Add dropout on the values of whole tokens, for each head: in training, a query then misses some tokens it looks
+    at, as with dropout on attention probabilities, but no attention kernel needs to know of it."""
     if not 0 <= p < 1:
         raise ValueError(f"value_dropout = {p}: must be at least 0 and below 1")
 
@@ -390,7 +390,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[NSALanguageModel, str]:
-    """The model of a checkpoint, in evaluation mode, and its vocabulary."""
+    """Model of a checkpoint, in evaluation mode, and its vocabulary."""
     state = read_checkpoint(path)
     model = build_model(state["vocabulary"], state["run"]["attention"], Settings(**state["settings"]))
     model.load_state_dict(state["model"])
@@ -502,7 +502,7 @@ class Trainer:
 def train_step(
     net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, settings: Settings, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
-    """One update; returns the loss of the whole batch before it, and the norm of its gradient before clipping."""
+    """Update the weights once; returns the loss of the whole batch, and the norm of its gradient before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     total = torch.zeros((), device=runtime.device)
@@ -518,7 +518,7 @@ def train_step(
 
 
 class Log:
-    """Every step and evaluation as JSON lines, after settings and environment; and progress on a terminal."""
+    """Record of a run, in JSON lines: settings and environment, then each step and evaluation; and a progress bar."""
 
     def __init__(self, run: Run, settings: Settings, runtime: Runtime) -> None:
         self.run, self.settings, self.begin, self.bar = run, settings, run.iteration, None
@@ -563,7 +563,7 @@ class Log:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks to stop after the step that is being done, a second one stops at once; until `close`."""
+    """Request by Ctrl-C or SIGTERM to stop after the current step; a second one stops at once. Active until `close`."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -747,7 +747,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     if settings.fsdp and "RANK" not in os.environ:
         raise Stop("fsdp: start several processes with torchrun --nproc-per-node N")
     if settings.resume and settings.overwrite:
-        raise Stop("resume, overwrite: only one of them")
+        raise Stop("resume and overwrite: give only one of them")
     return settings
 
 
@@ -800,13 +800,13 @@ def start_runtime(settings: Settings) -> Iterator[Runtime]:
 
 
 def claim_folder(attentions: tuple[str, ...], settings: Settings) -> None:
-    """Make the folder of a run; no file of another run, or of one that is still going on, is overwritten unasked."""
+    """Make the folder of a run. A run that would overwrite another one's files, even one in progress, is refused."""
     settings.out.mkdir(parents=True, exist_ok=True)
     there = [path for each in attentions for path in settings.out.glob(f"{each}.*") if path.suffix in (".pt", ".jsonl")]
     if settings.resume and not any(path.match("*.last.pt") for path in there):
         raise Stop(f"nothing to resume: there is no checkpoint {settings.out / attentions[0]}.last.pt")
     if there and not settings.resume and not settings.overwrite:
-        raise Stop(f"{there[0]} exists: --resume goes on with that run, --overwrite replaces it, --out keeps it")
+        raise Stop(f"{there[0]} exists: --resume continues that run, --overwrite replaces it, or choose another --out")
     for path in there if settings.overwrite else ():
         path.unlink()
 

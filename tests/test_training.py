@@ -35,7 +35,7 @@ def settings(tmp_path: Path) -> script.Settings:
 
 @pytest.fixture(autouse=True)
 def input_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or writes the user's own input.txt, or reaches the network."""
+    """Keep tests away from the user's own input.txt and from the network."""
     monkeypatch.setattr(script, "INPUT", tmp_path / "beside" / "input.txt")
     (tmp_path / "beside").mkdir()
     serve(monkeypatch, OSError("no network in tests"))
@@ -118,7 +118,7 @@ def test_help_lists_every_flag_in_groups_with_choices(capsys: pytest.CaptureFixt
         (["--compile", "reduce-overhead", "--accumulate", "2"], "accumulate"),
         (["--fsdp"], "torchrun"),
         (["--resume"], "nothing to resume"),
-        (["--resume", "--overwrite"], "only one"),
+        (["--resume", "--overwrite"], "only one of them"),
         (["--generate"], "nsa.pt"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
     ],
@@ -330,7 +330,7 @@ def test_schedule_warms_up_and_decays_to_a_tenth() -> None:
 def test_a_step_follows_the_gradient_of_the_whole_batch_clipped_to_1(
     accumulate: int, scale: float, settings: script.Settings
 ) -> None:
-    """Plain gradient descent shows the length of a gradient, which Adam hides."""
+    """Use plain gradient descent, which shows the length of a gradient; Adam hides it."""
     model, tokens = make_model().double(), random_tokens(4, 33)
     with torch.no_grad():
         model.token_embedding.weight.mul_(scale)

@@ -37,7 +37,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def results(run: script.Run | dict) -> dict:
-    """All of a run but its timing."""
+    """Results of a run without its timing."""
     return {**(run if isinstance(run, dict) else vars(run)), "seconds": None}
 
 
@@ -66,7 +66,7 @@ def bytes_of(folder: Path) -> dict[Path, bytes]:
 
 # ── Stop, resume, extend ──────────────────────────────────────────────────────────────────────────────────────────────
 class Killed(BaseException):
-    """Nothing gets to clean up behind it."""
+    """End of a process before anything can clean up."""
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], object]) -> None:
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
 
 
 class Intruder:
-    """Unpickled, it makes a file."""
+    """Object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -326,7 +326,7 @@ def test_the_log_tells_of_settings_steps_and_evaluations_and_goes_on_when_resume
 # ── Learning ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
 def test_the_loss_falls(attention: str, settings: script.Settings) -> None:
-    """Both end 0.6 below what the frequencies of characters alone allow."""
+    """Check a margin of 0.3; both end 0.6 below what the frequencies of characters alone allow."""
     changes = {"iterations": 60, "batch_size": 8, "warmup": 10, "eval_interval": 30, "dropout": 0, "value_dropout": 0}
     trainer = make_trainer(dataclasses.replace(settings, **changes), attention)
     assert train(trainer)
