@@ -697,7 +697,7 @@ def patterns_figure(model: NSALanguageModel, text: Text, runtime: Runtime, heads
         for head, axes in enumerate(grid[:, column]):
             weights = getattr(patterns, branch)[0, head].float().cpu()  # (T, T), or (T, C) for compressed keys
             width = weights.shape[1] * (model.cfg.stride if branch == "compressed" else 1)
-            axes.fill([0, 0, T], [0, T, T], color="0.93", linewidth=0, zorder=-1)  # what dense attention looks at
+            axes.fill([0, 0, T], [0, T, T], color="0.9", linewidth=0, zorder=-1)  # what dense attention looks at
             scale = {"norm": "log", "vmin": 1e-3, "vmax": 1.0, "cmap": COLOR_MAPS[column], "extent": (0, width, T, 0)}
             image = axes.imshow(weights.where(weights >= 1e-3, math.nan).numpy(), interpolation="nearest", **scale)
             gate = patterns.gates[0, :, head, column].mean().item()
@@ -887,7 +887,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_code = 141
     except OSError as problem:
-        line, exit_code = f"{problem.filename or 'standard output'}: {first_line(problem)}", 1
+        line, exit_code = f"{problem.filename or 'cannot write'}: {first_line(problem)}", 1
     except KeyboardInterrupt:
         line, exit_code = "interrupted", 130
     if line and os.environ.get("RANK", "0") == "0":
