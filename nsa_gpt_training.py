@@ -522,7 +522,7 @@ class Log:
 
     def __init__(self, run: Run, settings: Settings, runtime: Runtime) -> None:
         self.run, self.settings, self.begin, self.bar = run, settings, run.iteration, None
-        self.on_cpu, is_first = runtime.device.type == "cpu", runtime.rank == 0
+        self.on_cpu, self.seconds, is_first = runtime.device.type == "cpu", 0.0, runtime.rank == 0
         path = settings.out / f"{run.attention}.jsonl" if is_first else Path(os.devnull)
         self.file = path.open("a" if run.iteration else "w", encoding="utf-8")
         environment = {"torch": torch.__version__, "device": str(runtime), "command": " ".join(sys.argv)}
@@ -542,11 +542,13 @@ class Log:
         self.write(iteration=run.iteration, **values, tokens_per_second=speed)
         if self.bar is not None and self.bar.update():  # which draws a few times a second
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
-        evaluation = 2 / 3 * settings.eval_batches / settings.eval_interval  # a batch of it takes a third of a step
-        minutes = seconds / 60 * (settings.iterations - run.iteration) * (1 + evaluation)
-        if self.on_cpu and run.iteration == self.begin + 2 and minutes > 1:
+        self.seconds += seconds
+        evaluations = 2 / 3 * settings.eval_batches / settings.eval_interval  # for each step; a forward is 1/3 of one
+        steps = (settings.iterations - run.iteration) * (1 + evaluations)
+        minutes = self.seconds / (run.iteration - self.begin) * steps / 60
+        if self.on_cpu and self.seconds - seconds < 10 <= self.seconds and minutes > 1:  # once, after ten seconds
             time_left = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:,.0f} hours"
-            say(f"{run.attention}: about {time_left} to go on this CPU, at {seconds:.1f} s a step")
+            say(f"{run.attention}: about {time_left} to go on this CPU")
 
     def evaluation(self, now: Evaluation) -> None:
         self.write(**now)
@@ -779,8 +781,7 @@ def start_runtime(settings: Settings) -> Iterator[Runtime]:
     launched, name = "RANK" in os.environ, settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and launched:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and launched else name
     try:
         device = torch.zeros(1).to(name).cpu().to(name).device  # fails here and now if it cannot be used
     except (RuntimeError, AssertionError) as problem:
