@@ -97,7 +97,7 @@ class Settings:
 
 QUICK = Settings(
     **{"attention": "both", "out": HERE / "out" / "quick", "sample_length": 200, "layers": 2, "dim": 128, "heads": 4},
-    **{"dropout": 0.0, "value_dropout": 0.0, "local_window": 32, "block_size": 8, "iterations": 100, "batch_size": 6},
+    **{"dropout": 0.0, "value_dropout": 0.0, "local_window": 32, "block_size": 8, "iterations": 120, "batch_size": 4},
     **{"learning_rate": 3e-3, "warmup": 20, "eval_interval": 20, "eval_batches": 4},
 )
 
