@@ -301,7 +301,7 @@ def packed(setting: dict[str, int]) -> None:
 STEPS = [(batch, tokens) for batch in (16, 64) for tokens in (8192, 32768, 65536)]
 BANDWIDTH = 4.3e12  # bytes a second, as measured on an H200
 CACHES, LAYERS, TURNS = 4, 16, 9
-VARIANTS = {"KEYS": (32, 64, 128), "STAGES": (2, 3, 4), "num_warps": (2, 4, 8), "PROGRAMS": (1, 2, 3, 4, 6, 8)}
+VARIANTS = {"BLOCK_N": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
 
 
 def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
@@ -324,7 +324,8 @@ def layers(steps: list[dict[str, Tensor]], attention: Callable[..., Tensor], *ar
 
 
 def sparse_step(step: dict[str, Tensor]) -> Tensor:
-    return nsa._triton_decode(**step, **PAPER, scale=128**-0.5)
+    sizes = {name: value for name, value in PAPER.items() if name != "local_window"}
+    return nsa._triton_decode(**step, local_window=PAPER["local_window"], choice=nsa._Choice(**sizes), scale=128**-0.5)
 
 
 def dense_step(step: dict[str, Tensor], backend: SDPBackend) -> Tensor:
@@ -402,16 +403,22 @@ def sweep_decode(shapes: list[tuple[int, int]]) -> None:
     present = times()
     print("present:", " ".join(f"{t:.1f}" for t in present), "at (batch, tokens)", *shapes, flush=True)
     for kernel in ("compressed", "selected", "local"):
-        entry, rows = nsa._DECODE_TILES[kernel, 2, 128], []
+        name, rows = f"decode_{kernel}", []
         for values in itertools.product(*VARIANTS.values()):
-            entry.update(zip(VARIANTS, values, strict=True))
+            set_tiles(name, values)
             found = times()
             rows.append((sum(t / at for t, at in zip(found, present, strict=False)), values, found))
         rows.sort()
         for _, values, found in rows[:5]:
             settings = " ".join(f"{name} {value}" for name, value in zip(VARIANTS, values, strict=True))
             print(f"{kernel:>10}: {settings}:", " ".join(f"{t:.1f}" for t in found), flush=True)
-        entry.update(zip(VARIANTS, rows[0][1], strict=True))
+        set_tiles(name, rows[0][1])
+
+
+def set_tiles(kernel: str, values: tuple[int, ...]) -> None:
+    """Another entry of the library's table of tiles: keys, warps and stages."""
+    nsa._TILES[kernel] = ((64, *values),) * 3
+    nsa._decode_plan.cache_clear()
 
 
 def decode(sweep: bool) -> None:
