@@ -821,13 +821,10 @@ def nsa_attention(
         local_window, block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks: as in
             `local_attention`, `compressed_attention` and `select_blocks`.
         k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
-        cu_seqlens, scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend, and the errors raised: as in `local_attention`.
 
     Returns:
         (B, T, H, D) in q's dtype.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
     """
     _check((k_local is None) == (v_local is None), "k_local, v_local", "one of them", "give both or neither")
     q, k, v, k_cmp, v_cmp, gates, k_local, v_local = _autocast(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
@@ -933,14 +930,11 @@ def compressed_attention(
         k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
             sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
         block_size, stride: l and d, in tokens; l is a multiple of d.
-        cu_seqlens, scale, backend: as in `local_attention`.
+        cu_seqlens, scale, backend, and the errors raised: as in `local_attention`.
 
     Returns:
         o (B, T, H, D) in q's dtype, exactly 0 where a query sees no block, and the log-sum-exp of the scaled scores,
         (B, T, H) in float32 (float64 for float64), −inf there. Both are differentiable.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_query(q, scale)
@@ -978,7 +972,7 @@ def select_blocks(
     tensor([ 0,  1, -1], dtype=torch.int32)
 
     Args:
-        q, k_cmp, block_size, stride, cu_seqlens, scale, backend: as in `compressed_attention`.
+        q, k_cmp, block_size, stride, cu_seqlens, scale, backend, and the errors raised: as in `compressed_attention`.
         lse: its second result, (B, T, H).
         select_block_size: l' in tokens, a multiple of `stride`.
         topk_blocks: S, at least `init_blocks` + `local_blocks`.
@@ -986,9 +980,6 @@ def select_blocks(
     Returns:
         int32 (B, T, K, S): block indices in ascending order, one set for each group, −1 in slots that stay free. In
         packed sequences they count from the start of the query's own.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
     """
     q, k_cmp = _autocast(q, k_cmp)
     scale = _check_query(q, scale)
@@ -1022,7 +1013,7 @@ def selective_attention(
     torch.Size([1, 100, 4, 64])
 
     Args:
-        q, k, v, cu_seqlens, scale, backend: as in `local_attention`.
+        q, k, v, cu_seqlens, scale, backend, and the errors raised: as in `local_attention`.
         block_indices: int32 or int64 (B, T, K, S), as `select_blocks` returns it: for each key head the blocks chosen,
             each at most once, in any order; −1 leaves a slot free. A block behind the query is not seen. In packed
             sequences they count from the start of the query's own.
@@ -1030,9 +1021,6 @@ def selective_attention(
 
     Returns:
         (B, T, H, D) in q's dtype; 0 where a query has chosen nothing that it sees.
-
-    Raises:
-        ValueError, TypeError: as in `local_attention`.
     """
     q, k, v = _autocast(q, k, v)
     scale = _check_query(q, scale)
