@@ -307,7 +307,10 @@ def test_no_gradient_flows_to_the_future(branch: Branch, t: int, random: Random)
         rows = future(MIDDLE, t)[name]
         past = g[:, : rows.start]
         assert (g[:, rows] == 0).all(), f"{name}: gradient flows to the future"
-        assert (past != 0).any() or (t < 15 and branch is compressed) or past.numel() == 0, f"{name}: no gradient"
+        # Of a single key the probability is 1, whatever the scores: their gradient is 0, or some rounding of it.
+        one_key = t <= 16 and name in ("q", "k", "k_cmp")
+        none = past.numel() == 0 or (t < 15 and branch is compressed)
+        assert (past != 0).any() or none or one_key, f"{name}: no gradient"
 
 
 def test_nothing_beyond_the_window_is_seen(random: Random) -> None:
