@@ -2846,10 +2846,9 @@ def _num_sms(device: torch.device) -> int:
 def _constants(kernel: str, H: int, K: int, D: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Constants and launch options that all matrix kernels take: sizes of heads, groups and tiles."""
     row = _TILES[kernel if dtype.itemsize == 2 else "float32"]
-    block_m, block_n, warps, stages, *registers = row[0 if D <= 64 else 1 if D <= 128 else 2]
+    block_m, block_n, warps, stages = row[0 if D <= 64 else 1 if D <= 128 else 2]
     heads = {"K": K, "GROUP": H // K, "D": D, "BLOCK_D": _block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
-    options = {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
-    return heads | options | ({"maxnreg": registers[0]} if registers else {})
+    return heads | {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
 
 
 class _Plan(NamedTuple):

@@ -363,3 +363,20 @@ def test_kernels_are_blind_to_the_neighbours(random: Random) -> None:
         rows.copy_(random(rows.shape).sigmoid() if name == "gates" else 9 * random(rows.shape))
     other = {name: t.requires_grad_(t.is_floating_point()) for name, t in other.items()}
     assert_blind(whole, of, packing, changed, x, other)
+
+
+@interpreted
+@pytest.mark.parametrize("changed, value", [(0, torch.nan), (1, torch.inf), (2, torch.nan)])
+@pytest.mark.parametrize("dtype, group", [(torch.float16, 3), (torch.float32, 16)], ids=str)
+def test_kernels_are_blind_to_neighbours_that_are_not_finite(
+    dtype: torch.dtype, group: int, changed: int, value: float, random: Random
+) -> None:
+    """Every tile lies in one sequence. 16-bit groups of 16 heads read whole blocks in the forward: see README."""
+    case = replace(GROUP_3.case if group == 3 else GROUP_16.case, D=16)
+    packing = replace(GROUP_3, case=case, lengths=(18, 17, 9))
+    x, of = packing.draw(whole, random, dtype), Packed(packing.cu_seqlens, "triton")
+    other = {name: t.detach().clone() for name, t in x.items()}
+    for name in BRANCHES[whole]:
+        packing.unpack({name: other[name]})[changed][name].fill_(value)
+    other = {name: t.requires_grad_(t.is_floating_point()) for name, t in other.items()}
+    assert_blind(whole, of, packing, changed, x, other)
