@@ -1049,7 +1049,8 @@ def _attention(
     if flash is not None:  # it has a backward of its own, so that the branches are joined by autograd
         local = (k, v) if k_local is None else (k_local, v_local)
         o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
-        o_compressed, lse = _branch(on, choice.span, scale, packing, q, k_cmp, v_cmp)
+        span = _Span(0, choice.block_size, choice.stride)  # torch 2.8 does not trace a NamedTuple's property
+        o_compressed, lse = _branch(on, span, scale, packing, q, k_cmp, v_cmp)
         chosen = _select(q, k_cmp, lse.detach(), *packing, on, *choice, scale)
         o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, packing, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)

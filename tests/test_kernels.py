@@ -489,7 +489,8 @@ SPILLS = {
 # Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's.
 PACKED_SPILLS = SPILLS | {
     "compressed_dkv": (103, 120),
-    "local_dkv": (32, 48),
+    "local_dq": (5, 16),
+    "local_dkv": (64, 80),
     "selected_by_query": (67, 80),
     "selected_gradient": (42, 56),
 }
