@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BRANCHES, PLAIN, Branch, Case, Random, choice, draw, every_branch, finite, slow, whole
+from cases import BRANCHES, PLAIN, Branch, Case, Random, choice, draw, every_branch, finite, interpreted, slow, whole
 from conftest import assert_close64
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -323,8 +323,7 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
     """Every operator on every branch, and its arguments: tensors that are not contiguous."""
     random = Random(seed=2)
     x = {name: turned(tensor.detach()) for name, tensor in case.tensors(random, dtype).items()}
-    device = "cuda" if backend == "triton" and not nsa._INTERPRETED else "cpu"
-    q, k, v, k_cmp, v_cmp, gates = (tensor.to(device) for tensor in x.values())
+    q, k, v, k_cmp, v_cmp, gates = x.values()
     do, choice, scale = turned(torch.randn_like(q)), list(case.choice.values()), 0.3
     own_keys = {"attention": (None, None), "own keys": (turned(k), turned(v))}
     spans = {"local": (k, v, (case.window, 1, 1)), "compressed": (k_cmp, v_cmp, (0, *choice[:2]))}
@@ -358,13 +357,12 @@ def test_opcheck() -> None:
         torch.library.opcheck(operator, arguments)
 
 
+@interpreted
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with infinities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck_of_the_kernels(dtype: torch.dtype) -> None:
     """Dtypes, shapes and strides; what else opcheck looks at does not depend on the backend."""
-    if nsa.triton is None or not (nsa._INTERPRETED or torch.cuda.is_available()):
-        pytest.skip("needs Triton, and its interpreter or a CUDA device")
     made = calls(replace(CASE, T=9, B=1), "triton", dtype)
     for name in ("select", "compressed backward", "attention forward", "attention backward"):
         operator, arguments = made[name]
