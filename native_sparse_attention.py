@@ -3269,8 +3269,8 @@ def _span_dkv_kernel(
     first, end = tl.maximum(first, low), tl.minimum(end, high)
     full = tl.minimum(tl.maximum(full, first), end)
     full_end = tl.maximum(tl.minimum(full_end, end), full)
-    k_tile = _cut(k_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D), start, keys, BLOCK_N, PACKED)
-    v_tile = _cut(v_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D), start, keys, BLOCK_N, PACKED)
+    k_tile = k_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D)  # a neighbour's keys stay in their rows
+    v_tile = v_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D)
     i = start + tl.arange(0, BLOCK_N)
     t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
     lse_ptr += z.to(tl.int64) * rows_pad

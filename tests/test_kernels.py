@@ -487,13 +487,7 @@ SPILLS = {
     "block_scores": (9, 16),
 }
 # Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's.
-PACKED_SPILLS = SPILLS | {
-    "compressed_dkv": (103, 120),
-    "local_dq": (5, 16),
-    "local_dkv": (64, 80),
-    "selected_by_query": (67, 80),
-    "selected_gradient": (42, 56),
-}
+PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "selected_gradient": (42, 56)}
 
 
 def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
