@@ -4152,8 +4152,8 @@ def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
 
 @_kernel
 def _decode_begin(
-    q_ptr, q_strides, b, m, k, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, q_strides, b, m, k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Heads of the group, their queries, and an empty softmax: g, q, acc, m_i, l_i.
 
@@ -4222,7 +4222,7 @@ def _decode_compressed_kernel(
     if split == 0:
         tl.store(arrived + row * tl.num_programs(2) + tl.program_id(2), 0)
     b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCKS * PART)
+    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, GROUP, D, BLOCK_D, BLOCK_M, BLOCKS * PART)
     _, end = _span(t, 0, BLOCK, STRIDE)
     begin_tile, end_tile = _split_bounds(tl.cdiv(end, BLOCKS * r), split, tl.num_programs(1))
     column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
@@ -4293,7 +4293,7 @@ def _decode_choose_kernel(
     row, split = tl.program_id(0), tl.program_id(1) - 1
     b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
     if split >= 0:
-        g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
+        g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
         first, end = _span(t, WINDOW, 1, 1)
         begin_tile, end_tile = _split_bounds(tl.cdiv(end - first, BLOCK_N), split, tl.num_programs(1) - 1)
         for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
@@ -4353,7 +4353,7 @@ def _decode_attend_kernel(
     """
     row, split = tl.program_id(0), tl.program_id(1)
     b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
+    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
     slot = tl.arange(0, SP)
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
     blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
