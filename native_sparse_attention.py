@@ -363,8 +363,9 @@ class NSABlock(nn.Module):
         _check_call(self, others, unknown)
         with _appending(cache):
             batch = _read_batch(self.attn.cfg, self.norm1, x, cache, cu_seqlens, key_padding_mask)
-            # Our own attention need not check again; another module in its place takes tensors.
-            checked = batch if isinstance(self.attn, NativeSparseAttention) else batch.cu_seqlens
+            # Our own attention need not check again; another forward in its place takes tensors.
+            own = type(self.attn).forward is NativeSparseAttention.forward
+            checked = batch if own else batch.cu_seqlens
             x = batch.pack(x)
             x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=checked)
             return batch.unpack(x + self.ffn(self.norm2(x)))
@@ -487,13 +488,12 @@ class NativeSparseAttention(nn.Module):
         _read_batch(self.cfg, self.to_q, x)
         p = self._project(x, torch.arange(x.shape[1], device=x.device))
         k_cmp, v_cmp = self._compress(p)
-        options = {"block_size": self.cfg.block_size, "stride": self.cfg.stride, "backend": self._settings["backend"]}
-        lse = compressed_attention(p.q, k_cmp, v_cmp, **options)[1]
-        chosen = select_blocks(p.q, k_cmp, lse, **self.cfg.selection, backend=self._settings["backend"])
+        cfg, backend = self.cfg, self._settings["backend"]
+        lse = compressed_attention(p.q, k_cmp, v_cmp, cfg.block_size, cfg.stride, backend=backend)[1]
+        chosen = select_blocks(p.q, k_cmp, lse, **cfg.selection, backend=backend)
         tensors = (p.q, p.k, p.v, k_cmp, v_cmp, p.gates, p.k_local, p.v_local)
         wide = (y.to(_accumulation_dtype(y)) for y in tensors)
-        window = self.cfg.local_window
-        return _dense_attention(*wide, local_window=window, **self.cfg.selection, block_indices=chosen)[1]
+        return _dense_attention(*wide, local_window=cfg.local_window, **cfg.selection, block_indices=chosen)[1]
 
     @property
     def _settings(self) -> dict[str, Any]:

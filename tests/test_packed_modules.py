@@ -250,3 +250,26 @@ def test_precision_is_that_of_sequences_alone(name: str, how: Any, random: Rando
 def test_bad_input(module: Any, arguments: dict[str, Any], message: str, random: Random) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         module(random)(**{"x": random((1, 10, 12))} | arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another attention in a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Watched(NativeSparseAttention):
+    """Attention of the user's own, which looks at its arguments."""
+
+    def forward(self, x: Tensor, *, cache: Any = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        self.seen = cu_seqlens
+        return super().forward(x, cache=cache, cu_seqlens=cu_seqlens)
+
+
+def test_another_attention_in_a_block_is_given_tensors(random: Random) -> None:
+    block, x = NSABlock(NSAConfig(dim=16, heads=2, seq_len=32, block_size=4)), random((2, 20, 16))
+    block = block.double()
+    mask = torch.arange(20) < torch.tensor([[20], [7]])
+    expected = block(x), block(x, key_padding_mask=mask)
+    block.attn.__class__ = Watched
+    assert torch.equal(block(x), expected[0]) and block.attn.seen is None
+    assert torch.equal(block(x, key_padding_mask=mask), expected[1]) and block.attn.seen.tolist() == [0, 20, 27]
