@@ -56,7 +56,6 @@ Part I is complete by itself: without Part II the library is pure PyTorch.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -71,7 +70,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "AttentionPatterns",
@@ -358,17 +356,20 @@ class NSABlock(nn.Module):
 
         A cache is one of this block alone, made with `block.attn.cfg`.
 
-        Norms and feed-forward see packed tokens too: with a key_padding_mask, no work is done for padding.
+        With a key_padding_mask the output is 0 at padding here, too.
         """
         _check_call(self, others, unknown)
-        with _appending(cache):
-            batch = _read_batch(self.attn.cfg, self.norm1, x, cache, cu_seqlens, key_padding_mask)
-            # Our own attention need not check again; another forward in its place takes tensors.
-            own = type(self.attn).forward is NativeSparseAttention.forward
-            checked = batch if own else batch.cu_seqlens
-            x = batch.pack(x)
-            x = x + self.attn(self.norm1(x), cache=cache, cu_seqlens=checked)
-            return batch.unpack(x + self.ffn(self.norm2(x)))
+        batch = _read_batch(self.attn.cfg, self.norm1, x, cache, cu_seqlens, key_padding_mask)
+        if type(self.attn).forward is not NativeSparseAttention.forward:  # another takes what we were given
+            given = {"cache": cache, "cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
+            x = x + self.attn(self.norm1(x), **given)
+            return x + self.ffn(self.norm2(x))
+        x = batch.pack(x)
+        x = x + self.attn(self.norm1(x), cu_seqlens=batch)
+        y = batch.unpack(x + self.ffn(self.norm2(x)))
+        if cache is not None:
+            cache._commit(batch, self.attn)
+        return y
 
 
 class NativeSparseAttention(nn.Module):
@@ -435,47 +436,33 @@ class NativeSparseAttention(nn.Module):
             ValueError, TypeError: an argument breaks one of these rules, or the cache is full or of another module,
                 configuration, batch, dtype or device.
         """
-        if isinstance(cu_seqlens, _Batch):  # an NSABlock has checked all
-            return self._attend(x, cache, cu_seqlens)
+        if isinstance(cu_seqlens, _Batch):  # an NSABlock has checked all, and will make the rows of the cache longer
+            return self._attend(x, cu_seqlens)
         _check_call(self, others, unknown)
-        with _appending(cache):
-            batch = _read_batch(self.cfg, self.to_q, x, cache, cu_seqlens, key_padding_mask)
-            return batch.unpack(self._attend(batch.pack(x), cache, batch))
+        batch = _read_batch(self.cfg, self.to_q, x, cache, cu_seqlens, key_padding_mask)
+        y = batch.unpack(self._attend(batch.pack(x), batch))
+        if cache is not None:
+            cache._commit(batch, self)
+        return y
 
-    def _attend(self, x: Tensor, cache: NSACache | None, batch: _Batch) -> Tensor:
+    def _attend(self, x: Tensor, batch: _Batch) -> Tensor:
         """One flow for whole rows, for packed sequences, and for either going on from a cache."""
-        cfg, packed = self.cfg, batch.cu_seqlens is not None
-        past = any(batch.starts)  # there are keys that x does not hold
-        positions = torch.arange(x.shape[1], device=x.device)
-        if packed or cache is not None:
-            tokens = _places(batch.starts, batch.stops, x.device)
-            positions = tokens.number.view(x.shape[:2])
-            ends = (batch.starts, batch.stops)
-            counts = ([_compressed_count(n, cfg.block_size, cfg.stride) for n in end] for end in ends)
-            blocks = _places(*counts, x.device)  # those that x completes
-        p = self._project(x, positions)
+        cfg, cache, segments = self.cfg, batch.cache, batch.segments
+        p = self._project(x, batch)
         if cache is not None:
             cache._check_owner(self, p.k)
-            cache._write(tokens, p._asdict())
-        if past:
-            k_cmp, v_cmp = self._compress(cache, blocks.number, blocks.row * cache.max_len)
-        elif packed:
-            k_cmp, v_cmp = self._compress(p, blocks.number, batch.cu_seqlens[blocks.row])
-        else:
-            k_cmp, v_cmp = self._compress(p)
-        if cache is not None:
-            cache._write(blocks, {"k_cmp": k_cmp, "v_cmp": v_cmp})
-        if past:
-            o = self._attend_past(p, cache, positions, batch)
-        else:
+            cache._append(p, segments)
+        if cache is None or cache._empty:
+            k_cmp, v_cmp = self._compress(p, segments)
+            if cache is not None:
+                cache._fill_blocks(k_cmp, v_cmp, segments)
             own_keys = (p.k_local, p.v_local) if cfg.separate_kv else (None, None)
             tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
-            packing = _Packing(batch.cu_seqlens, batch.lengths if packed else ())
-            o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, packing=packing)
-        y = self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
-        if cache is not None:
-            cache._extend(batch.stops, self)
-        return y
+            o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, segments=segments)
+        else:
+            self._finish_blocks(cache, batch, x.shape[1])
+            o = _cached_attention(p.q, cache, p.gates, segments, **self._settings)
+        return self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
 
     @torch.no_grad()
     def attention_patterns(self, x: Tensor) -> AttentionPatterns:
@@ -486,8 +473,8 @@ class NativeSparseAttention(nn.Module):
         torch.Size([1, 2, 70, 2])
         """
         _read_batch(self.cfg, self.to_q, x)
-        p = self._project(x, torch.arange(x.shape[1], device=x.device))
-        k_cmp, v_cmp = self._compress(p)
+        p = self._project(x, _Batch())
+        k_cmp, v_cmp = self._compress(p, _Segments())
         cfg, backend = self.cfg, self._settings["backend"]
         lse = compressed_attention(p.q, k_cmp, v_cmp, cfg.block_size, cfg.stride, backend=backend)[1]
         chosen = select_blocks(p.q, k_cmp, lse, **cfg.selection, backend=backend)
@@ -504,12 +491,12 @@ class NativeSparseAttention(nn.Module):
         backend = "auto" if cfg.use_flash else "torch"
         return {"local_window": cfg.local_window, "choice": choice, "backend": backend}
 
-    def _project(self, x: Tensor, positions: Tensor) -> _Projections:
+    def _project(self, x: Tensor, batch: _Batch) -> _Projections:
         cfg = self.cfg
         # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
         heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
         queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
-        rope = None if cfg.rope_theta is None else _rope(positions, cfg.rope_theta, queries)
+        rope = None if cfg.rope_theta is None else _rope(batch.positions(x), cfg.rope_theta, queries)
         rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
         keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
         values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
@@ -526,42 +513,49 @@ class NativeSparseAttention(nn.Module):
             rope=rope,
         )
 
-    def _compress(
-        self, tokens: _Projections | NSACache, number: Tensor | None = None, origin: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compressed keys and values of all blocks of whole rows, (B, C, K, D).
-
-        Or of some blocks, (1, n, K, D): the number of each, (n,), and where its sequence begins among the B·T tokens.
-        """
-        cfg, compressed = self.cfg, []
-        for compressor, x in ((self.compress_k, tokens.k_raw), (self.compress_v, tokens.v_raw)):
-            if origin is not None:  # each block is a sequence of its own, (n, l, K, D)
-                begin, x = (origin + number * cfg.stride)[:, None], x.flatten(0, 1)
-                none = x.new_empty(0, cfg.block_size, *x.shape[1:])  # a block may be longer than all memory
-                x = x[begin + torch.arange(cfg.block_size, device=x.device)] if len(number) else none
-            y = compressor(rearrange(x, "b t k d -> (b k) t d"))
-            y = rearrange(y, "(b k) c d -> b c k d", k=cfg.kv_heads)
-            compressed.append(y if origin is None else y.transpose(0, 1))
-        k_cmp, v_cmp = compressed
-        if cfg.rope_theta is not None:
-            # Keys are compressed before rotation; compressed key i then turns as position i·d, as its first token does.
-            if number is None:
-                rope = tokens.rope[..., :: cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
-            else:
-                rope = _rope(number * cfg.stride, cfg.rope_theta, k_cmp)
-            k_cmp = _apply_rope(k_cmp, rope)
+    def _compress(self, p: _Projections, segments: _Segments) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values of all blocks, (B, C, K, D), or (1, total // d, K, D) of packed sequences."""
+        if segments.of_key is not None:
+            first, position = segments.of_key
+            tokens = first[:, None] + torch.arange(self.cfg.block_size, device=first.device)
+            tokens = tokens.clamp(max=p.k_raw.shape[1] - 1)  # of rows that no block needs
+            return self._compress_blocks(p.k_raw[0, tokens], p.v_raw[0, tokens], position)
+        k_cmp, v_cmp = self._compress_rows(p.k_raw, p.v_raw)
+        if p.rope is not None:  # key i turns as position i·d, as its first token does
+            k_cmp = _apply_rope(k_cmp, p.rope[..., :: self.cfg.stride, :, :][..., : k_cmp.shape[1], :, :])
         return k_cmp, v_cmp
 
-    def _attend_past(self, p: _Projections, cache: NSACache, positions: Tensor, batch: _Batch) -> Tensor:
-        """Attention over the keys of a cache, at positions (B, T) of rows, or (1, total) of packed sequences."""
-        keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
-        if batch.cu_seqlens is None:
-            return _cached_attention(p.q, keys, p.gates, positions.int(), **self._settings)
-        lengths = batch.lengths
-        places, longest = _places([0] * len(lengths), lengths, positions.device), max(lengths)
-        padding = _Padding(places.row * longest + places.number, (len(lengths), longest))
-        q, gates, positions = (padding.unpack(y) for y in (p.q, p.gates, positions + 1))
-        return padding.pack(_cached_attention(q, keys, gates, (positions - 1).int(), **self._settings))
+    def _compress_blocks(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values (1, n, K, D) of single blocks (n, l, K, D), which begin at these positions."""
+        k_cmp, v_cmp = (x.transpose(0, 1) for x in self._compress_rows(k, v))
+        if self.cfg.rope_theta is not None:
+            k_cmp = _apply_rope(k_cmp, _rope(position[None], self.cfg.rope_theta, k_cmp))
+        return k_cmp, v_cmp
+
+    def _compress_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, K, D) → (B, C, K, D), before rotation."""
+        compressed = []
+        for compressor, x in ((self.compress_k, k), (self.compress_v, v)):
+            y = compressor(rearrange(x, "b t k d -> (b k) t d"))
+            compressed.append(rearrange(y, "(b k) c d -> b c k d", k=x.shape[2]))
+        return compressed[0], compressed[1]
+
+    def _finish_blocks(self, cache: NSACache, batch: _Batch, tokens: int) -> None:
+        """Compresses the blocks that the new tokens of each row complete, from the tokens in the cache."""
+        cfg, B = self.cfg, cache.batch
+        blocks = lambda n: ((n - cfg.block_size) // cfg.stride + 1).clamp(min=0)  # noqa: E731
+        before, after = blocks(cache.seqlens), blocks(cache.seqlens + batch.counts)
+        # Shapes bound their number; where a look at the host is free, it tells.
+        packed = batch.segments.of_token is not None
+        most = tokens // cfg.stride + B if packed else B * _selection_count(tokens, cfg.stride)
+        most = int((after - before).sum()) if _readable(before) else most
+        row, number = _numbered((after - before).long(), most)
+        owner = row.clamp(max=B - 1)
+        number = number + before[owner]
+        token = number[:, None] * cfg.stride + torch.arange(cfg.block_size, device=row.device)
+        token = token.clamp(max=cache.max_len - 1)
+        k, v = (x[owner[:, None], token] for x in (cache.k_raw, cache.v_raw))  # (n, l, K, D)
+        cache._store_blocks(row, number, *self._compress_blocks(k, v, number * cfg.stride))
 
     def _gates(self, x: Tensor) -> Tensor:
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
@@ -833,16 +827,18 @@ def nsa_attention(
     local = {} if k_local is None else {"k_local": k_local, "v_local": v_local}
     scale = _check_query(q, scale)
     _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v, **local)
-    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, packing.lengths, k_cmp=k_cmp, v_cmp=v_cmp)
+    _check_packed(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, cu_seqlens, k_cmp=k_cmp, v_cmp=v_cmp)
     _check(k_cmp.shape[2] == k.shape[2], "k_cmp.shape", tuple(k_cmp.shape), lambda: f"must have k's {k.shape[2]} heads")
     _check_shape("gates", gates, "(B, T, H, 3)", (*q.shape[:3], 3))
     _check_like("gates", gates, q)
     _check_integer("local_window", local_window, 1)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     _check_choice(choice)
-    settings = {"local_window": local_window, "choice": choice, "packing": packing, "scale": scale, "backend": backend}
-    gated = lambda gates: _attention(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings)  # noqa: E731
+    segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
+    settings = {"local_window": local_window, "choice": choice, "scale": scale, "backend": backend}
+    tensors = (q, k, v, k_cmp, v_cmp)
+    gated = lambda gates: _attention(*tensors, gates, k_local, v_local, segments=segments, **settings)  # noqa: E731
     if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
         return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
     return gated(gates)
@@ -877,8 +873,8 @@ def local_attention(
         window: W ≥ 1, in tokens.
         cu_seqlens: None, or int32 or int64 (n + 1,) on q's device for n packed sequences, flash-attn's convention: B is
             1, and sequence i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]), none where the two are equal. The result
-            is that of each sequence alone. Its values are read on the host, which waits for the GPU; a CUDA graph is
-            captured for those of the call before, and replayed on no others.
+            is that of each sequence alone. On a CPU its values are checked; on a GPU the host does not read them, and
+            what is not ascending from 0 to T is clamped.
         scale: factor on q·k; None is 1/sqrt(D).
         backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs; PyTorch elsewhere, with
             flash-attn for this branch where it is installed. "torch"; or "triton", which says so where it cannot run.
@@ -893,12 +889,13 @@ def local_attention(
     scale = _check_query(q, scale)
     _check_keys(q, "(B, T, K, D)", _as_many, k=k, v=v)
     _check_integer("window", window, 1)
-    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
+    _check_packed(cu_seqlens, *q.shape[:2], q.device)
     on = _choose_backend(backend, q, k, scale)
-    flash = _flash_attention(q, backend, on, packing)
+    segments = _packed_tables(backend, cu_seqlens, q.shape[1], q.shape[1], _Span(window))
+    flash = _flash_attention(q, backend, on, segments)
     if flash is not None:
         return flash(q, k, v, softmax_scale=scale, causal=True, window_size=(window - 1, 0))
-    return _branch(on, _Span(window), scale, packing, q, k, v)[0]
+    return _branch(on, _Span(window), scale, segments, q, k, v)[0]
 
 
 def compressed_attention(
@@ -928,7 +925,8 @@ def compressed_attention(
     Args:
         q: queries (B, T, H, D).
         k_cmp, v_cmp: compressed keys and values (B, C, K, D), C = (T − l)//d + 1, or 0 where T < l. Of packed
-            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another.
+            sequences, (1, C₁ + … + Cₙ, K, D): the blocks of each, one sequence after another; there may be more rows,
+            up to T//d, which always suffice; they are not read, and their gradient is 0.
         block_size, stride: l and d, in tokens; l is a multiple of d.
         cu_seqlens, scale, backend, and the errors raised: as in `local_attention`.
 
@@ -938,10 +936,11 @@ def compressed_attention(
     """
     q, k_cmp, v_cmp = _autocast(q, k_cmp, v_cmp)
     scale = _check_query(q, scale)
-    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, packing.lengths, k_cmp=k_cmp, v_cmp=v_cmp)
-    on = _choose_backend(backend, q, k_cmp, scale)
-    return _branch(on, _Span(0, block_size, stride), scale, packing, q, k_cmp, v_cmp)
+    _check_packed(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, cu_seqlens, k_cmp=k_cmp, v_cmp=v_cmp)
+    on, span = _choose_backend(backend, q, k_cmp, scale), _Span(0, block_size, stride)
+    segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], span)
+    return _branch(on, span, scale, segments, q, k_cmp, v_cmp)
 
 
 @torch.no_grad()
@@ -983,15 +982,16 @@ def select_blocks(
     """
     q, k_cmp = _autocast(q, k_cmp)
     scale = _check_query(q, scale)
-    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    _check_compressed(q, block_size, stride, packing.lengths, k_cmp=k_cmp)
+    _check_packed(cu_seqlens, *q.shape[:2], q.device)
+    _check_compressed(q, block_size, stride, cu_seqlens, k_cmp=k_cmp)
     _check_shape("lse", lse, "q's (B, T, H)", tuple(q.shape[:3]))
     _check_device("lse", lse, "q's", q.device)
     _check(lse.is_floating_point(), "lse.dtype", lse.dtype, "must be a floating point type", TypeError)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     _check_choice(choice)
     on = _choose_backend(backend, q, k_cmp, scale, choice)
-    return _select(q, k_cmp, lse, *packing, on, *choice, scale)
+    segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
+    return _select(q, k_cmp, lse, *segments[:3], on, *choice, scale)
 
 
 def selective_attention(
@@ -1031,9 +1031,10 @@ def selective_attention(
     dtype = block_indices.dtype
     _check(dtype in (torch.int32, torch.int64), "block_indices.dtype", dtype, "must be int32 or int64", TypeError)
     _check_device("block_indices", block_indices, "q's", q.device)
-    packing = _sequences(cu_seqlens, *q.shape[:2], q.device)
-    on = _choose_backend(backend, q, k, scale)
-    return _branch(on, _Span.block(select_block_size), scale, packing, q, k, v, block_indices)[0]
+    _check_packed(cu_seqlens, *q.shape[:2], q.device)
+    on, span = _choose_backend(backend, q, k, scale), _Span.block(select_block_size)
+    segments = _packed_tables(backend, cu_seqlens, q.shape[1], q.shape[1], span)
+    return _branch(on, span, scale, segments, q, k, v, block_indices)[0]
 
 
 # Behind the door: what modules call, with arguments that have been checked ────────────────────────────────────────────
@@ -1041,50 +1042,46 @@ def selective_attention(
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
-    v_local: Tensor | None, *, local_window: int, choice: _Choice, packing: _Packing, scale: float, backend: str,
+    v_local: Tensor | None, *, local_window: int, choice: _Choice, segments: _Segments, scale: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve."""
     on = _choose_backend(backend, q, k, scale, choice)
-    flash = _flash_attention(q, backend, on, packing)
+    flash = _flash_attention(q, backend, on, segments)
     if flash is not None:  # it has a backward of its own, so that the branches are joined by autograd
         local = (k, v) if k_local is None else (k_local, v_local)
         o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
         span = _Span(0, choice.block_size, choice.stride)  # torch 2.8 does not trace a NamedTuple's property
-        o_compressed, lse = _branch(on, span, scale, packing, q, k_cmp, v_cmp)
-        chosen = _select(q, k_cmp, lse.detach(), *packing, on, *choice, scale)
-        o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, packing, q, k, v, chosen)
+        o_compressed, lse = _branch(on, span, scale, segments, q, k_cmp, v_cmp)
+        chosen = _select(q, k_cmp, lse.detach(), *segments[:3], on, *choice, scale)
+        o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, segments, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    settings = (packing.lengths, on, local_window, *choice, scale)
-    return _AttentionFunction.apply(settings, packing.cu_seqlens, *tensors)[0]
+    return _AttentionFunction.apply((on, local_window, *choice, scale), *segments[:3], *tensors)[0]
 
 
 def _branch(
-    on: str, span: _Span, scale: float, packing: _Packing, q: Tensor, k: Tensor, v: Tensor,
+    on: str, span: _Span, scale: float, segments: _Segments, q: Tensor, k: Tensor, v: Tensor,
     block_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse of one branch on a backend: over spans of keys, or over the blocks that are chosen."""
-    settings = (packing.lengths, on, *span, scale)
-    return _BranchFunction.apply(settings, packing.cu_seqlens, *_apart(q, k, v), block_indices)
+    return _BranchFunction.apply((on, *span, scale), *segments[:3], *_apart(q, k, v), block_indices)
 
 
 @torch.no_grad()
 def _cached_attention(
-    q: Tensor, keys: Sequence[Tensor], gates: Tensor, positions: Tensor, local_window: int, choice: _Choice,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    """`nsa_attention` of the next tokens of some rows over the keys of a cache: q, gates (B, M, ...) → (B, M, H, D).
+    q: Tensor, cache: NSACache, gates: Tensor, segments: _Segments, local_window: int, choice: _Choice, backend: str
+) -> Tensor:
+    """`nsa_attention` of the next tokens over the keys of a cache, which holds theirs already but does not count them.
 
-    The queries stand at `positions`, int32 (B, M), −1 where a row has fewer than M. The keys, k, v, k_local, v_local
-    (B, max_len, K, D) and k_cmp, v_cmp (B, C, K, D), hold theirs already; what is behind a query is not seen.
+    q, gates: (B, M, ...), the next M tokens of each row; or (1, total, ...) of packed sequences, one for each row.
     """
     q, gates = _autocast(q, gates)
     if q.numel() == 0:
         return q
     scale = q.shape[3] ** -0.5
-    on = _choose_backend(backend, q, keys[0], scale, choice, decoding=True)
-    with torch.autocast(q.device.type, enabled=False):
-        return _BACKENDS[on].decode(q, *keys, gates, positions, local_window, choice, scale)
+    on = _choose_backend(backend, q, cache.k, scale, choice, decoding=True)
+    keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
+    return _cached_forward(q, *keys, gates, cache.seqlens, segments.of_token, on, local_window, *choice, scale)
 
 
 def _choose_backend(
@@ -1113,10 +1110,11 @@ def _flash_works() -> bool:
     return True
 
 
-def _flash_attention(q: Tensor, backend: str, on: str, packing: _Packing) -> Callable[..., Tensor] | None:
+def _flash_attention(q: Tensor, backend: str, on: str, segments: _Segments) -> Callable[..., Tensor] | None:
     """flash-attn's function for the PyTorch backend's local branch, where that package is installed and takes q."""
     takes = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
-    if (backend, on, packing.lengths) != ("auto", "torch", ()) or not takes or not _flash_works():
+    rows = segments.cu_seqlens is None
+    if (backend, on, rows) != ("auto", "torch", True) or not takes or not _flash_works():
         return None
     from flash_attn import flash_attn_func
 
@@ -1201,14 +1199,42 @@ def _as_many(tokens: int) -> int:
 
 
 def _check_compressed(
-    q: Tensor, block_size: int, stride: int, lengths: tuple[int, ...], **keys_and_values: Tensor
+    q: Tensor, block_size: int, stride: int, cu_seqlens: Tensor | None, **keys_and_values: Tensor
 ) -> None:
     _check_integer("block_size", block_size, 1)
     _check_integer("stride", stride, 1)
     _check_blocks(block_size, stride, stride, 0, 0, 0)
-    packed = sum(_compressed_count(n, block_size, stride) for n in lengths)
-    rows = lambda tokens: packed if lengths else _compressed_count(tokens, block_size, stride)  # noqa: E731
-    _check_keys(q, "(B, C, K, D)", rows, **keys_and_values)
+    if cu_seqlens is None:
+        rows = lambda tokens: _compressed_count(tokens, block_size, stride)  # noqa: E731
+        return _check_keys(q, "(B, C, K, D)", rows, **keys_and_values)
+    (name, x), *_ = keys_and_values.items()
+    _check_tensor(name, x, 4, "(B, C, K, D)")
+    least, most = 0, q.shape[1] // stride
+    if _readable(cu_seqlens):
+        least = sum(_compressed_count(n, block_size, stride) for n in cu_seqlens.diff().tolist())
+    rule = lambda: f"must have as many rows as all sequences have blocks, {least}, up to total // stride = {most}"  # noqa: E731
+    _check(least <= x.shape[1] <= most, f"{name}.shape", tuple(x.shape), rule)
+    _check_keys(q, "(1, C, K, D)", lambda _: x.shape[1], **keys_and_values)
+
+
+def _check_packed(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
+    """Checks the offsets of sequences packed in (batch, tokens, ...); their values where a look costs nothing."""
+    if cu_seqlens is None:
+        return
+    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
+    enough = len(cu_seqlens) > (1 if tokens > 0 else 0)
+    _check(enough, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
+    dtype = cu_seqlens.dtype
+    _check(dtype in (torch.int32, torch.int64), "cu_seqlens.dtype", dtype, "must be torch.int32 or torch.int64")
+    _check_device("cu_seqlens", cu_seqlens, "the tokens'", device)
+    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
+    if _readable(cu_seqlens):
+        offsets = cu_seqlens.tolist()
+        _check(offsets[0] == 0, "cu_seqlens[0]", offsets[0], "must be 0, where the first sequence begins")
+        for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
+            rule = f"must be at least cu_seqlens[{i}] = {start}, where the sequence begins that ends here"
+            _check(stop >= start, f"cu_seqlens[{i + 1}]", stop, rule)
+        _check(offsets[-1] == tokens, "cu_seqlens[-1]", offsets[-1], f"must be {tokens}, the number of tokens")
 
 
 def _check_choice(choice: _Choice) -> None:
@@ -1249,33 +1275,27 @@ def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[st
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-class _Packing(NamedTuple):
-    """Packed sequences, in the order of the operators' arguments; None and () where there are only rows."""
+class _Segments(NamedTuple):
+    """Tables of packed sequences on the device, made once for all readers; None where there are only rows."""
 
-    cu_seqlens: Tensor | None  # int32 (n + 1,)
-    lengths: tuple[int, ...]
+    cu_seqlens: Tensor | None = None  # int32 (n + 1,): offsets of tokens, ascending from 0 to total
+    cu_keys: Tensor | None = None  # int32 (n + 1,): offsets of compressed keys, ascending from 0 to at most C
+    of_token: Tensor | None = None  # int32 (2, total): segment of each token, and its position there
+    of_key: Tensor | None = None  # int32 (2, C): first token of each compressed block, and its position there
 
 
-class _Segments:
-    """Packed sequences, one after another in a batch of 1, as kernels know them: by tables on the device."""
+def _packed_tables(backend: str, cu_seqlens: Tensor | None, total: int, keys: int, span: _Span) -> _Segments:
+    """Tables of `total` tokens and `keys` rows of compressed keys, of which some may belong to no block."""
+    if cu_seqlens is None:
+        return _Segments()
+    on = _device_backend(backend, cu_seqlens.device)
+    return _Segments(*_tables(cu_seqlens, total, keys, on, span.block_size, span.stride))
 
-    def __init__(self, cu_seqlens: Tensor, lengths: tuple[int, ...]) -> None:
-        self.cu_seqlens, self.lengths = cu_seqlens.contiguous(), lengths
-        self._cu_keys: dict[_Span, Tensor] = {}
 
-    def of_keys(self, span: _Span) -> tuple[int, int, Tensor, Tensor]:
-        """(number of sequences, tokens of the longest, offsets (n + 1,) of their tokens, offsets of their keys)."""
-        if span not in self._cu_keys:
-            counts = ((self.cu_seqlens.diff() - span.block_size) // span.stride + 1).clamp(min=0)
-            self._cu_keys[span] = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        return len(self.lengths), max(self.lengths), self.cu_seqlens, self._cu_keys[span]
-
-    @functools.cached_property
-    def of_tokens(self) -> tuple[Tensor, Tensor, int]:
-        """Sequence of each token, int32 (total,), the offsets of the sequences, and their number."""
-        token = torch.arange(sum(self.lengths), dtype=torch.int32, device=self.cu_seqlens.device)
-        segment = torch.searchsorted(self.cu_seqlens, token, right=True, out_int32=True) - 1
-        return segment, self.cu_seqlens, len(self.lengths)
+def _device_backend(backend: str, device: torch.device) -> str:
+    """Name of the backend for what needs no matrix unit, so that every dtype and size will do."""
+    kernels = _BACKENDS.get("triton") if backend != "torch" else None
+    return "triton" if kernels and (backend == "triton" or kernels.preferred(device)) else "torch"
 
 
 def _numbered(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -1283,47 +1303,34 @@ def _numbered(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     end = counts.cumsum(0, dtype=counts.dtype)
     row = torch.arange(total, dtype=counts.dtype, device=counts.device)
     segment = torch.searchsorted(end, row, right=True)
-    return segment, row - (end - counts)[segment]
-
-
-class _Places(NamedTuple):
-    """Row of each token or block, (n,), and its number there."""
-
-    row: Tensor
-    number: Tensor
-
-
-def _places(starts: Sequence[int], stops: Sequence[int], device: torch.device) -> _Places:
-    """Numbers from starts[i] up to, not including, stops[i] in each row i; row after row."""
-    counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
-    table = torch.tensor([list(starts), counts], dtype=torch.int64, device="cpu")
-    start, count = table.to(device, non_blocking=True)  # the host does not wait for the GPU
-    row, number = _numbered(count, sum(counts))
-    return _Places(row, number + start[row])
+    return segment, row - F.pad(end, (1, 0))[segment]  # rows behind all segments are of one more
 
 
 class _Padding(NamedTuple):
-    """Rows with places that hold no token, (B, T, ...), and the tokens alone, packed: (1, total, ...)."""
+    """A padded batch as rows whose tokens come first: nothing that is causal sees what stands behind them."""
 
-    place: Tensor  # (total,) of each token, among the B·T
-    shape: tuple[int, int]  # B, T
+    mask: Tensor  # bool (B, T): True for a token
+    place: Tensor  # (B·T,): where each of the permuted tokens stood, among all
 
     def pack(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.place)[None]
+        """Rows with their tokens first, and zeros behind them."""
+        x = x.masked_fill(~self.mask[..., None], 0.0)
+        return x.flatten(0, 1).index_select(0, self.place).view(x.shape)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Rows that are 0 where there is no token."""
-        rows = x.new_zeros(math.prod(self.shape), *x.shape[2:])
-        return rows.index_copy_(0, self.place, x[0]).unflatten(0, self.shape)
+        """Tokens back in their places, and zeros between them."""
+        rows = torch.empty_like(x).flatten(0, 1).index_copy(0, self.place, x.flatten(0, 1)).view(x.shape)
+        return rows.masked_fill(~self.mask[..., None], 0.0)
 
 
 class _Batch(NamedTuple):
     """Rows or packed sequences of one call, all arguments checked."""
 
-    starts: tuple[int, ...]  # tokens of each that a cache holds already
-    stops: tuple[int, ...]  # tokens of each after the call
-    cu_seqlens: Tensor | None = None  # int32, of packed sequences
+    cache: NSACache | None = None
+    segments: _Segments = _Segments()
     padding: _Padding | None = None
+    counts: Tensor | int = 0  # tokens of each row: int32 (B,), or one number for all
+    known: tuple[int, ...] | None = None  # the same on the host, where it knows them
 
     def pack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.pack(x)
@@ -1331,9 +1338,13 @@ class _Batch(NamedTuple):
     def unpack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.unpack(x)
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+    def positions(self, x: Tensor) -> Tensor:
+        """Of each token in its sequence: (B, T), or (T,) where all rows begin at 0."""
+        if self.segments.of_token is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+            return positions if self.cache is None else self.cache.seqlens[:, None] + positions
+        segment, positions = self.segments.of_token
+        return (positions if self.cache is None else self.cache.seqlens[segment] + positions)[None]
 
 
 def _read_batch(
@@ -1342,79 +1353,30 @@ def _read_batch(
 ) -> _Batch:  # fmt: skip
     """Checks the arguments of a module's forward, whose first layer is given; once, whatever else they pass through."""
     _check_tokens(x, cfg.dim, layer)
-    (batch, tokens), padding = x.shape[:2], None
+    (batch, tokens), padding, segments = x.shape[:2], None, _Segments()
+    counts, known = tokens, (tokens,) * batch if cache is not None else None
+    if cu_seqlens is None:
+        _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
     if mask is not None:
         _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
         _check_shape("key_padding_mask", mask, "(B, T)", (batch, tokens))
         _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
         _check_device("key_padding_mask", mask, "x's", x.device)
-        padding, cu_seqlens, lengths = _read(mask, _read_padding)
+        order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        start = torch.arange(0, batch * tokens, max(tokens, 1), device=x.device)[:batch, None]
+        padding, counts = _Padding(mask, (order + start).flatten()), mask.sum(1, dtype=torch.int32)
+        known = tuple(counts.tolist()) if _readable(mask) else None
     elif cu_seqlens is not None:
-        cu_seqlens, lengths = _sequences(cu_seqlens, batch, tokens, x.device)
-    else:
-        _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
-        lengths = (tokens,) * batch
-    for i, n in enumerate(lengths if cu_seqlens is not None else ()):
-        rule = f"must be at most seq_len = {cfg.seq_len} (of a key_padding_mask: the tokens of row {i})"
-        _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, rule)
-    if cache is None:
-        return _Batch((0,) * len(lengths), lengths, cu_seqlens, padding)
-    cache._check_room(cfg, lengths, x.device)
-    stops = tuple(length + more for length, more in zip(cache.lengths, lengths, strict=True))
-    return _Batch(cache.lengths, stops, cu_seqlens, padding)
-
-
-def _sequences(cu_seqlens: Tensor | None, batch: int, tokens: int, device: torch.device) -> _Packing:
-    """The sequences packed in (batch, tokens, ...), checked."""
-    if cu_seqlens is None:
-        return _Packing(None, ())
-    _check_tensor("cu_seqlens", cu_seqlens, 1, "(n + 1,)")
-    _check(len(cu_seqlens) > 0, "cu_seqlens.shape", tuple(cu_seqlens.shape), "must be (n + 1,) for n sequences")
-    dtype = cu_seqlens.dtype
-    _check(dtype in (torch.int32, torch.int64), "cu_seqlens.dtype", dtype, "must be torch.int32 or torch.int64")
-    _check_device("cu_seqlens", cu_seqlens, "the tokens'", device)
-    _check(batch == 1, "batch", batch, "must be 1 where cu_seqlens packs the sequences of a batch one after another")
-    lengths = _read(cu_seqlens, _read_lengths)
-    _check(sum(lengths) == tokens, "cu_seqlens[-1]", sum(lengths), f"must be {tokens}, the number of tokens")
-    return _Packing(cu_seqlens.int(), lengths)
-
-
-# Last readings of tensors that are still alive and on a GPU.
-_READINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _read(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    """`read(tensor)`, for which the host waits. In the capture of a CUDA graph, where it must not: the last reading.
-
-    The graph is then replayed on the same numbers only. Elsewhere nothing is taken from memory: numpy, DLPack or
-    `.data` may have changed the tensor, and torch would not know.
-    """
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        _check(tensor in _READINGS, "values on the GPU", "not read", "run the same call before it is captured")
-        return _READINGS[tensor]
-    result = read(tensor)
-    if tensor.is_cuda:
-        _READINGS[tensor] = result
-    return result
-
-
-def _read_lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
-    """Lengths of packed sequences, on the host."""
-    offsets = cu_seqlens.tolist()
-    _check(offsets[0] == 0, "cu_seqlens[0]", offsets[0], "must be 0, where the first sequence begins")
-    lengths = tuple(stop - start for start, stop in itertools.pairwise(offsets))
-    for i, length in enumerate(lengths):
-        rule = f"must be at least cu_seqlens[{i}] = {offsets[i]}, where the sequence begins that ends here"
-        _check(length >= 0, f"cu_seqlens[{i + 1}]", offsets[i + 1], rule)
-    return lengths
-
-
-def _read_padding(mask: Tensor) -> tuple[_Padding, Tensor, tuple[int, ...]]:
-    """Padding of rows, and cu_seqlens and lengths of their tokens."""
-    lengths = mask.sum(1)
-    cu_seqlens = F.pad(lengths, (1, 0)).cumsum(0, dtype=torch.int32)
-    padding = _Padding(mask.flatten().nonzero()[:, 0], tuple(mask.shape))
-    return padding, cu_seqlens, tuple(lengths.tolist())
+        _check_packed(cu_seqlens, batch, tokens, x.device)
+        known = tuple(cu_seqlens.diff().tolist()) if _readable(cu_seqlens) else None
+        for i, n in enumerate(known or ()):
+            _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, f"must be at most {cfg.seq_len = }")
+        backend, span = "auto" if cfg.use_flash else "torch", _Span(0, cfg.block_size, cfg.stride)
+        segments = _packed_tables(backend, cu_seqlens, tokens, tokens // cfg.stride, span)
+        counts = segments.cu_seqlens.diff()
+    if cache is not None:
+        cache._check_room(cfg, len(cu_seqlens) - 1 if cu_seqlens is not None else batch, tokens, known, x.device)
+    return _Batch(cache, segments, padding, counts, known)
 
 
 class NSACache:
@@ -1446,8 +1408,13 @@ class NSACache:
         max_len: tokens that each row has room for, at most `cfg.seq_len`.
         device, dtype: of the keys and values, those of the module's weights (under autocast, the autocast dtype).
 
+    Nothing here waits for a GPU but `lengths`: the numbers of tokens are kept on the device, so that a step can be
+    captured in a CUDA graph. What would go beyond max_len is refused where the host knows it: on a CPU, and on a GPU
+    as long as it was told all lengths as Python numbers. Elsewhere it is not stored, and the row counts as full.
+
     Attributes:
-        lengths: a tuple of `batch` ints, the number of tokens in each row.
+        lengths: a tuple of `batch` ints, the number of tokens in each row; reads the device.
+        seqlens: the same on the device, int32 (batch,), not to be written by others.
         cfg, batch, max_len, device, dtype: as it was made.
 
     Raises:
@@ -1471,37 +1438,51 @@ class NSACache:
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         _check(floating, "dtype", dtype, "must be a floating point type", TypeError)
         self.cfg, self.batch, self.max_len = cfg, batch, max_len
-        self._lengths = (0,) * batch
-        self._owner: weakref.ref[nn.Module] | None = None  # the module whose tokens these are
+        # What the compressors read is not rotated, and kept, so that a cache can be cut anywhere.
+        raw = ("k_local", "v_local", "k_raw", "v_raw") if cfg.separate_kv else ("k_raw",) * (cfg.rope_theta is not None)
+        self._streams = ("k", "v", *raw)
+        blocks = _compressed_count(max_len, cfg.block_size, cfg.stride)
 
-        def room(rows: int) -> Tensor:
-            return torch.zeros(batch, rows, cfg.kv_heads, cfg.dim_head, device=device, dtype=dtype)
+        def room(streams: int, rows: int) -> Tensor:  # and a spare row for what is not to be stored
+            shape = (streams, batch, rows + 1, cfg.kv_heads, cfg.dim_head)
+            return torch.zeros(shape, device=device, dtype=dtype)
 
         with torch.inference_mode(False):  # what is made inside of it cannot be written outside
-            self.k, self.v = room(max_len), room(max_len)  # of the selective branch
-            self.k_local, self.v_local = (room(max_len), room(max_len)) if cfg.separate_kv else (self.k, self.v)
-            # What the compressors read, which is not rotated. All of it is kept, so that a cache can be cut anywhere.
-            self.k_raw = room(max_len) if cfg.separate_kv or cfg.rope_theta is not None else self.k
-            self.v_raw = room(max_len) if cfg.separate_kv else self.v
-            blocks = _compressed_count(max_len, cfg.block_size, cfg.stride)
-            self.k_cmp, self.v_cmp = room(blocks), room(blocks)
+            self.tokens, self.blocks = room(len(self._streams), max_len), room(2, blocks)
+            self.seqlens = torch.zeros(batch, device=self.device, dtype=torch.int32)
+        self._captured = False
+        self.reset()
+
+    def _stream(self, *names: str) -> Tensor:
+        """(B, max_len, K, D): the first of these streams that is kept."""
+        name = next(name for name in names if name in self._streams)
+        return self.tokens[self._streams.index(name), :, :-1]
+
+    k = property(lambda self: self._stream("k"))  # of the selective branch
+    v = property(lambda self: self._stream("v"))
+    k_local = property(lambda self: self._stream("k_local", "k"))
+    v_local = property(lambda self: self._stream("v_local", "v"))
+    k_raw = property(lambda self: self._stream("k_raw", "k"))  # of the compressors
+    v_raw = property(lambda self: self._stream("v_raw", "v"))
+    k_cmp = property(lambda self: self.blocks[0, :, :-1])
+    v_cmp = property(lambda self: self.blocks[1, :, :-1])
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return self._lengths
+        return tuple(self.seqlens.clamp(max=self.max_len).tolist())
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.k.dtype
+        return self.tokens.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.k.device
+        return self.tokens.device
 
     def __repr__(self) -> str:
-        shortest, longest = min(self._lengths), max(self._lengths)
-        lengths = longest if shortest == longest else f"{shortest}..{longest}"
-        sizes = f"batch={self.batch}, max_len={self.max_len}, lengths={lengths}"
+        lengths = self.lengths
+        longest = lengths[0] if len(set(lengths)) == 1 else f"{min(lengths)}..{max(lengths)}"
+        sizes = f"batch={self.batch}, max_len={self.max_len}, lengths={longest}"
         return f"NSACache({sizes}, dtype={self.dtype}, device={self.device})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1509,7 +1490,9 @@ class NSACache:
 
     def reset(self) -> None:
         """Forgets all tokens, and whose they were."""
-        self._lengths, self._owner = (0,) * self.batch, None
+        self.seqlens.zero_()
+        self._owner: weakref.ref[nn.Module] | None = None  # the module whose tokens these are
+        self._know((0,) * self.batch)
 
     def truncate(self, n: int | Sequence[int] | Tensor) -> None:
         """Keeps the first n tokens of every row, or n[row] of each, and forgets the others, so as to go on from there.
@@ -1522,101 +1505,137 @@ class NSACache:
         (48, 49)
 
         Args:
-            n: an int, or `batch` of them as a list, a tuple or a tensor (read on the host).
+            n: an int, or `batch` of them as a list, a tuple or a tensor. A tensor on a GPU is not read: a row that is
+                shorter than its number stays as it is, and below 0 counts as 0.
 
         Raises:
-            ValueError, TypeError: n is no such number or numbers, below 0, or above the length of a row.
+            ValueError, TypeError: n is no such number or numbers, below 0, or above the length of a row that the host
+                knows.
         """
-        n = n.tolist() if isinstance(n, Tensor) else n
-        lengths = self._of_rows("n", [n] * self.batch if isinstance(n, int) else n)
-        for row, (kept, length) in enumerate(zip(lengths, self._lengths, strict=True)):
-            _check(0 <= kept <= length, f"n[{row}]", kept, f"must be from 0 to the row's length, {length}")
-        self._lengths = lengths
+        n, on_device = self._numbers("n", [n] * self.batch if isinstance(n, int) else n)
+        before = self._lengths_on_host()
+        for row, kept in enumerate(n or ()):
+            _check(kept >= 0, f"n[{row}]", kept, "must be at least 0")
+            if before is not None:
+                _check(kept <= before[row], f"n[{row}]", kept, f"must be at most the row's length, {before[row]}")
+        self.seqlens.copy_(torch.minimum(self.seqlens, on_device.clamp(min=0)))
+        self._know(n if before is not None or not any(n or (1,)) else None)
 
     @torch.no_grad()
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Row i becomes what row indices[i] was. A row may be taken many times, as beam search does, or never.
 
         Args:
-            indices: `batch` ints from 0 to batch − 1, as a list, a tuple or a tensor (read on the host).
+            indices: `batch` ints from 0 to batch − 1, as a list, a tuple or a tensor. A tensor on a GPU is not read:
+                its numbers are clamped.
 
         Raises:
             ValueError, TypeError: indices are not `batch` numbers of rows.
         """
-        sources = self._of_rows("indices", indices.tolist() if isinstance(indices, Tensor) else indices)
-        for i, source in enumerate(sources):
+        indices, on_device = self._numbers("indices", indices)
+        for i, source in enumerate(indices or ()):
             _check(0 <= source < self.batch, f"indices[{i}]", source, f"must be from 0 to batch - 1 = {self.batch - 1}")
-        moves = [(row, source) for row, source in enumerate(sources) if row != source]
-        if moves:
-            rows, taken = torch.tensor(moves, device=self.device).unbind(1)
-            longest = max(self._lengths[source] for _, source in moves)
-            blocks = _compressed_count(longest, self.cfg.block_size, self.cfg.stride)
-            for name, buffer in self._buffers().items():
-                used = buffer[:, : blocks if name in ("k_cmp", "v_cmp") else longest]
-                used[rows] = used[taken]
-        self._lengths = tuple(self._lengths[source] for source in sources)
+        before = self._lengths_on_host()
+        if indices == tuple(range(self.batch)):
+            return
+        on_device, longest = on_device.clamp(0, self.batch - 1), self.max_len if before is None else max(before)
+        blocks = _compressed_count(longest, self.cfg.block_size, self.cfg.stride)
+        for stream, used in (*((x, longest) for x in self.tokens), *((x, blocks) for x in self.blocks)):
+            stream[:, :used] = stream[:, :used].index_select(0, on_device)
+        self.seqlens.copy_(self.seqlens[on_device])
+        equal = before is not None and len(set(before)) == 1
+        self._know(tuple(before[i] for i in indices) if before and indices else before if equal else None)
 
-    def _of_rows(self, name: str, values: object) -> tuple[int, ...]:
+    def _numbers(self, name: str, values: object) -> tuple[tuple[int, ...] | None, Tensor]:
+        """A number for each row: on the host, None where only a GPU knows them; and int32 on the device."""
+        if isinstance(values, Tensor):
+            integers = not values.is_floating_point() and values.dtype not in (torch.bool, torch.complex64)
+            _check(integers, f"{name}.dtype", values.dtype, "must be an integer type", TypeError)
+            _check_shape(name, values, "(batch,)", (self.batch,))
+            if not _readable(values):
+                _check_device(name, values, "the cache's", self.device)
+                return None, values.int()
+            values = values.tolist()
         integers = isinstance(values, list | tuple) and all(type(value) is int for value in values)
         _check(integers, name, values, "must be an int for each row", TypeError)
         _check(len(values) == self.batch, name, values, f"must be as many as there are rows, {self.batch}")
-        return tuple(values)
+        within = [max(-1, min(value, 2**31 - 1)) for value in values]
+        return tuple(values), torch.tensor(within, dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
 
-    def _buffers(self) -> dict[str, Tensor]:
-        """All tensors, by the first of the names that each has."""
-        names = ("k", "v", "k_local", "v_local", "k_raw", "v_raw", "k_cmp", "v_cmp")
-        named = {id(getattr(self, name)): name for name in reversed(names)}
-        return {name: getattr(self, name) for name in named.values()}
+    # What the host knows without a look at the device. In a CUDA graph rows grow without it, and so from the first
+    # capture on it claims no more; nor does compiled code, which would be compiled anew for each length.
 
-    @contextlib.contextmanager
-    def _appending(self) -> Iterator[None]:
-        """Leaves the rows as long as they were if what runs inside fails."""
-        before = self._lengths, self._owner
-        try:
-            yield
-        except BaseException:
-            self._lengths, self._owner = before
-            raise
+    def _know(self, lengths: tuple[int, ...] | None) -> None:
+        capturing = self.tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._captured = self._captured or capturing
+        self._known = None if self._captured else lengths
+        self._empty = self._known is not None and not any(self._known)
 
-    def _extend(self, lengths: tuple[int, ...], owner: nn.Module) -> None:
-        """Makes the rows as long as that: what the owner has written counts from now on."""
-        self._lengths = lengths
-        if any(lengths):
-            self._owner = weakref.ref(owner)
+    def _lengths_on_host(self) -> tuple[int, ...] | None:
+        if self._known is None and _readable(self.seqlens):
+            return self.lengths
+        return self._known
 
-    def _write(self, places: _Places, values: dict[str, Tensor]) -> None:
-        """Puts values, (B, T, K, D) or (1, total, K, D), where they belong. No row is longer for it yet."""
-        for name, buffer in self._buffers().items():
-            if name in values:
-                buffer.index_put_(tuple(places), values[name].flatten(0, 1).to(buffer.dtype))
+    def _append(self, p: _Projections, segments: _Segments) -> None:
+        """Writes the keys and values of new tokens behind those of each row. No row is longer for it yet."""
+        values = [getattr(p, name) for name in self._streams]
+        on = _device_backend("auto" if self.cfg.use_flash else "torch", self.device)
+        _cache_append(self.tokens, values, self.seqlens, segments.of_token, on)
 
-    def _check_room(self, cfg: NSAConfig, lengths: tuple[int, ...], device: torch.device) -> None:
+    def _fill_blocks(self, k_cmp: Tensor, v_cmp: Tensor, segments: _Segments) -> None:
+        """Writes the compressed keys and values of rows or packed sequences that begin at 0."""
+        if segments.of_key is None:
+            for blocks, values in zip(self.blocks[:, :, :-1], (k_cmp, v_cmp), strict=True):
+                blocks[:, : values.shape[1]] = values[:, : blocks.shape[1]]
+            return
+        first, position = segments.of_key
+        needed = torch.arange(len(first), device=first.device) < segments.cu_keys[-1]
+        row = torch.where(needed, segments.of_token[0, first], self.batch)
+        self._store_blocks(row, position // self.cfg.stride, k_cmp, v_cmp)
+
+    def _store_blocks(self, row: Tensor, number: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
+        """Writes compressed keys and values, (1, n, K, D): each by its row and its number there; elsewhere if none."""
+        room = self.blocks.shape[2]
+        stored = (row < self.batch) & (number < room - 1)
+        place = torch.where(stored, row * room + number, room - 1)
+        for blocks, values in zip(self.blocks, (k_cmp, v_cmp), strict=True):
+            blocks.flatten(0, 1).index_copy_(0, place, values[0].to(blocks.dtype))
+
+    def _commit(self, batch: _Batch, owner: nn.Module) -> None:
+        """Makes the rows longer by the tokens of a call that has come to its end."""
+        before = None if torch.compiler.is_compiling() else self._known
+        self.seqlens.add_(batch.counts)
+        if torch.compiler.is_compiling():
+            self._known, self._empty = None, False
+            return
+        both = before is not None and batch.known is not None
+        self._know(tuple(map(sum, zip(before, batch.known, strict=True))) if both else None)
+        self._owner = self._owner if self._empty else weakref.ref(owner)
+
+    def _check_room(
+        self, cfg: NSAConfig, rows: int, tokens: int, counts: tuple[int, ...] | None, device: torch.device
+    ) -> None:
         """Checks that a module of such a configuration can append so many tokens to each row."""
-        for name in (field.name for field in fields(cfg)) if self.cfg != cfg else ():
+        for name in (field.name for field in fields(cfg)) if self.cfg is not cfg and self.cfg != cfg else ():
             value, same = getattr(self.cfg, name), name == "use_flash" or getattr(self.cfg, name) == getattr(cfg, name)
             _check(same, f"cache.cfg.{name}", value, f"must be the module's, {getattr(cfg, name)!r}")
-        _check(self.batch == len(lengths), "cache.batch", self.batch, f"must be that of the tokens, {len(lengths)}")
+        _check(self.batch == rows, "cache.batch", self.batch, f"must be that of the tokens, {rows}")
         _check(self.device == device, "cache.device", str(self.device), f"must be that of the tokens, {device}")
-        for row, (length, more) in enumerate(zip(self._lengths, lengths, strict=True)):
+        if torch.compiler.is_compiling():
+            return
+        before = self._lengths_on_host()
+        for row, (length, more) in enumerate(zip(before, counts, strict=True)) if before and counts else ():
             rule = f"must leave room for {more} more within max_len = {self.max_len}"
             _check(length + more <= self.max_len, f"cache.lengths[{row}]", length, rule)
 
     def _check_owner(self, owner: nn.Module, keys: Tensor) -> None:
         """Checks that these keys of a module may go on from the tokens that are here."""
         _check(self.dtype == keys.dtype, "cache.dtype", self.dtype, f"must be that of the module's keys, {keys.dtype}")
-        owned = self._owner is None or self._owner() is owner
+        owned = torch.compiler.is_compiling() or self._owner is None or self._owner() is owner
         _check(owned, "cache", self, "holds another module's tokens; each layer has a cache of its own (or reset() it)")
         wanted = torch.is_grad_enabled() and (keys.requires_grad or any(p.requires_grad for p in owner.parameters()))
         rule = "records no gradients, but x or a parameter wants one: call it under torch.no_grad() or inference_mode()"
         _check(not wanted, "cache", self, rule)
-
-
-def _appending(cache: NSACache | None) -> contextlib.AbstractContextManager[None]:
-    """Surrounds a forward that may have a cache."""
-    if cache is None:
-        return contextlib.nullcontext()
-    _check(isinstance(cache, NSACache), "cache", type(cache).__name__, "must be an NSACache", TypeError)
-    return cache._appending()
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1646,7 +1665,9 @@ class _Backend(NamedTuple):
         where `gated` is (gates, o_local, o_compressed)
     selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments) → dq, dk, dv; likewise
     preprocess(do, outputs, lses, kv_heads, gates, dlse) → the terms of each branch, dgates
-    decode(q, k, v, k_local, v_local, k_cmp, v_cmp, gates, positions, window, choice, scale) → o
+    decode(q, k, v, k_local, v_local, k_cmp, v_cmp, gates, first, of_token, window, choice, scale) → o
+    segments(cu_seqlens, total, keys, block_size, stride) → `_Segments`
+    append(tokens, values, first, of_token)
     obstacle(q, k, scale, choice, decoding) → why it cannot run, or None
     preferred(device) → whether "auto" takes it
     """
@@ -1658,6 +1679,8 @@ class _Backend(NamedTuple):
     selected_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     preprocess: Callable[..., tuple[list[_RowTerms], Tensor | None]]
     decode: Callable[..., Tensor]
+    segments: Callable[..., _Segments]
+    append: Callable[..., None]
     obstacle: Callable[..., str | None]
     preferred: Callable[[torch.device], bool]
 
@@ -1672,47 +1695,106 @@ _LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa
 # tells it the shapes. cu_seqlens and lengths are those of packed sequences, else None and [].
 
 
-def _operator(function: Callable[..., Any]) -> Any:
-    """`function` as an operator, <name of this module>::<its name>, which changes none of its arguments.
+def _operator(function: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
+    """`function` as an operator, <name of this module>::<its name>, which changes only the arguments named.
 
-    Precision is its own business, under autocast too. PyTorch runs packed sequences one at a time.
+    Precision is its own business, under autocast too.
     """
+    if function is None:
+        return functools.partial(_operator, mutates=mutates)
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def in_full_precision(*arguments: Any) -> Any:
         with torch.autocast(arguments[0].device.type, enabled=False):
             given = dict(zip(names, arguments, strict=True))
-            if given.get("backend") == "torch" and any(given["lengths"]):
+            if given.get("backend") == "torch" and given.get("cu_keys") is not None:
                 return _each_sequence(function, **given)
             return function(*arguments)
 
     name = f"{_LIBRARY}::{function.__name__.lstrip('_')}"
-    return torch.library.custom_op(name, in_full_precision, mutates_args=())
+    return torch.library.custom_op(name, in_full_precision, mutates_args=mutates)
 
 
-def _each_sequence(function: Callable[..., Any], *, cu_seqlens: Tensor, lengths: list[int], **arguments: Any) -> Any:
+def _each_sequence(
+    function: Callable[..., Any], *, cu_seqlens: Tensor, cu_keys: Tensor, of_token: Tensor, **arguments: Any
+) -> Any:
     """`function` of each of some packed sequences alone, its results one after another.
 
     A tensor (1, rows, ...) has a row for each token or for each compressed block. Their numbers tell which: no sequence
     has more blocks than tokens, so where there are as many overall, every sequence has as many.
     """
-    lengths = [length for length in lengths if length > 0]
+    lengths = [n for n in cu_seqlens.diff().tolist() if n > 0]
     blocks = [_compressed_count(n, arguments["block_size"], arguments["stride"]) for n in lengths]
-    rows = {sum(blocks): blocks, sum(lengths): lengths}
-    pieces = {name: x.split(rows[x.shape[1]], dim=1) for name, x in arguments.items() if isinstance(x, Tensor)}
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    total = sum(lengths)
+    keys = next((x.shape[1] for x in tensors.values() if x.shape[1] != total), total)
+    split = lambda x: x.split(lengths, 1) if x.shape[1] == total else x[:, : sum(blocks)].split(blocks, 1)  # noqa: E731
+    pieces = {name: split(x) for name, x in tensors.items()}
     results = []
     for i in range(len(lengths)):
         alone = arguments | {name: x[i] for name, x in pieces.items()}
-        results.append(function(**alone, cu_seqlens=None, lengths=[]))
+        results.append(function(**alone, cu_seqlens=None, cu_keys=None, of_token=None))
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        x = torch.cat(parts, dim=1)
+        return x if x.shape[1] == total else F.pad(x, (0,) * (2 * x.ndim - 4) + (0, keys - x.shape[1]))
+
     if isinstance(results[0], Tensor):
-        return torch.cat(results, dim=1)
-    return tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+        return join(results)
+    return tuple(map(join, zip(*results, strict=True)))
 
 
-def _backend(backend: str, cu_seqlens: Tensor | None, lengths: list[int]) -> tuple[_Backend, dict[str, _Segments]]:
+def _backend(
+    backend: str, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None
+) -> tuple[_Backend, dict[str, _Segments]]:
     """The backend, and the argument `segments` for its functions where sequences are packed."""
-    return _BACKENDS[backend], {"segments": _Segments(cu_seqlens, tuple(lengths))} if any(lengths) else {}
+    packed = {} if cu_seqlens is None else {"segments": _Segments(cu_seqlens, cu_keys, of_token)}
+    return _BACKENDS[backend], packed
+
+
+@_operator
+def _tables(
+    cu_seqlens: Tensor, total: int, keys: int, backend: str, block_size: int, stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_Segments` of packed sequences."""
+    return tuple(_BACKENDS[backend].segments(cu_seqlens, total, keys, block_size, stride))
+
+
+@_tables.register_fake
+def _(cu_seqlens: Tensor, total: int, keys: int, *_: Any) -> tuple[Tensor, ...]:
+    shapes = (cu_seqlens.shape, cu_seqlens.shape, (2, total), (2, keys))
+    return tuple(cu_seqlens.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+@functools.partial(_operator, mutates=("tokens",))
+def _cache_append(
+    tokens: Tensor, values: list[Tensor], first: Tensor, of_token: Tensor | None, backend: str
+) -> None:
+    """Writes values (B, M, K, D), or (1, total, K, D) of packed sequences, behind the first tokens of their rows."""
+    _BACKENDS[backend].append(tokens, values, first, of_token)
+
+
+@_cache_append.register_fake
+def _(*_: Any) -> None: ...
+
+
+@_operator
+def _cached_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+    first: Tensor, of_token: Tensor | None, backend: str, local_window: int,
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """o of queries that stand behind the first tokens of their rows, over the keys of a cache."""
+    choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
+    keys = (k, v, k_local, v_local, k_cmp, v_cmp)
+    return _BACKENDS[backend].decode(q, *keys, gates, first, of_token, local_window, choice, scale)
+
+
+@_cached_forward.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def _fake_output(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -1727,11 +1809,11 @@ def _fake_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 @_operator
 def _branch_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
-    cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
     window: int, block_size: int, stride: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse over the blocks of `block_size` tokens that are chosen; without a choice, over the spans."""
-    on, packed = _backend(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     if block_indices is None:
         return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **packed)
     return on.selected_forward(q, k, v, block_indices, block_size, scale, **packed)[:2]
@@ -1745,11 +1827,11 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @_operator
 def _branch_backward(
     do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
-    cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
     window: int, block_size: int, stride: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    on, packed = _backend(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     (terms,), _ = on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)
     if block_indices is None:
         span = _Span(window, block_size, stride)
@@ -1767,21 +1849,19 @@ def _(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, *inputs: Any) -> tuple[T
 @_operator
 def _select(
     q: Tensor, k_cmp: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, lengths: list[int], backend: str,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """block_indices."""
-    on, packed = _backend(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     return on.select(q, k_cmp, lse, choice, scale, **packed)
 
 
 @_select.register_fake
-def _(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None, lengths: list[int], backend: str,
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, *_: Any,
-) -> Tensor:  # fmt: skip
+def _(q: Tensor, k_cmp: Tensor, *others: Any) -> Tensor:
+    topk_blocks = others[8]
     return q.new_empty(*q.shape[:2], k_cmp.shape[2], topk_blocks, dtype=torch.int32)
 
 
@@ -1789,12 +1869,12 @@ def _(
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
     k_local: Tensor | None, v_local: Tensor | None,
-    cu_seqlens: Tensor | None, lengths: list[int], backend: str, local_window: int,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o; o of the local, the compressed and the selective branch; their lse; block_indices."""
-    on, packed = _backend(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
     o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **packed)
@@ -1808,8 +1888,9 @@ def _attention_forward(
 
 @_attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
-    v_local: Tensor | None, cu_seqlens: Tensor | None, lengths: list[int], backend: str, local_window: int,
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+    k_local: Tensor | None, v_local: Tensor | None,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
@@ -1823,14 +1904,14 @@ def _attention_backward(
     lse_local: Tensor, lse_compressed: Tensor, lse_selective: Tensor, block_indices: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
     k_local: Tensor | None, v_local: Tensor | None,
-    cu_seqlens: Tensor | None, lengths: list[int], backend: str, local_window: int,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_local, dv_local; the last two are empty where k and v serve all.
 
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
-    on, packed = _backend(backend, cu_seqlens, lengths)
+    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     outputs, lses = [o_local, o_compressed, o_selective], [lse_local, lse_compressed, lse_selective]
     (local, compressed, selective), dgates = on.preprocess(do, outputs, lses, k.shape[2], gates=gates)
     own_keys = k_local is not None
@@ -1869,60 +1950,62 @@ def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
 class _BranchFunction(torch.autograd.Function):
     """One branch → o, lse. Saves its arguments and results, never a probability.
 
-    settings: lengths, backend, window, block_size, stride, scale.
+    settings: backend, window, block_size, stride, scale.
     """
 
     @staticmethod
     def forward(
-        settings: tuple[Any, ...], cu_seqlens: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-        block_indices: Tensor | None,
+        settings: tuple[Any, ...], cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None,
+        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _branch_forward(q, k, v, block_indices, cu_seqlens, *settings)
+        return _branch_forward(q, k, v, block_indices, cu_seqlens, cu_keys, of_token, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings, cu_seqlens, *tensors = inputs
-        ctx.save_for_backward(*output, *tensors, cu_seqlens)
+        ctx.settings, *segments = inputs[:4]
+        ctx.save_for_backward(*output, *inputs[4:], *segments)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
         with torch.no_grad():
             gradients = _branch_backward(do, dlse, *saved, *ctx.settings)
-        return None, None, *_first_gradients(gradients, do, dlse, *saved), None
+        return *(None,) * 4, *_first_gradients(gradients, do, dlse, *saved), None
 
 
 class _AttentionFunction(torch.autograd.Function):
     """Gated sum of the branches → o, and what backward reads.
 
-    settings: lengths, backend, window, the six numbers of a `_Choice`, scale.
+    settings: backend, window, the six numbers of a `_Choice`, scale.
     """
 
     @staticmethod
     def forward(
-        settings: tuple[Any, ...], cu_seqlens: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor,
-        v_cmp: Tensor, gates: Tensor, k_local: Tensor | None, v_local: Tensor | None,
+        settings: tuple[Any, ...], cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None,
+        q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
+        v_local: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return _attention_forward(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, cu_seqlens, *settings)
+        tensors = (q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
+        return _attention_forward(*tensors, cu_seqlens, cu_keys, of_token, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, cu_seqlens, *tensors = inputs
+        ctx.settings, *segments = inputs[:4]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.save_for_backward(*output[1:], *tensors, cu_seqlens)
+        ctx.save_for_backward(*output[1:], *inputs[4:], *segments)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if do is None:  # o took no part in what is differentiated
-            return (None,) * 10
-        lengths, backend, window, block_size, stride, select_block_size, *_, scale = ctx.settings
-        settings, saved = (lengths, backend, window, block_size, stride, select_block_size, scale), ctx.saved_tensors
+            return (None,) * 12
+        backend, window, block_size, stride, select_block_size, *_, scale = ctx.settings
+        settings, saved = (backend, window, block_size, stride, select_block_size, scale), ctx.saved_tensors
         with torch.no_grad():
             gradients = _attention_backward(do, *saved, *settings)
         gradients = _first_gradients(gradients, do, *saved)
-        own_keys = ctx.needs_input_grad[8] or ctx.needs_input_grad[9]
-        return None, None, *gradients[:6], *(gradients[6:] if own_keys else (None, None))
+        own_keys = ctx.needs_input_grad[10] or ctx.needs_input_grad[11]
+        return *(None,) * 4, *gradients[:6], *(gradients[6:] if own_keys else (None, None))
 
 
 class _FirstGradients(torch.autograd.Function):
@@ -2493,36 +2576,66 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
 # Cached keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _equal_rows(positions: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Neighbouring rows of positions (B, M) that begin at the same one and hold as many: (rows, first, count)."""
-    stop = 0
-    spans = zip(positions[:, 0].tolist(), (positions >= 0).sum(1).tolist(), strict=True)
-    for (first, count), rows in itertools.groupby(spans):
-        start, stop = stop, stop + len(list(rows))
-        if count > 0:
-            yield slice(start, stop), first, count
-
-
 def _torch_decode(
     q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
-    positions: Tensor, local_window: int, choice: _Choice, scale: float,
+    first: Tensor, of_token: Tensor | None, local_window: int, choice: _Choice, scale: float,
 ) -> Tensor:  # fmt: skip
-    """The gated sum of the branches for a few queries q (B, M, H, D) over many keys: (B, M, H, D).
+    """The gated sum of the branches for queries q (B, M, H, D) over many keys: (B, M, H, D).
 
     The keys (B, T, K, D) and (B, C, K, D) start at position 0 and may go on behind the last query, with anything that
-    is finite. `positions`, (B, M): where each query stands, ascending by 1 from the left; −1 where a row has fewer
-    queries, and o is 0.
+    is finite. The queries of row b stand at first[b] and behind; of packed sequences, (1, total, H, D), each has a row.
     """
-    o = torch.zeros_like(q)
-    for rows, first, count in _equal_rows(positions):
-        queries, blocks = q[rows, :count], k_cmp[rows]
-        o_local, _ = _torch_span_forward(queries, k_local[rows], v_local[rows], _Span(local_window), scale, first)
-        o_compressed, lse = _torch_span_forward(queries, blocks, v_cmp[rows], choice.span, scale, first)
-        chosen = _torch_select(queries, blocks, lse, choice, scale, first)
-        others = (gates[rows, :count], o_local, o_compressed)
-        selected = (queries, k[rows], v[rows], chosen, choice.select_block_size, scale, others, first)
-        _, _, o[rows, :count] = _torch_selected_forward(*selected)
+    o, starts = torch.zeros_like(q), first.tolist()
+    if of_token is None:  # neighbouring rows that begin at the same position, together
+        groups = ((start, list(same)) for start, same in itertools.groupby(range(len(starts)), starts.__getitem__))
+        rows = ((start, slice(same[0], same[-1] + 1)) for start, same in groups)
+        pieces = [(start, row, row, slice(0, max(0, k.shape[1] - start))) for start, row in rows]  # padding is behind
+    else:
+        ends = of_token[0].bincount(minlength=len(starts)).cumsum(0).tolist()
+        rows = enumerate(zip(starts, [0, *ends], ends, strict=False))
+        pieces = [(start, slice(row, row + 1), slice(None), slice(begin, end)) for row, (start, begin, end) in rows]
+    for start, keys, batch, tokens in pieces:
+        queries, blocks = q[batch, tokens], k_cmp[keys]
+        if queries.numel() == 0:
+            continue
+        o_local, _ = _torch_span_forward(queries, k_local[keys], v_local[keys], _Span(local_window), scale, start)
+        o_compressed, lse = _torch_span_forward(queries, blocks, v_cmp[keys], choice.span, scale, start)
+        chosen = _torch_select(queries, blocks, lse, choice, scale, start)
+        others = (gates[batch, tokens], o_local, o_compressed)
+        selected = (queries, k[keys], v[keys], chosen, choice.select_block_size, scale, others, start)
+        _, _, o[batch, tokens] = _torch_selected_forward(*selected)
     return o
+
+
+def _torch_append(tokens: Tensor, values: list[Tensor], first: Tensor, of_token: Tensor | None) -> None:
+    """Writes new tokens of all streams into tokens (streams, B, max_len + 1, K, D); what is too many, behind them."""
+    batch, room = tokens.shape[1:3]
+    if of_token is None:
+        row = torch.arange(batch, device=first.device)[:, None]
+        position = first[:, None] + torch.arange(values[0].shape[1], device=first.device)
+    else:
+        row, position = of_token[0], first[of_token[0]] + of_token[1]
+    place = (row * room + position.clamp(max=room - 1)).flatten()
+    for stream, x in zip(tokens, values, strict=True):
+        stream.flatten(0, 1).index_copy_(0, place, x.flatten(0, 1).to(stream.dtype))
+
+
+# Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _torch_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int, stride: int) -> _Segments:
+    """Tables of packed sequences, whatever the offsets are: those that are none count as the nearest that could be."""
+    offsets = cu_seqlens.long().clamp(0, total).cummax(0).values
+    offsets[-1:], offsets[:1] = total, 0
+    counts = ((offsets.diff() - block_size) // stride + 1).clamp(min=0)
+    cu_keys = F.pad(counts.cumsum(0), (1, 0)).clamp(max=keys)
+    token, key = torch.arange(total, device=offsets.device), torch.arange(keys, device=offsets.device)
+    segment = torch.searchsorted(offsets, token, right=True) - 1
+    of_key = (torch.searchsorted(cu_keys, key, right=True) - 1).clamp(max=len(offsets) - 2)
+    position, needed = (key - cu_keys[of_key]) * stride, key < cu_keys[-1:]
+    of_token = torch.stack([segment, token - offsets[segment]])
+    of_key = torch.stack([offsets[of_key] + position, position]).where(needed, 0)
+    return _Segments(*(x.int() for x in (offsets, cu_keys, of_token, of_key)))
 
 
 _BACKENDS["torch"] = _Backend(
@@ -2533,6 +2646,8 @@ _BACKENDS["torch"] = _Backend(
     _torch_selected_backward,
     _torch_preprocess,
     _torch_decode,
+    _torch_segments,
+    _torch_append,
     obstacle=lambda *_: None,
     preferred=lambda _: True,
 )
@@ -2637,8 +2752,8 @@ def _selftest_reference() -> str:
     worst = 0.0
     for name, cfg in _selftest_configs().items():
         attention, x = NativeSparseAttention(cfg).double().eval(), torch.randn(2, 130, cfg.dim, dtype=torch.float64)
-        p = attention._project(x, torch.arange(130))
-        tensors = (p.q, p.k, p.v, *attention._compress(p), p.gates, p.k_local, p.v_local)
+        p = attention._project(x, _Batch())
+        tensors = (p.q, p.k, p.v, *attention._compress(p, _Segments()), p.gates, p.k_local, p.v_local)
         exact, _ = _dense_attention(*tensors, local_window=cfg.local_window, **cfg.selection)
         y, exact = attention(x), attention.to_out(exact.flatten(2))
         names, weights = zip(*attention.named_parameters(), strict=True)
@@ -3320,7 +3435,7 @@ def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
 @functools.lru_cache(maxsize=4096)
 def _span_plan(
     kernel: str, q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, span: _Span,
-    segments: int, longest: int, precision: str,
+    segments: int, precision: str,
 ) -> _Plan:  # fmt: skip
     """Plan of a kernel over tiles of queries, or for "dkv" over tiles of keys and splits of the queries."""
     (B, T, H, D), (C, K) = q_shape, k_shape[1:3]
@@ -3332,9 +3447,17 @@ def _span_plan(
         tiles = T * group_pad // rows + segments if segments else _cdiv(T * group_pad, rows)
         return _Plan((tiles * B * K,), constants)
     tiles = C // keys + segments if segments else _cdiv(C, keys)
-    row_tiles = _cdiv((longest or T) * group_pad, rows)
+    row_tiles = _cdiv(T * group_pad, rows)
     splits = 1 if window else _splits(row_tiles, tiles * B * K, device)
     return _Plan((splits * tiles * B * K,), constants, splits, _cdiv(row_tiles, splits))
+
+
+def _key_offsets(segments: _Segments | None, span: _Span) -> tuple[int, Tensor | None, Tensor | None]:
+    """Number of packed sequences, and the offsets of their tokens and keys."""
+    if segments is None:
+        return 0, None, None
+    keys = segments.cu_seqlens if span.window else segments.cu_keys
+    return len(segments.cu_seqlens) - 1, segments.cu_seqlens, keys
 
 
 def _triton_span_forward(
@@ -3346,8 +3469,8 @@ def _triton_span_forward(
     if q.numel() == 0 or C == 0:
         return o.zero_(), lse.fill_(-math.inf)
     q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
-    n, longest, *offsets = (0, 0, None, None) if segments is None else segments.of_keys(span)
-    plan = _span_plan("forward", q.shape, k.shape, q.dtype, q.device, span, n, longest, _precision())
+    n, *offsets = _key_offsets(segments, span)
+    plan = _span_plan("forward", q.shape, k.shape, q.dtype, q.device, span, n, _precision())
     keys = plan.constants["BLOCK_N"]
     _span_forward_kernel[plan.grid](
         q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *offsets, n, T, C, B * K, scale, q.stride(),
@@ -3367,8 +3490,8 @@ def _triton_span_backward(
         return dq if add else torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq = dq if add else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    n, longest, *offsets = (0, 0, None, None) if segments is None else segments.of_keys(span)
-    shape, rows_pad = (q.shape, k.shape, q.dtype, q.device, span, n, longest, _precision()), terms.lse.shape[-1]
+    n, *offsets = _key_offsets(segments, span)
+    shape, rows_pad = (q.shape, k.shape, q.dtype, q.device, span, n, _precision()), terms.lse.shape[-1]
     plan = _span_plan("dq", *shape)
     keys = plan.constants["BLOCK_N"]
     _span_dq_kernel[plan.grid](
@@ -3552,7 +3675,7 @@ def _carry(choice: _Choice) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _select_plan(
-    q_shape: torch.Size, K: int, dtype: torch.dtype, choice: _Choice, segments: int, longest: int, precision: str
+    q_shape: torch.Size, K: int, dtype: torch.dtype, choice: _Choice, segments: int, precision: str
 ) -> _Plan:
     """Plan of both kernels: `grid` has all rows, those that fill up the last tile of a segment too, and blocks."""
     B, T, H, D = q_shape
@@ -3563,7 +3686,7 @@ def _select_plan(
     constants |= {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": choice.select_block_size}
     constants |= {"BLOCKS": blocks, "PART": part, "CARRY": carry}
     all_rows = (T // rows + segments) * rows if segments else T
-    row_bytes = 4 * B * K * _selection_count(longest or T, choice.select_block_size)
+    row_bytes = 4 * B * K * _selection_count(T, choice.select_block_size)
     chunk = min(_cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, all_rows)
     return _Plan((all_rows, row_bytes // 4), constants, chunk=chunk)
 
@@ -3574,15 +3697,15 @@ def _triton_select(
     """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots."""
     (B, T), (C, K), S = q.shape[:2], k_cmp.shape[1:3], choice.topk_blocks
     q, k_cmp, lse = _unit_stride(q), _unit_stride(k_cmp), lse.contiguous()
-    n, longest, *offsets = (0, 0, None, None) if segments is None else segments.of_keys(choice.span)
-    plan = _select_plan(q.shape, K, q.dtype, choice, n, longest, _precision())
+    n, *offsets = _key_offsets(segments, choice.span)
+    plan = _select_plan(q.shape, K, q.dtype, choice, n, _precision())
     (all_rows, row_values), chunk, constants = plan.grid, plan.chunk, plan.constants
     rows, per_tile = constants["BLOCK_M"], constants["BLOCKS"] - constants["CARRY"]
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
     scores = torch.empty(chunk * row_values, dtype=torch.float32, device=q.device)
     for first in range(0, all_rows, chunk):
         n_rows = min(chunk, all_rows - first)
-        n_blocks = _selection_count(min(first + n_rows, longest or T), choice.select_block_size)  # others: none yet
+        n_blocks = _selection_count(min(first + n_rows, T), choice.select_block_size)  # others: none yet
         _block_scores_kernel[(_cdiv(n_rows, rows), _cdiv(n_blocks, per_tile), B * K)](
             q, k_cmp, lse, scores, *offsets, n, T, C, first // rows, n_rows, n_blocks, scale, q.stride(),
             k_cmp.stride(), **constants,
@@ -3704,6 +3827,13 @@ def _cut_tiles_kernel(
         tl.store(block_ptr + tile, tile * 0 + n_blocks, mask=tile < n_tiles)
 
 
+def _token_tables(segments: _Segments | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Segment of each token, offsets of the packed sequences, and their number."""
+    if segments is None:
+        return None, None, 0
+    return segments.of_token, segments.cu_seqlens, len(segments.cu_seqlens) - 1
+
+
 class _PairIndex(NamedTuple):
     """Pairs of a chunk of queries in order of their block, and their rows (pair, head) cut into tiles of one block."""
 
@@ -3728,7 +3858,7 @@ def _index_pairs(
     counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
     pairs = torch.zeros(Z * n_pairs, dtype=torch.int32, device=device)  # free slots are no pairs; what is left stays 0
     table, block = (torch.empty(Z, n, dtype=torch.int32, device=device) for n in (4 * n_blocks, n_tiles))
-    of_token, cu_seqlens, _ = (None, None, 0) if segments is None else segments.of_tokens
+    of_token, cu_seqlens, _ = _token_tables(segments)
     arguments = (of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, block_indices.stride())
     constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
     _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *arguments, **constants, num_warps=4)
@@ -3928,7 +4058,7 @@ def _block_count(T: int, select_block_size: int, segments: _Segments | None) -> 
     """N, or the numbers that the blocks of packed sequences take up."""
     if segments is None:
         return _selection_count(T, select_block_size)
-    return T // select_block_size + len(segments.lengths)
+    return T // select_block_size + len(segments.cu_seqlens) - 1
 
 
 def _triton_selected_forward(
@@ -3942,7 +4072,7 @@ def _triton_selected_forward(
     mixed = torch.empty_like(o) if gated else o
     outputs = (o, lse, mixed, *((x.contiguous() for x in gated) if gated else (None, None, None)))
     settings = (q.shape, K, S, select_block_size, q.dtype, _precision())
-    of_token, cu_seqlens, n = (None, None, 0) if segments is None else segments.of_tokens
+    of_token, cu_seqlens, n = _token_tables(segments)
     if H // K >= _LARGE_GROUP and q.dtype.itemsize == 2 and _addressable(k) and _addressable(v):
         plan = _selected_plan("selected_by_query", *settings)
         keys = plan.constants["BLOCK_N"]
@@ -4101,7 +4231,7 @@ def _triton_selected_backward(
     dk, dv = (x.to(sum_dtype).contiguous() for x in (dk, dv)) if add_dk else empty
     dq_part = q.new_empty((B * H * chunk * S * splits, D))
     n_blocks, merge_rows = _block_count(T, select_block_size, segments), _merge_rows(D)
-    of_token, cu_seqlens, n = (None, None, 0) if segments is None else segments.of_tokens
+    of_token, cu_seqlens, n = _token_tables(segments)
     sizes = {name: plan.constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
@@ -4443,9 +4573,12 @@ def _decode_plan(
 
 def _triton_decode(
     q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
-    positions: Tensor, local_window: int, choice: _Choice, scale: float,
+    first: Tensor, of_token: Tensor | None, local_window: int, choice: _Choice, scale: float,
 ) -> Tensor:  # fmt: skip
     """o (B, M, H, D): all branches and gates, for M new tokens a row over buffers that hold their keys already."""
+    assert of_token is None
+    positions = first[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
+    positions = positions.clamp(max=k.shape[1] - 1)
     (B, M, H, D), K = q.shape, k.shape[2]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if o.numel() == 0:
@@ -4530,6 +4663,8 @@ _BACKENDS["triton"] = _Backend(
     _triton_selected_backward,
     _triton_preprocess,
     _triton_decode,
+    _torch_segments,
+    _torch_append,
     _triton_obstacle,
     _triton_preferred,
 )
