@@ -360,14 +360,15 @@ class NSABlock(nn.Module):
         """
         _check_call(self, others, unknown)
         batch = _read_batch(self.attn.cfg, self.norm1, x, cache, cu_seqlens, key_padding_mask)
-        if type(self.attn).forward is not NativeSparseAttention.forward:  # another takes what we were given
-            given = {"cache": cache, "cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
-            x = x + self.attn(self.norm1(x), **given)
-            return x + self.ffn(self.norm2(x))
         x = batch.pack(x)
-        x = x + self.attn(self.norm1(x), cu_seqlens=batch)
+        # Our own attention need not check again; another forward in its place takes tensors.
+        own = type(self.attn).forward is NativeSparseAttention.forward
+        given = {"cu_seqlens": batch} if own else {"cache": cache, "cu_seqlens": cu_seqlens}
+        if not own and cache is not None and key_padding_mask is not None:
+            given["key_padding_mask"] = torch.arange(x.shape[1], device=x.device) < batch.counts[:, None]
+        x = x + self.attn(self.norm1(x), **given)
         y = batch.unpack(x + self.ffn(self.norm2(x)))
-        if cache is not None:
+        if own and cache is not None:
             cache._commit(batch, self.attn)
         return y
 
@@ -1310,17 +1311,17 @@ class _Padding(NamedTuple):
     """A padded batch as rows whose tokens come first: nothing that is causal sees what stands behind them."""
 
     mask: Tensor  # bool (B, T): True for a token
-    place: Tensor  # (B·T,): where each of the permuted tokens stood, among all
+    place: Tensor  # (B, rows): where each token of the rows stood, among all B·T
 
     def pack(self, x: Tensor) -> Tensor:
         """Rows with their tokens first, and zeros behind them."""
-        x = x.masked_fill(~self.mask[..., None], 0.0)
-        return x.flatten(0, 1).index_select(0, self.place).view(x.shape)
+        x = x.masked_fill(~self.mask[..., None], 0.0).flatten(0, 1)
+        return x.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Tokens back in their places, and zeros between them."""
-        rows = torch.empty_like(x).flatten(0, 1).index_copy(0, self.place, x.flatten(0, 1)).view(x.shape)
-        return rows.masked_fill(~self.mask[..., None], 0.0)
+        y = x.new_zeros(self.mask.numel(), x.shape[2]).index_copy(0, self.place.flatten(), x.flatten(0, 1))
+        return y.unflatten(0, self.mask.shape).masked_fill(~self.mask[..., None], 0.0)
 
 
 class _Batch(NamedTuple):
@@ -1353,30 +1354,47 @@ def _read_batch(
 ) -> _Batch:  # fmt: skip
     """Checks the arguments of a module's forward, whose first layer is given; once, whatever else they pass through."""
     _check_tokens(x, cfg.dim, layer)
-    (batch, tokens), padding, segments = x.shape[:2], None, _Segments()
-    counts, known = tokens, (tokens,) * batch if cache is not None else None
-    if cu_seqlens is None:
-        _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
+    known_cache = cache is None or isinstance(cache, NSACache)
+    _check(known_cache, "cache", type(cache).__name__, "must be an NSACache", TypeError)
+    (rows, tokens), padding, segments = x.shape[:2], None, _Segments()
+    counts, known = tokens, (tokens,) * rows if cache is not None else None
     if mask is not None:
         _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
-        _check_shape("key_padding_mask", mask, "(B, T)", (batch, tokens))
-        _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
-        _check_device("key_padding_mask", mask, "x's", x.device)
-        order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-        start = torch.arange(0, batch * tokens, max(tokens, 1), device=x.device)[:batch, None]
-        padding, counts = _Padding(mask, (order + start).flatten()), mask.sum(1, dtype=torch.int32)
-        known = tuple(counts.tolist()) if _readable(mask) else None
+        padding, counts, known = _read_mask(mask, x)
     elif cu_seqlens is not None:
-        _check_packed(cu_seqlens, batch, tokens, x.device)
-        known = tuple(cu_seqlens.diff().tolist()) if _readable(cu_seqlens) else None
-        for i, n in enumerate(known or ()):
-            _check(n <= cfg.seq_len, f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]", n, f"must be at most {cfg.seq_len = }")
-        backend, span = "auto" if cfg.use_flash else "torch", _Span(0, cfg.block_size, cfg.stride)
-        segments = _packed_tables(backend, cu_seqlens, tokens, tokens // cfg.stride, span)
-        counts = segments.cu_seqlens.diff()
+        segments, known = _read_offsets(cfg, cu_seqlens, x)
+        rows, counts = len(cu_seqlens) - 1, segments.cu_seqlens.diff()
+    if known is None and cu_seqlens is None:
+        _check(tokens <= cfg.seq_len, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
+    for i, n in enumerate(known or ()):
+        of = f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]" if cu_seqlens is not None else f"tokens of row {i}"
+        _check(n <= cfg.seq_len, of, n, f"must be at most seq_len = {cfg.seq_len}")
     if cache is not None:
-        cache._check_room(cfg, len(cu_seqlens) - 1 if cu_seqlens is not None else batch, tokens, known, x.device)
+        cache._check_room(cfg, rows, known, x.device)
     return _Batch(cache, segments, padding, counts, known)
+
+
+def _read_mask(mask: Tensor, x: Tensor) -> tuple[_Padding, Tensor, tuple[int, ...] | None]:
+    """Padding of the rows x, the number of tokens in each, and the same on the host where a look is free."""
+    _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
+    _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
+    _check_device("key_padding_mask", mask, "x's", x.device)
+    counts, order = mask.sum(1, dtype=torch.int32), mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    place = order + torch.arange(mask.shape[0], device=x.device)[:, None] * mask.shape[1]
+    known = tuple(counts.tolist()) if _readable(mask) else None
+    return _Padding(mask, place[:, : max(known, default=0)] if known is not None else place), counts, known
+
+
+def _read_offsets(cfg: NSAConfig, cu_seqlens: Tensor, x: Tensor) -> tuple[_Segments, tuple[int, ...] | None]:
+    """Tables of the sequences packed in x, and their lengths on the host where a look is free."""
+    batch, total = x.shape[:2]
+    _check_packed(cu_seqlens, batch, total, x.device)
+    blocks, known = total // cfg.stride, None  # which is always enough
+    if _readable(cu_seqlens):
+        known = tuple(cu_seqlens.diff().tolist())
+        blocks = sum(_compressed_count(n, cfg.block_size, cfg.stride) for n in known)
+    span = _Span(0, cfg.block_size, cfg.stride)
+    return _packed_tables("auto" if cfg.use_flash else "torch", cu_seqlens, total, blocks, span), known
 
 
 class NSACache:
@@ -1597,7 +1615,7 @@ class NSACache:
         """Writes compressed keys and values, (1, n, K, D): each by its row and its number there; elsewhere if none."""
         room = self.blocks.shape[2]
         stored = (row < self.batch) & (number < room - 1)
-        place = torch.where(stored, row * room + number, room - 1)
+        place = torch.where(stored, row * room + number, room - 1).long()
         for blocks, values in zip(self.blocks, (k_cmp, v_cmp), strict=True):
             blocks.flatten(0, 1).index_copy_(0, place, values[0].to(blocks.dtype))
 
@@ -1612,9 +1630,7 @@ class NSACache:
         self._know(tuple(map(sum, zip(before, batch.known, strict=True))) if both else None)
         self._owner = self._owner if self._empty else weakref.ref(owner)
 
-    def _check_room(
-        self, cfg: NSAConfig, rows: int, tokens: int, counts: tuple[int, ...] | None, device: torch.device
-    ) -> None:
+    def _check_room(self, cfg: NSAConfig, rows: int, counts: tuple[int, ...] | None, device: torch.device) -> None:
         """Checks that a module of such a configuration can append so many tokens to each row."""
         for name in (field.name for field in fields(cfg)) if self.cfg is not cfg and self.cfg != cfg else ():
             value, same = getattr(self.cfg, name), name == "use_flash" or getattr(self.cfg, name) == getattr(cfg, name)
@@ -1726,19 +1742,22 @@ def _each_sequence(
     """
     lengths = [n for n in cu_seqlens.diff().tolist() if n > 0]
     blocks = [_compressed_count(n, arguments["block_size"], arguments["stride"]) for n in lengths]
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    total = sum(lengths)
-    keys = next((x.shape[1] for x in tensors.values() if x.shape[1] != total), total)
-    split = lambda x: x.split(lengths, 1) if x.shape[1] == total else x[:, : sum(blocks)].split(blocks, 1)  # noqa: E731
-    pieces = {name: split(x) for name, x in tensors.items()}
+    if not lengths:
+        return function(**arguments, cu_seqlens=None, cu_keys=None, of_token=None)
+    span = arguments.get("window") == 0 and arguments["block_indices"] is None
+    of_blocks = {"k", "v"} if span else {"k_cmp", "v_cmp"}
+    keys = next((arguments[name].shape[1] for name in of_blocks if name in arguments), 0)
+    split = lambda name, x: x[:, : sum(blocks)].split(blocks, 1) if name in of_blocks else x.split(lengths, 1)  # noqa: E731
+    pieces = {name: split(name, x) for name, x in arguments.items() if isinstance(x, Tensor)}
     results = []
     for i in range(len(lengths)):
         alone = arguments | {name: x[i] for name, x in pieces.items()}
         results.append(function(**alone, cu_seqlens=None, cu_keys=None, of_token=None))
 
     def join(parts: Sequence[Tensor]) -> Tensor:
-        x = torch.cat(parts, dim=1)
-        return x if x.shape[1] == total else F.pad(x, (0,) * (2 * x.ndim - 4) + (0, keys - x.shape[1]))
+        x, rows = torch.cat(parts, dim=1), [part.shape[1] for part in parts]
+        spare = keys - sum(blocks) if rows == blocks != lengths else 0
+        return F.pad(x, (0,) * (2 * x.ndim - 4) + (0, spare)) if spare else x
 
     if isinstance(results[0], Tensor):
         return join(results)
@@ -2615,7 +2634,7 @@ def _torch_append(tokens: Tensor, values: list[Tensor], first: Tensor, of_token:
         position = first[:, None] + torch.arange(values[0].shape[1], device=first.device)
     else:
         row, position = of_token[0], first[of_token[0]] + of_token[1]
-    place = (row * room + position.clamp(max=room - 1)).flatten()
+    place = (row * room + position.clamp(max=room - 1)).flatten().long()
     for stream, x in zip(tokens, values, strict=True):
         stream.flatten(0, 1).index_copy_(0, place, x.flatten(0, 1).to(stream.dtype))
 

@@ -427,6 +427,10 @@ class Step:
         lengths, new = torch.tensor(self.lengths)[:, None], torch.tensor(self.new)[:, None]
         return torch.where(m < new, lengths - new + m, -1).int()
 
+    def first(self) -> Tensor:
+        """int32 (B,): tokens of each row before the step."""
+        return torch.tensor([length - new for length, new in zip(self.lengths, self.new, strict=True)]).int()
+
 
 def of_every_length(case: Case, new: int) -> Step:
     """Rows around every edge: of a token, of a compressed and of a selection block, and of the window."""
@@ -467,7 +471,8 @@ def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tenso
     tokens = [buffer(x[name], list(step.lengths), size) for name in ("k", "v", "k_local", "v_local")]
     blocks = [buffer(x[name], [count(n) for n in step.lengths], count(size)) for name in ("k_cmp", "v_cmp")]
     tensors = (at(x["q"], positions), *tokens, *blocks, at(x["gates"], positions))
-    return nsa._triton_decode(*map(layout, tensors), positions, case.window, sizes(case), case.D**-0.5)
+    o = nsa._triton_decode(*map(layout, tensors), step.first(), None, case.window, sizes(case), case.D**-0.5)
+    return o.masked_fill((positions < 0)[..., None, None], 0.0)  # what stands behind a row's tokens is anybody's
 
 
 def near_ties(case: Case, x: dict[str, Tensor]) -> Tensor:

@@ -149,12 +149,12 @@ def test_an_earlier_conversation_in_kernels(settings: dict[str, object], random:
     row, blocks = (2, 64, cfg.kv_heads, 16), (2, 64 // cfg.stride - 1, cfg.kv_heads, 16)
     keys = [random(shape, torch.float32) for shape in (row, row, row, row, blocks, blocks)]
     q, gates = random((2, 1, 2, 16), torch.float32), torch.full((2, 1, 2, 3), 0.5)
-    positions = torch.tensor([[20], [33]], dtype=torch.int32)
-    expected = nsa._torch_decode(q, *keys, gates, positions, *sizes)
-    for i, at in enumerate(positions[:, 0].tolist()):
+    first = torch.tensor([20, 33], dtype=torch.int32)
+    expected = nsa._torch_decode(q, *keys, gates, first, None, *sizes)
+    for i, at in enumerate(first.tolist()):
         for x in keys[:4]:
             x[i, at + 1 :] = math.nan
         for x in keys[4:]:
             x[i, nsa._compressed_count(at + 1, cfg.block_size, cfg.stride) :] = math.nan
     for decode in (nsa._torch_decode, nsa._triton_decode):
-        torch.testing.assert_close(decode(q, *keys, gates, positions, *sizes), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(decode(q, *keys, gates, first, None, *sizes), expected, rtol=0, atol=1e-5)

@@ -498,7 +498,10 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
-    on, packed = nsa._backend("triton", cu_seqlens, [] if cu_seqlens is None else lengths)
+    tables = nsa._Segments()
+    if cu_seqlens is not None:
+        tables = nsa._torch_segments(cu_seqlens, q.shape[1], k_cmp.shape[1], *choice.span[1:])
+    on, packed = nsa._backend("triton", *tables[:3])
     (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
         if name in launched:
@@ -511,12 +514,12 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
         on.select(q, k_cmp, lse, choice, scale, **packed)
     if "whole" in launched:
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
-        settings = (cu_seqlens, [] if cu_seqlens is None else lengths, "triton", 512)
+        settings = (*tables[:3], "triton", 512)
         _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
         nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
     if "decode" in launched:
-        keys, positions = (k, k, k, k, k_cmp, k_cmp), torch.zeros(1, 1, dtype=torch.int32)
-        on.decode(q[:, :1], *keys, gates[:, :1], positions, 512, choice, scale)
+        keys, first = (k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
+        on.decode(q[:, :1], *keys, gates[:, :1], first, None, 512, choice, scale)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:

@@ -39,6 +39,7 @@ from cases import (
 )
 from conftest import assert_close64, assert_valid_choice, assert_within_budget, choice_tolerance
 from torch import Tensor
+from torch.nn import functional as F
 
 import native_sparse_attention as nsa
 
@@ -194,13 +195,30 @@ def test_more_than_one_row(call: str, random: Random) -> None:
 
 
 @pytest.mark.parametrize("call", ["compressed", "choice", "whole"])
-def test_compressed_blocks_of_the_sum_of_tokens(call: str, random: Random) -> None:
-    """50 tokens in one row have 11 blocks; in rows of 13, 29 and 8 they have 2 + 6 + 1."""
+@pytest.mark.parametrize("rows", [8, 13])
+def test_too_few_or_too_many_compressed_blocks(call: str, rows: int, random: Random) -> None:
+    """50 tokens in rows of 13, 29 and 8 have 2 + 6 + 1 blocks; 50 // 4 rows are always enough."""
     packing = PACKINGS[0]
     x = packing.draw(whole, random)
-    x |= {name: random((1, 11, packing.case.K, packing.case.D)) for name in ("k_cmp", "v_cmp")}
-    with pytest.raises(ValueError, match=r"k_cmp.shape = \(1, 11, 2, 5\): must be .*\(1, 9, 2, 5\)"):
+    x |= {name: random((1, rows, packing.case.K, packing.case.D)) for name in ("k_cmp", "v_cmp")}
+    with pytest.raises(ValueError, match=rf"k_cmp.shape = \(1, {rows}, 2, 5\): must .* 9, up to .* 12"):
         CALLS[call](Packed(packing.cu_seqlens), packing.case, x)
+
+
+@every_packing
+@pytest.mark.parametrize("branch", [compressed, whole], ids=lambda branch: branch.__name__)
+def test_spare_rows_of_compressed_keys(branch: Branch, packing: Packing, random: Random) -> None:
+    """They may hold anything, and their gradient is 0."""
+    x = packing.draw(branch, random)
+    spare = packing.cu_seqlens[-1].item() // packing.case.stride - x["k_cmp"].shape[1]
+    more = {name: F.pad(x[name].detach(), (0, 0, 0, 0, 0, spare), value=torch.nan) for name in ("k_cmp", "v_cmp")}
+    more = x | {name: value.requires_grad_() for name, value in more.items()}
+    expected, actual = (run(branch, Packed(packing.cu_seqlens), packing.case, y) for y in (x, more))
+    for name, value in expected.items():
+        if name.startswith("gradient of") and name.endswith("_cmp"):
+            assert not actual[name][:, value.shape[1] :].any(), name
+            actual[name] = actual[name][:, : value.shape[1]]
+        assert_close64(actual[name], value, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,14 +267,15 @@ def test_what_cumsum_gives(branch: Branch, random: Random) -> None:
         assert torch.equal(actual[name], value), name
 
 
-def test_changed_before_the_backward_is_refused(random: Random) -> None:
-    """The backward would read other sequences than the forward did."""
+def test_a_change_before_the_backward_does_not_reach_it(random: Random) -> None:
+    """It reads the tables of the forward."""
     x = Packing(OVERLAPPING, (13, 12)).draw(compressed, random)
-    cu_seqlens = torch.tensor([0, 13, 25], dtype=torch.int32)
-    o = nsa.local_attention(x["q"], x["k"], x["v"], 6, cu_seqlens=cu_seqlens)
-    cu_seqlens[1] = 5
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        o.sum().backward()
+    cu_seqlens, gradients = torch.tensor([0, 13, 25], dtype=torch.int32), []
+    for change in (13, 5):
+        o = nsa.local_attention(x["q"], x["k"], x["v"], 6, cu_seqlens=cu_seqlens)
+        cu_seqlens[1] = change
+        gradients.append(torch.autograd.grad(o.sum(), x["k"])[0])
+    assert torch.equal(*gradients)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
