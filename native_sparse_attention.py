@@ -1530,13 +1530,13 @@ class NSACache:
             ValueError, TypeError: n is no such number or numbers, below 0, or above the length of a row that the host
                 knows.
         """
-        n, on_device = self._numbers("n", [n] * self.batch if isinstance(n, int) else n)
+        n, limit = ((n,) * self.batch, min(n, self.max_len)) if type(n) is int else self._numbers("n", n)
         before = self._lengths_on_host()
         for row, kept in enumerate(n or ()):
             _check(kept >= 0, f"n[{row}]", kept, "must be at least 0")
             if before is not None:
                 _check(kept <= before[row], f"n[{row}]", kept, f"must be at most the row's length, {before[row]}")
-        self.seqlens.copy_(torch.minimum(self.seqlens, on_device.clamp(min=0)))
+        self.seqlens.clamp_(max=limit).clamp_(min=0)
         self._know(n if before is not None or not any(n or (1,)) else None)
 
     @torch.no_grad()
