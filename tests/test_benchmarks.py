@@ -1,16 +1,19 @@
-"""tests/benchmarks: the drawings show what they are given, and the times of `gpu.py lengths` are what they read."""
+"""tests/benchmarks: the drawings show what they are given, and what `gpu.py` measures can be read."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Random
 from torch import Tensor
 
 BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
@@ -131,3 +134,87 @@ def test_lengths_on_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_
     [curve] = measured(gpu, monkeypatch, tmp_path / "speed.json")["curves"]
     assert [row["tokens"] for row in curve["rows"]] == [256, 512]
     assert all(row["nsa"] > 0 and row["dense"] > 0 for row in curve["rows"])
+
+
+# Blocks, steps and prompts: small ones on a CPU, where a graph is its calls and nothing is compiled -------------------
+
+
+class NoGraph:
+    """`Captured`, without a graph."""
+
+    def __init__(self, calls: list[Callable[[], object]]) -> None:
+        self.calls = calls
+        self.replay()
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def gpu_on_a_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    once = lambda runs, repeats=1, wall=gpu.wall: wall(runs, 1)  # noqa: E731
+    fakes = {"DEVICE": "cpu", "DTYPE": torch.float32, "Captured": NoGraph, "leaves_of": on_a_cpu, "wall": once}
+    for name, value in fakes.items():
+        monkeypatch.setattr(gpu, name, value)
+    for name, value in (("synchronize", None), ("get_device_name", "a CPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    return gpu
+
+
+def shown(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *args])
+    gpu.main()
+    return capsys.readouterr().out
+
+
+def test_block_stands_beside_a_dense_one_and_its_goal(
+    gpu_on_a_cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_on_a_cpu, "BLOCKS", [256])
+    rows = shown(gpu_on_a_cpu, monkeypatch, capsys, "block", "--tokens", "256")
+    cell = r"\d+\.\d\d / \d+\.\d\d = \d+\.\d\d"
+    assert re.search(rf"\| 0k \| {cell} \(1.6\) \| {cell} \(1.3\) \| {cell} \| {cell} \(1.0\) \|\n", rows), rows
+    assert re.search(r"8 heads of 64, both passes: \d+\.\d\d ms \(goal 0.9\)", rows)
+
+
+def test_packed_lengths_are_new_in_each_step(gpu_on_a_cpu: ModuleType) -> None:
+    steps = gpu_on_a_cpu.new_lengths(100, 8, steps=5)
+    assert len({tuple(each.tolist()) for each in steps}) == 5
+    for each in steps:
+        assert (
+            each.dtype == torch.int32 and len(each) == 9 and (each[0], each[-1]) == (0, 100) and each.diff().min() > 0
+        )
+    assert re.fullmatch(
+        r"\| eager \|( \d+\.\d\d \|){2} \d+\.\d\d \(1.05\) \| 0 \|", gpu_on_a_cpu.packed_block("eager", 256)
+    )
+
+
+def test_step_has_a_row_for_each_stack(
+    gpu_on_a_cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_on_a_cpu, "STACKS", {(2, 1024): 0.5})
+    gpu_on_a_cpu.stacks(depth=2)
+    assert re.search(r"\| 2 \| 1k \|( \d+\.\d\d \|){3} ", capsys.readouterr().out.replace(" (0.5)", ""))
+
+
+def test_a_dense_step_is_the_last_row_of_dense_attention(gpu_on_a_cpu: ModuleType, random: Random) -> None:
+    cfg = gpu_on_a_cpu.nsa.NSAConfig(dim=32, heads=2)
+    block, x = gpu_on_a_cpu.DenseCachedBlock(cfg, batch=2, tokens=9), random((2, 9, 32), torch.float32)
+    projected = (
+        (to(block.norm1(x))).unflatten(-1, (2, 16)).transpose(1, 2) for to in (block.attn.to_k, block.attn.to_v)
+    )
+    block.k, block.v = (y.detach()[:, :, [*range(8), 0]] for y in projected)  # the last one is to be written
+    with torch.no_grad():
+        torch.testing.assert_close(block(x[:, -1:]), gpu_on_a_cpu.DenseBlock.forward(block, x)[:, -1:])
+
+
+def test_pieces_are_compared_with_the_whole(
+    gpu_on_a_cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_on_a_cpu, "PIECES", {64: 1.15, 50: 1.4})
+    gpu_on_a_cpu.prompts(tokens=128)
+    rows = capsys.readouterr().out
+    for piece, goal in ((64, 1.15), (50, 1.4)):
+        assert re.search(rf"\| {piece} \| \d+\.\d\d \| \d+\.\d\d \({goal}\) \|\n", rows), rows

@@ -6,13 +6,17 @@
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
     python tests/benchmarks/gpu.py decode          # one decoding step in a CUDA graph, and a prompt of 64k tokens
     python tests/benchmarks/gpu.py decode --sweep  # a decoding step with other launch settings
-    python tests/benchmarks/gpu.py packed          # 64k tokens in 64 packed sequences, against 64 rows of 1024
+    python tests/benchmarks/gpu.py packed          # packed sequences against rows: attention alone, and a block
+    python tests/benchmarks/gpu.py block           # a block beside a dense one: eager, compiled, in a CUDA graph
+    python tests/benchmarks/gpu.py block --tokens 2048 --modes eager graph    # some of the lengths and modes
+    python tests/benchmarks/gpu.py step            # a decoding step of 12 blocks beside dense ones
+    python tests/benchmarks/gpu.py pieces          # a prompt of 32k tokens in pieces, into a cache
 
-Medians of device events, for `lengths` of the wall clock; bf16, batch 1. `nsa_attention` is timed from q, k, v,
-compressed k, v and gates to the output. A decoding step is timed from one new q a row and the cache to the output, in
-turn on several caches: with one cache alone, the GPU's L2 would still hold it from the step before. Dense and sparse
-steps take turns, as a card near its power limit changes its clock within a second; a graph holds as many steps as a
-model has layers.
+Medians of device events, but of the wall clock for `lengths`, `block`, `step`, `pieces` and the blocks of `packed`;
+bf16, batch 1. `nsa_attention` is timed from q, k, v, compressed k, v and gates to the output. In `decode`, a step is
+timed from one new q a row and the cache to the output, in turn on several caches: with one cache alone, the GPU's L2
+would still hold it from the step before. Dense and sparse steps take turns, as a card near its power limit changes its
+clock within a second; a graph holds as many steps as a model has layers.
 """
 
 from __future__ import annotations
@@ -31,14 +35,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import native_sparse_attention as nsa  # noqa: E402
+from nsa_gpt_training import DenseBlock  # noqa: E402
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
 
 PAPER = {"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "init_blocks": 1,
          "local_blocks": 2, "local_window": 512}  # fmt: skip
+MEDIUM = {"block_size": 32, "stride": 32, "select_block_size": 32, "topk_blocks": 4, "local_window": 128}
 LONG = {"block_size": 64, "stride": 64, "select_block_size": 64, "topk_blocks": 8, "local_window": 256}
 RATE = 790e12  # operations a second in bfloat16 matrix products, as measured on an H200
 SHAPES = [(64, 4, 128, 65536), (64, 4, 128, 8192), (32, 8, 128, 65536), (16, 16, 64, 32768)]  # H, K, D, T
@@ -76,12 +84,17 @@ class Captured:
     """Calls in a CUDA graph, one after the other."""
 
     def __init__(self, calls: list[Callable[[], object]]) -> None:
-        for call in calls:
-            call()
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.stream(stream):  # nodes of autograd remember the stream where they were first used
+            for call in calls:
+                call()
+        with torch.cuda.graph(self.graph, stream=stream):
             self.outputs = [call() for call in calls]  # kept: their memory is not to be shared
+        self.calls = calls  # and so are their inputs
+
+    def replay(self) -> None:
+        self.graph.replay()
 
     def milliseconds(self, repeats: int = 20) -> float:
         """ms of one of the calls."""
@@ -294,9 +307,178 @@ def packed(setting: dict[str, int]) -> None:
     print("|---|---|---|---|")
     for shape in ((64, 4, 128, 65536), (16, 16, 64, 65536)):
         print(packed_row(shape, setting), flush=True)
+    columns = ("a block", "8 packed sequences, ms", "one row, ms", "packed / row (goal)", "recompilations")
+    print("\nwall time of forward + backward\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for mode in ("eager", "compile"):
+        print(packed_block(mode), flush=True)
 
 
-# Decoding -------------------------------------------------------------------------------------------------------------
+def new_lengths(total: int, sequences: int, steps: int) -> list[Tensor]:
+    """Offsets `cu_seqlens` of random lengths that add up to the total, for each of the steps."""
+    random = torch.Generator().manual_seed(0)
+    cuts = [1 + torch.randperm(total - 1, generator=random)[: sequences - 1].sort().values for _ in range(steps)]
+    return [torch.cat([torch.tensor([0]), cut, torch.tensor([total])]).int().to(DEVICE) for cut in cuts]
+
+
+def packed_block(mode: str, tokens: int = 16384, sequences: int = 8) -> str:
+    """A block on packed sequences whose lengths are new in each step, and on one row of as many tokens."""
+    cfg = nsa.NSAConfig(dim=512, heads=8, seq_len=tokens, **LONG)
+    lengths = itertools.cycle(new_lengths(tokens, sequences, steps=100))
+    packed, row = (passes_of(nsa.NSABlock, cfg, tokens, mode) for _ in range(2))
+    for cu_seqlens in itertools.islice(lengths, 3):
+        packed(cu_seqlens=cu_seqlens)
+    row()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    ms = wall({"packed": lambda: packed(cu_seqlens=next(lengths)), "row": row}, repeats=31)
+    again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    cells = (mode, f"{ms['packed']:.2f}", f"{ms['row']:.2f}", f"{ms['packed'] / ms['row']:.2f} (1.05)", f"{again}")
+    return "| " + " | ".join(cells) + " |"
+
+
+# A block --------------------------------------------------------------------------------------------------------------
+
+GOALS = {  # NSA / dense at 1k, 2k, ... 32k tokens
+    "eager": (1.6, 1.5, 1.5, 1.2, 0.8, 0.45),
+    "compile": (1.3, 1.2, 1.2, 1.0, 0.6, 0.4),
+    "reduce-overhead": (),
+    "graph": (1.0, 0.9, 0.7, 0.6, 0.5, 0.35),
+}
+BLOCKS = [2**i for i in range(10, 16)]
+
+
+def passes_of(kind: type[nn.Module], cfg: nsa.NSAConfig, tokens: int, mode: str) -> Callable[..., object]:
+    """Forward and backward of a new block on one row, with gradients of the row and all parameters."""
+    block = kind(cfg).to(DEVICE, DTYPE)
+    x, upstream = (torch.randn(1, tokens, cfg.dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    leaves = [x.requires_grad_(), *block.parameters()]
+    if mode in ("compile", "reduce-overhead"):
+        block = torch.compile(block, mode="default" if mode == "compile" else mode, fullgraph=True)
+    call = lambda **options: torch.autograd.grad(block(x, **options), leaves, upstream)  # noqa: E731
+    return Captured([call]).replay if mode == "graph" else call
+
+
+def block_cell(tokens: int, mode: str) -> str:
+    cfg = nsa.NSAConfig(dim=512, heads=8, seq_len=tokens, **(LONG if tokens >= 4096 else MEDIUM))
+    torch.compiler.reset()
+    kinds = {"nsa": nsa.NSABlock, "dense": DenseBlock}
+    ms = wall({name: passes_of(kind, cfg, tokens, mode) for name, kind in kinds.items()}, repeats=31)
+    goal = dict(zip(BLOCKS, GOALS[mode], strict=False)).get(tokens)
+    return f"{ms['nsa']:.2f} / {ms['dense']:.2f} = {ms['nsa'] / ms['dense']:.2f}" + (f" ({goal})" if goal else "")
+
+
+def blocks(lengths: list[int], modes: list[str]) -> None:
+    print("wall time of forward + backward of a block, NSA / dense, ms (goal)\n")
+    print("| tokens | " + " | ".join(modes) + " |\n|---" + "|---" * len(modes) + "|")
+    for tokens in lengths:
+        print(f"| {tokens // 1024}k | " + " | ".join(block_cell(tokens, mode) for mode in modes) + " |", flush=True)
+    leaves = leaves_of(8, 8, 64, 2048, MEDIUM)
+    ms = wall({"nsa": both_passes(lambda *x: nsa.nsa_attention(*x, **MEDIUM), leaves)}, repeats=31)["nsa"]
+    print(f"\nnsa_attention, 2k tokens, 8 heads of 64, both passes: {ms:.2f} ms (goal 0.9)", flush=True)
+
+
+# A decoding step of a stack of blocks ---------------------------------------------------------------------------------
+
+STACKS = {(1, 8192): 0.61, (1, 32768): 0.65, (8, 32768): 1.2}  # batch and cached tokens: goal in a graph, ms
+
+
+class DenseCachedBlock(DenseBlock):
+    """A dense block that takes one token a row, and writes its key and value at the end of a full cache."""
+
+    def __init__(self, cfg: nsa.NSAConfig, batch: int, tokens: int) -> None:
+        super().__init__(cfg)
+        shape = (batch, cfg.kv_heads, tokens, cfg.dim_head)
+        self.k, self.v = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        self.position = torch.tensor([tokens - 1], device=DEVICE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = (to(self.norm1(x)) for to in (self.attn.to_q, self.attn.to_k, self.attn.to_v))
+        q, k, v = (y.unflatten(-1, (-1, self.attn.cfg.dim_head)).transpose(1, 2) for y in projected)  # (B, H, 1, D)
+        self.k.index_copy_(2, self.position, k)
+        self.v.index_copy_(2, self.position, v)
+        o = F.scaled_dot_product_attention(q, self.k, self.v)
+        x = x + self.attn.to_out(o.transpose(1, 2).flatten(2))
+        return x + self.ffn(self.norm2(x))
+
+
+def dense_stack(cfg: nsa.NSAConfig, batch: int, tokens: int, depth: int) -> dict[str, Callable[[], object]]:
+    """A step of dense blocks, eager and in a graph, with the backend that is fastest in a graph."""
+    stack = nn.Sequential(*(DenseCachedBlock(cfg, batch, tokens) for _ in range(depth))).to(DEVICE, DTYPE)
+    x, graphs = torch.randn(batch, 1, cfg.dim, device=DEVICE, dtype=DTYPE), {}
+
+    def run(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return stack(x)
+
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            graphs[backend] = Captured([lambda backend=backend: run(backend)]).replay
+        except RuntimeError as error:
+            print(f"{backend.name}: {error}")
+    ms = wall(graphs)
+    fastest = min(ms, key=ms.get)
+    return {"dense, eager": lambda: run(fastest), "dense, graph": graphs[fastest]}
+
+
+def nsa_stack(cfg: nsa.NSAConfig, batch: int, tokens: int, depth: int) -> dict[str, Callable[[], object]]:
+    """A step of NSA blocks, eager and in a graph, after a prompt; the steps of the measurement add to its tokens."""
+    stack = nn.ModuleList(nsa.NSABlock(cfg) for _ in range(depth)).to(DEVICE, DTYPE)
+    caches = [nsa.NSACache(cfg, batch, cfg.seq_len, device=DEVICE, dtype=DTYPE) for _ in stack]
+
+    def run(x: Tensor) -> Tensor:
+        for block, cache in zip(stack, caches, strict=True):
+            x = block(x, cache=cache)
+        return x
+
+    run(torch.randn(batch, tokens, cfg.dim, device=DEVICE, dtype=DTYPE))
+    x = torch.randn(batch, 1, cfg.dim, device=DEVICE, dtype=DTYPE)
+    return {"NSA, eager": lambda: run(x), "NSA, graph": Captured([lambda: run(x)]).replay}
+
+
+@torch.no_grad()
+def stacks(depth: int = 12) -> None:
+    print(f"wall time of a step of {depth} blocks, dim 768, 12 heads, ms\n")
+    columns = ("batch", "cached tokens", "NSA, eager (goal 6)", "dense, eager", "NSA, graph (goal)", "dense, graph")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for (batch, tokens), goal in STACKS.items():
+        cfg = nsa.NSAConfig(dim=768, heads=12, seq_len=tokens + 256, **LONG)
+        runs = {**nsa_stack(cfg, batch, tokens, depth), **dense_stack(cfg, batch, tokens, depth)}
+        ms = {name: f"{x:.2f}" for name, x in wall(runs, repeats=31).items()}
+        cells = (ms["NSA, eager"], ms["dense, eager"], f"{ms['NSA, graph']} ({goal})", ms["dense, graph"])
+        print(f"| {batch} | {tokens // 1024}k | " + " | ".join(cells) + " |", flush=True)
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+PIECES = {8192: 1.15, 2048: 1.4, 512: 2.5}  # tokens: goal, times the whole
+
+
+@torch.no_grad()
+def prompt_times(tokens: int, pieces: list[int]) -> dict[str, float]:
+    """ms that a module of the paper's setting takes for a prompt: without a cache, and into one, piece by piece."""
+    cfg = nsa.NSAConfig(dim=2048, heads=64, kv_heads=4, dim_head=128, seq_len=tokens, gate_mode="q_cond", **PAPER)
+    module = nsa.NativeSparseAttention(cfg).to(DEVICE, DTYPE).eval()
+    cache = nsa.NSACache(cfg, 1, tokens, device=DEVICE, dtype=DTYPE)
+    x = torch.randn(1, tokens, cfg.dim, device=DEVICE, dtype=DTYPE)
+
+    def fill(piece: int) -> None:
+        cache.reset()
+        for part in x.split(piece, dim=1):
+            module(part, cache=cache)
+
+    runs = {f"{piece}": lambda piece=piece: fill(piece) for piece in (tokens, *pieces)}
+    return wall({"no cache": lambda: module(x), **runs})
+
+
+def prompts(tokens: int = 32768) -> None:
+    ms = prompt_times(tokens, list(PIECES))
+    whole = ms[f"{tokens}"]
+    print(f"a prompt of {tokens // 1024}k tokens, ms: {ms['no cache']:.2f} without a cache, {whole:.2f} into one")
+    print("\n| in pieces of | ms | to the whole (goal) |\n|---|---|---|")
+    for piece, goal in PIECES.items():
+        print(f"| {piece} | {ms[f'{piece}']:.2f} | {ms[f'{piece}'] / whole:.2f} ({goal}) |")
+
+
+# Decoding: attention alone --------------------------------------------------------------------------------------------
 
 STEPS = [(batch, tokens) for batch in (16, 64) for tokens in (8192, 32768, 65536)]
 BANDWIDTH = 4.3e12  # bytes a second, as measured on an H200
@@ -371,22 +553,6 @@ def kernels_of_a_step(batch: int, tokens: int) -> str:
     return ", ".join(f"{event.key.strip('_')} {event.device_time:.1f}" for event in events)
 
 
-def prefill(tokens: int = 65536) -> str:
-    """A module's forward of a whole prompt, without and with a cache that takes its keys and values."""
-    cfg = nsa.NSAConfig(dim=2048, heads=64, kv_heads=4, dim_head=128, seq_len=tokens, gate_mode="q_cond", **PAPER)
-    module = nsa.NativeSparseAttention(cfg).to("cuda", torch.bfloat16).eval()
-    cache = nsa.NSACache(cfg, 1, tokens, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(1, tokens, cfg.dim, device="cuda", dtype=torch.bfloat16)
-
-    def fill() -> None:
-        cache.reset()
-        module(x, cache=cache)
-
-    with torch.no_grad():
-        plain, cached = milliseconds(lambda: module(x)), milliseconds(fill)
-    return f"prefill of {tokens // 1024}k tokens, ms: {plain:.2f} without a cache, {cached:.2f} into one"
-
-
 def sweep_decode(shapes: list[tuple[int, int]]) -> None:
     """All launch settings of a kernel together: µs a step at each shape, the best five first.
 
@@ -430,14 +596,18 @@ def decode(sweep: bool) -> None:
         print(decode_row(*shape), flush=True)
     for shape in ((16, 8192), (16, 65536), (64, 65536)):
         print(f"\nkernels at batch {shape[0]}, {shape[1] // 1024}k, µs: {kernels_of_a_step(*shape)}", flush=True)
-    print("\n" + prefill(), flush=True)
+    ms = prompt_times(65536, [])
+    print(f"\na prompt of 64k tokens, ms: {ms['no cache']:.2f} without a cache, {ms['65536']:.2f} into one", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("paper", "long", "lengths", "packed", "decode"), default="paper")
+    choices = ("paper", "long", "lengths", "packed", "block", "step", "pieces", "decode")
+    parser.add_argument("what", nargs="?", choices=choices, default="paper")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="of the paper's setting")
     parser.add_argument("--sweep", action="store_true", help="decode: vary the launch settings")
+    parser.add_argument("--tokens", type=int, nargs="+", default=BLOCKS, help="block: lengths")
+    parser.add_argument("--modes", nargs="+", choices=GOALS, default=[*GOALS], help="block: ways to run it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="lengths: write the results to this file")
     args = parser.parse_args()
     if args.json and args.what != "lengths":
@@ -449,6 +619,12 @@ def main() -> None:
         return by_length(PAPER, args.json)
     if args.what == "packed":
         return packed(PAPER)
+    if args.what == "block":
+        return blocks(args.tokens, args.modes)
+    if args.what == "step":
+        return stacks()
+    if args.what == "pieces":
+        return prompts()
     if args.what == "long":
         launched, in_graphs = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
         return print(f"\nlaunched: {break_even(launched)}; in CUDA graphs: {break_even(in_graphs)}")
