@@ -14,15 +14,17 @@ import argparse
 import dataclasses
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,10 +134,10 @@ class Runtime:
         return name if self.world == 1 else f"{name}, {self.world} processes"
 
 
-def say(line: str = "", end: str = "\n") -> None:
+def say(line: str = "", end: str = "\n", file: Any = None) -> None:
     """Print at once, on the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, end=end, flush=True)
+        print(line, end=end, file=file, flush=True)
 
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,9 +193,7 @@ class NSALanguageModel(nn.Module):
         self.head.weight = self.token_embedding.weight
         self.initialize(init_std)
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, caches=None, mask=None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens: Tensor, targets=None, *, caches=None, mask=None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocabulary) of tokens (B, T), and their mean cross-entropy with targets (B, T) other than -100.
 
         With an NSACache for each block, tokens follow those in the caches; `mask` (B, T) is False at padding.
@@ -203,9 +203,8 @@ class NSALanguageModel(nn.Module):
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the longest sequence is {self.cfg.seq_len}")
         x = self.token_embedding(tokens)  # (B, T, dim)
         if self.position_embedding is not None:
-            positions = torch.arange(T, device=x.device)
-            if caches is not None:
-                positions = positions + torch.as_tensor(caches[0].lengths, device=x.device)[:, None]  # (B, T)
+            start = 0 if caches is None else caches[0].seqlens[:, None]
+            positions = start + torch.arange(T, device=x.device)  # (T,), or (B, T) with caches
             x = x + self.position_embedding(positions.clamp(max=self.cfg.seq_len - 1))  # padding may lie beyond
         x = self.dropout(x)
         for number, block in enumerate(self.blocks):
@@ -226,13 +225,12 @@ class NSALanguageModel(nn.Module):
                 nn.init.normal_(weight, std=std / math.sqrt(2 * len(self.blocks)))
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(NSABlock):
     """NSABlock with dense attention in place of NSA."""
 
     def __init__(self, cfg: NSAConfig) -> None:
-        super().__init__()
-        block = NSABlock(cfg)
-        self.norm1, self.attn, self.norm2, self.ffn = block.norm1, DenseAttention(cfg), block.norm2, block.ffn
+        super().__init__(cfg)
+        self.attn = DenseAttention(cfg)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -289,9 +287,10 @@ def drop_values(model: NSALanguageModel, p: float) -> None:
     if not 0 <= p < 1:
         raise ValueError(f"value_dropout = {p}: must be at least 0 and below 1")
 
-    def drop(_: nn.Module, __: Any, values: Tensor) -> Tensor:
-        values = values.unflatten(-1, (-1, model.cfg.dim_head))  # (B, T, heads, D)
-        return (values * F.dropout(torch.ones_like(values[..., :1]), p, model.training)).flatten(-2)
+    def drop(_: nn.Module, __: Any, values: Tensor) -> Tensor | None:
+        if model.training:
+            values = values.unflatten(-1, (-1, model.cfg.dim_head))  # (B, T, heads, D)
+            return (values * F.dropout(torch.ones_like(values[..., :1]), p)).flatten(-2)
 
     for block in model.blocks if p > 0 else ():
         block.attn.to_v.register_forward_hook(drop)
@@ -585,33 +584,63 @@ class StopRequest:
 
 # ── Sample ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @torch.no_grad()
-def generate(
-    model: NSALanguageModel, prompts: Sequence[Tensor], count: int, temperature=1.0, generator=None, use_cache=True
-) -> Iterator[Tensor]:
+def generate(model, prompts: list[Tensor], count, temperature=1.0, generator=None, use_cache=True) -> Iterator[Tensor]:
     """Continue prompts, each (T ≥ 1,) of any length, with a model in evaluation mode; yields tokens (B,) `count` times.
 
-    NSA computes each token once and keeps keys and values in an NSACache for each layer. When the longest sequence
-    fills the model's context, all go on from the last half of it.
+    NSA computes each token once and keeps keys and values in an NSACache for each layer; on CUDA, a graph replays this
+    step. When the longest sequence fills the model's context, all go on from the last half of it.
     """
-    weight, limit, caches = model.token_embedding.weight, model.cfg.seq_len, []
+    weight, limit, caches, step = model.token_embedding.weight, model.cfg.seq_len, [], None
     if use_cache and model.attention == "nsa":
         room = {"max_len": limit, "device": weight.device, "dtype": weight.dtype}
         caches = [NSACache(block.attn.cfg, len(prompts), **room) for block in model.blocks]
-    new = rows = [prompt.to(weight.device)[-limit:] for prompt in prompts]  # new: tokens that are not in the caches
-    for _ in range(count):
-        lengths = torch.tensor([len(row) for row in new], device=weight.device)
-        tokens = nn.utils.rnn.pad_sequence(new, batch_first=True)  # padded on the right, where a causal model is blind
-        is_token = torch.arange(tokens.shape[1], device=weight.device) < lengths[:, None]
-        mask = is_token if len(set(map(len, new))) > 1 else None
-        logits = model(tokens, caches=caches or None, mask=mask)[0][torch.arange(len(new)), lengths - 1]
-        drawn = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
-        yield drawn[:, 0]
-        rows = [torch.cat(pair) for pair in zip(rows, drawn, strict=True)]
-        new = list(drawn) if caches else rows
+    noise = torch.empty(len(prompts), len(weight), device=weight.device)
+
+    def draw(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:  # (B, T) → (B, 1)
+        mask = None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        logits = model(tokens, caches=caches or None, mask=mask)[0]
+        logits = logits[:, -1] if lengths is None else logits[torch.arange(len(tokens)), lengths - 1]
+        return ((logits.float() / temperature).softmax(-1) / noise).argmax(-1, keepdim=True)
+
+    rows = [prompt.to(weight.device)[-limit:] for prompt in prompts]
+    while count > 0:
+        drawn = []  # tokens (B, 1) that follow the rows
+        for _ in range(min(count, limit + 1 - max(map(len, rows))) if caches else 1):
+            if len(drawn) == 2 and step is None and weight.is_cuda:  # after a step that has compiled all it needs
+                step = capture(draw, drawn[-1])
+            noise.exponential_(generator=generator)  # as torch.multinomial does, which would wait for the device
+            if drawn:
+                drawn.append((step or draw)(drawn[-1]))
+            else:  # padded on the right, where a causal model is blind
+                lengths, ragged = [len(row) for row in rows], len(set(map(len, rows))) > 1
+                tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                drawn.append(draw(tokens, torch.tensor(lengths, device=weight.device) if ragged else None))
+            yield drawn[-1][:, 0]
+        count -= len(drawn)
+        rows = [torch.cat(pair) for pair in zip(rows, torch.cat(drawn, dim=1), strict=True)]
         if max(map(len, rows)) > limit:
-            new = rows = [row[-max(1, limit // 2) :] for row in rows]
-            for cache in caches:
-                cache.reset()
+            rows = [row[-max(1, limit // 2) :] for row in rows]
+        for cache in caches:
+            cache.reset()
+
+
+def capture(step: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    """Step that replays step(tokens) from a CUDA graph, with other tokens; `step` itself where that fails."""
+    try:
+        graph, stream, tokens = torch.cuda.CUDAGraph(), torch.cuda.Stream(tokens.device), tokens.clone()
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):  # an error ends the first alone
+            result = step(tokens)
+    except Exception as problem:  # an error of the step itself comes again with the next one
+        cause = first_line(problem.__context__ or problem)  # PyTorch puts "failed due to a previous error" on top
+        say(f"\n{Path(__file__).name}: generating without a CUDA graph: {cause}", file=sys.stderr)
+        return step
+
+    def replay(new: Tensor) -> Tensor:
+        tokens.copy_(new)
+        graph.replay()
+        return result.clone()
+
+    return replay
 
 
 def encode_prompts(vocabulary: str, settings: Settings) -> list[Tensor]:
@@ -623,16 +652,20 @@ def encode_prompts(vocabulary: str, settings: Settings) -> list[Tensor]:
 
 
 def say_text(model: NSALanguageModel, vocabulary: str, settings: Settings, runtime: Runtime) -> None:
-    """Print prompts and their continuations: a single one as it comes, several one after the other."""
+    """Print prompts and their continuations, a single one as it comes, several one after the other; and the speed."""
     prompts = encode_prompts(vocabulary, settings)
     texts = ["".join(vocabulary[token] for token in prompt) for prompt in prompts]
     stream = (lambda text: say(text, end="")) if len(texts) == 1 else (lambda text: None)
     stream(texts[0])
-    generator = torch.Generator(runtime.device).manual_seed(seed_of(settings.seed, "sample"))
+    times, generator = [], torch.Generator(runtime.device).manual_seed(seed_of(settings.seed, "sample"))
     for drawn in generate(model, prompts, settings.sample_length, settings.temperature, generator):
         texts = [text + vocabulary[token] for text, token in zip(texts, drawn.tolist(), strict=True)]
         stream(texts[0][-1])
+        times.append(time.perf_counter())
     say("" if len(texts) == 1 else "\n\n".join(texts))
+    if len(times) > 1:  # the first token is that of the prompts
+        seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
+        say(f"\n{len(texts) / seconds:,.0f} tokens/s: median of the steps after the prompts")
 
 
 # ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -891,8 +924,8 @@ def main(arguments: list[str] | None = None) -> int:
         line, exit_code = f"{problem.filename or 'cannot write'}: {first_line(problem)}", 1
     except KeyboardInterrupt:
         line, exit_code = "interrupted", 130
-    if line and os.environ.get("RANK", "0") == "0":
-        print(f"{Path(__file__).name}: {line}", file=sys.stderr, flush=True)
+    if line:
+        say(f"{Path(__file__).name}: {line}", file=sys.stderr)
     return exit_code
 
 

@@ -12,6 +12,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -390,8 +391,9 @@ def test_patterns_are_those_of_each_layer() -> None:
 
 # ── Sample ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def continuations(model: script.NSALanguageModel, prompts: list[Tensor], count: int, **options: object) -> list[Tensor]:
-    options = {"temperature": 1e-6, "generator": torch.Generator().manual_seed(0), **options}
-    drawn = torch.stack(list(script.generate(model.eval(), prompts, count, **options)), dim=1)
+    generator = torch.Generator(model.token_embedding.weight.device).manual_seed(0)
+    options = {"temperature": 1e-6, "generator": generator, **options}
+    drawn = torch.stack(list(script.generate(model.eval(), prompts, count, **options)), dim=1).cpu()
     return [torch.cat([prompt, new]) for prompt, new in zip(prompts, drawn, strict=True)]
 
 
@@ -426,6 +428,63 @@ def test_a_sample_repeats_with_its_seed() -> None:
     assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
 
 
+def test_tokens_are_drawn_as_multinomial_draws_them() -> None:
+    model, prompt = make_model(), random_tokens(1, 5)[0]
+    (row,) = continuations(model, [prompt], 1, temperature=0.5)
+    probabilities = (model(prompt[None])[0][0, -1] / 0.5).softmax(-1)
+    assert row[-1] == torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0))
+
+
+# A graph needs a GPU: here parameters only say that they are on one.
+@pytest.mark.parametrize("captures", [True, False])
+def test_steps_are_captured_once_or_run_as_they_are(
+    captures: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no graph today\nand no second line")
+
+    def capture(step: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        captured.append(tokens)
+        return lambda tokens: replayed.append(tokens) or step(tokens)
+
+    model, prompts, captured, replayed = make_model(), [random_tokens(1, n)[0] for n in (3, 17)], [], []
+    expected = continuations(model, prompts, 40)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    monkeypatch.setattr(*(script, "capture", capture) if captures else (torch.cuda, "CUDAGraph", fail))
+    assert all(map(torch.equal, continuations(model, prompts, 40), expected))
+    line = "\nnsa_gpt_training.py: generating without a CUDA graph: no graph today\n"
+    assert capfd.readouterr().err == ("" if captures else line)
+    # 16 tokens fill the context, 17 each time that its half is kept: their first is read with the whole, eagerly.
+    assert (len(captured), len(replayed)) == ((1, 14 + 16 + 6) if captures else (0, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+@pytest.mark.parametrize("temperature", [1e-6, 1.0])
+def test_a_graph_writes_what_eager_steps_write(
+    temperature: float, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, prompts = make_model(**changes, seq_len=96).cuda(), [random_tokens(1, n)[0] for n in (3, 40, 1)]
+    replayed = continuations(model, prompts, 120, temperature=temperature)
+    assert capfd.readouterr().err == "", "the step was captured"
+    monkeypatch.setattr(script, "capture", lambda step, tokens: step)
+    assert all(map(torch.equal, replayed, continuations(model, prompts, 120, temperature=temperature)))
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_runs_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a graph")
+
+    model, prompts = make_model().cuda(), [random_tokens(1, 9)[0]]
+    expected = continuations(model, prompts, 40)
+    model.register_forward_hook(fail)
+    assert all(map(torch.equal, continuations(model, prompts, 40), expected))
+    assert capfd.readouterr().err == "\nnsa_gpt_training.py: generating without a CUDA graph: not in a graph\n"
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
 def test_generate_without_training(settings: script.Settings, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(settings)
     trainer.run.iteration = 1
@@ -433,11 +492,12 @@ def test_generate_without_training(settings: script.Settings, capsys: pytest.Cap
     before = trainer.best_path.read_bytes()
     base = ["--generate", "--out", str(settings.out), "--sample-length", "30", "--prompt"]
     assert script.main([*base, "key "]) == 0
-    alone = capsys.readouterr().out
-    assert alone.startswith("key ") and len(alone) == len("key ") + 30 + 1
+    speed = r"\n\n[0-9,]+ tokens/s: median of the steps after the prompts\n"
+    assert re.fullmatch(r"key [^§]{30}" + speed, capsys.readouterr().out)
     assert script.main([*base, "key ", "query"]) == 0
-    shown = capsys.readouterr().out
-    assert len(shown) == len("key \n\nquery\n") + 2 * 30 and shown.startswith("key ") and "\n\nquery" in shown
+    assert re.fullmatch(r"key [^§]{30}\n\nquery[^§]{30}" + speed, capsys.readouterr().out)
+    assert script.main([*base[:3], "--sample-length", "1", "--prompt", "key "]) == 0
+    assert re.fullmatch(r"key [^§]\n", capsys.readouterr().out), "one token has no step"
     assert list(settings.out.iterdir()) == [trainer.best_path] and trainer.best_path.read_bytes() == before
 
 
@@ -578,5 +638,5 @@ def test_importing_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_model_stands_within_the_first_200_lines() -> None:
     lines = SCRIPT.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 900
+    assert len(lines) <= 935
     assert lines.index("class NSALanguageModel(nn.Module):") < 200
