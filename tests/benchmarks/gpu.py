@@ -495,9 +495,9 @@ def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
     for _ in range(CACHES):
         k, v, k_cmp, v_cmp = make(tokens, 4), make(tokens, 4), make(blocks, 4), make(blocks, 4)
         gates = torch.rand(batch, 1, 64, 3, device="cuda", dtype=torch.bfloat16)
-        positions = torch.full((batch, 1), tokens - 1, device="cuda", dtype=torch.int32)
+        first = torch.full((batch,), tokens - 1, device="cuda", dtype=torch.int32)
         steps.append({"q": make(1, 64), "k": k, "v": v, "k_local": k, "v_local": v, "k_cmp": k_cmp, "v_cmp": v_cmp,
-                      "gates": gates, "positions": positions})  # fmt: skip
+                      "gates": gates, "first": first, "of_token": None})  # fmt: skip
     return steps
 
 
