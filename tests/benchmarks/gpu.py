@@ -568,8 +568,8 @@ def sweep_decode(shapes: list[tuple[int, int]]) -> None:
 
     present = times()
     print("present:", " ".join(f"{t:.1f}" for t in present), "at (batch, tokens)", *shapes, flush=True)
-    for kernel in ("compressed", "selected", "local"):
-        name, rows = f"decode_{kernel}", []
+    for name in [name for name in nsa._TILES if name.startswith("decode_")]:
+        rows = []
         for values in itertools.product(*VARIANTS.values()):
             set_tiles(name, values)
             found = times()
@@ -577,7 +577,7 @@ def sweep_decode(shapes: list[tuple[int, int]]) -> None:
         rows.sort()
         for _, values, found in rows[:5]:
             settings = " ".join(f"{name} {value}" for name, value in zip(VARIANTS, values, strict=True))
-            print(f"{kernel:>10}: {settings}:", " ".join(f"{t:.1f}" for t in found), flush=True)
+            print(f"{name:>17}: {settings}:", " ".join(f"{t:.1f}" for t in found), flush=True)
         set_tiles(name, rows[0][1])
 
 
