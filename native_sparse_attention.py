@@ -2917,6 +2917,7 @@ _PARTIAL_BYTES = 2 << 30  # partial outputs and gradients of the selective branc
 _COUNT_BYTES = 64 << 20  # counts of pairs
 _DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
 
+_EARLY_BLOCKS = 64  # queries that have no more to choose from are taken several at once
 _RUN = 1024  # pairs that one program counts or places; more where the counts would pass their limit
 _CUT = 2048  # blocks that are cut into tiles at a time
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
@@ -3057,6 +3058,67 @@ def _store_rows(x_ptr, offsets, x, exists, D: tl.constexpr, BLOCK_D: tl.constexp
 # neighbour is seen, NaN included. The tiles of a segment begin anew: with tiles of SIZE rows, the first tile of segment
 # s is offsets[s] // SIZE + s, which leaves room for all tiles of those before it. Hence `total // SIZE + n` tiles are
 # enough for n segments, and the number of a tile tells its segment. Selection blocks are numbered in the same way.
+#
+# In place of segments, the queries of each row may begin behind a past: query t of row b has the position first[b] + t
+# among keys that begin at 0. Positions are clamped to the keys' rows, so that no number in `first` reaches outside.
+
+
+@_kernel
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@_kernel(do_not_specialize=["n_segments", "T", "C"])
+def _segments_kernel(
+    given_ptr, cu_seqlens, cu_keys, of_token, of_key, n_segments, T, C, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The tables of `_Segments`. Every program reads all offsets, and looks up SIZE tokens and compressed blocks.
+
+    Offset s is the running maximum of what was given, clamped to [0, T]; the first is 0 and the last is T.
+    """
+    t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)  # a token, and a compressed block
+    segment, start, key_token, key_position = t * 0, t * 0, t * 0, t * 0
+    highest, keys = 0, 0  # of the offsets so far, and the number of their compressed blocks
+    for first in range(0, n_segments + 1, CHUNK):
+        s = first + tl.arange(0, CHUNK)
+        inner = (s > 0) & (s < n_segments)
+        last = tl.load(given_ptr + s - 1, mask=(s > 1) & (s <= n_segments), other=0)
+        last = tl.minimum(tl.maximum(last, 0), T).to(tl.int32)
+        last = tl.maximum(tl.associative_scan(last, 0, _larger), highest)
+        offset = tl.minimum(tl.maximum(tl.load(given_ptr + s, mask=inner, other=0), 0), T).to(tl.int32)
+        offset = tl.where(s < n_segments, tl.maximum(offset, last), T)
+        blocks = tl.where(inner | (s == n_segments), tl.maximum(offset - last - BLOCK + STRIDE, 0) // STRIDE, 0)
+        key_end = keys + tl.cumsum(blocks, 0)
+        if tl.program_id(0) == 0:
+            tl.store(cu_seqlens + s, offset, mask=s <= n_segments)
+            tl.store(cu_keys + s, tl.minimum(key_end, C), mask=s <= n_segments)
+
+        # (SIZE, CHUNK): offsets up to the token; the segment from `last` to `offset` that has the compressed block
+        begun = inner[None, :] & (offset[None, :] <= t[:, None])
+        segment += tl.sum(begun.to(tl.int32), 1)
+        start = tl.maximum(start, tl.max(tl.where(begun, offset[None, :], 0), 1))
+        index = t[:, None] - (key_end - blocks)[None, :]
+        inside = (index >= 0) & (index < blocks[None, :])
+        key_token += tl.sum(tl.where(inside, last[None, :] + index * STRIDE, 0), 1)
+        key_position += tl.sum(tl.where(inside, index * STRIDE, 0), 1)
+        highest, keys = tl.max(last, 0), keys + tl.sum(blocks, 0)
+    tl.store(of_token + t, segment, mask=t < T)
+    tl.store(of_token + T + t, t - start, mask=t < T)
+    tl.store(of_key + t, key_token, mask=t < C)
+    tl.store(of_key + C + t, key_position, mask=t < C)
+
+
+def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int, stride: int) -> _Segments:
+    """Tables of the sequences packed in `total` tokens and in `keys` rows of compressed keys."""
+    n, device = len(cu_seqlens) - 1, cu_seqlens.device
+    shapes = ((n + 1,), (n + 1,), (2, total), (2, keys))
+    tables = _Segments(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
+    _segments_kernel[(_cdiv(max(total, keys, 1), 128),)](
+        cu_seqlens.contiguous(), *tables, n, total, keys, BLOCK=block_size, STRIDE=stride, SIZE=128,
+        CHUNK=min(_power_of_2(n + 1), 64),
+    )  # fmt: skip
+    return tables
 
 
 @_kernel
@@ -3085,14 +3147,24 @@ def _query_tile(
 
 
 @_kernel
-def _segment_of_token(t, of_token, cu_seqlens, exists, SELECT: tl.constexpr):
-    """(first token, first selection block) of the segment of token t."""
-    token, block = t * 0, t * 0
-    if cu_seqlens is not None:
+def _past(first_ptr, b, T_keys):
+    """Number of tokens that came before the first query of row b: at most those that have room among the keys."""
+    past = b * 0
+    if first_ptr is not None:
+        past = tl.minimum(tl.maximum(tl.load(first_ptr + b), 0), T_keys)
+    return past
+
+
+@_kernel
+def _position_of_token(t, b, of_token, first_ptr, T, T_keys, exists):
+    """(segment of token t of row b, its position there)."""
+    segment, position = t * 0, t
+    if of_token is not None:
         segment = tl.load(of_token + t, mask=exists, other=0)
-        token = tl.load(cu_seqlens + segment, mask=exists, other=0)
-        block = token // SELECT + segment
-    return token, block
+        position = tl.load(of_token + T + t, mask=exists, other=0)
+    if first_ptr is not None:
+        position = tl.minimum(_past(first_ptr, b, T_keys) + t, T_keys - 1)
+    return segment, position
 
 
 @_kernel
@@ -3276,7 +3348,7 @@ def _cut(x, start, end, ROWS: tl.constexpr, CUT: tl.constexpr):
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_forward_kernel(
-    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z, scale, q_strides,
+    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, cu_seqlens, cu_keys, n_segments, first_ptr, T, C, Z, scale, q_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -3295,8 +3367,9 @@ def _span_forward_kernel(
     q = _load_rows(q_ptr, _offsets(q_strides, b, token + t, h), exists, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    first, end = _span(t, WINDOW, BLOCK, STRIDE)
-    t_low, t_high = row // GROUP_PAD, tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
+    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1))
+    first, end = _span(past + t, WINDOW, BLOCK, STRIDE)
+    t_low, t_high = past + row // GROUP_PAD, past + tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
 
     # tiles that every row sees whole, then the ones at both edges of the span
@@ -3392,12 +3465,12 @@ def _span_dkv_kernel(
         segment, start = _find_segment(tl.program_id(0) // Z % key_tiles, cu_keys, n_segments, 1, BLOCK_N)
         token, key = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
         tokens, keys = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - key
-        if start >= keys:
+        if start >= tl.where(segment == n_segments - 1, C - key, keys):
             return
     key_high = tl.minimum(start + BLOCK_N, keys) - 1
     first, full, full_end, end = _query_tiles(start, key_high, tokens, GROUP_PAD, BLOCK_M, WINDOW, BLOCK, STRIDE)
     low, high = split * tiles_per_split, (split + 1) * tiles_per_split
-    if PACKED:  # a sequence is shorter than the longest; its own rows are split
+    if PACKED:  # its own rows are split
         splits = tl.num_programs(0) // (Z * key_tiles)
         low, high = first + (end - first) * split // splits, first + (end - first) * (split + 1) // splits
     first, end = tl.maximum(first, low), tl.minimum(end, high)
@@ -3437,8 +3510,12 @@ def _span_dkv_kernel(
             dk = tl.dot(_dscores(p, dp, delta[None, :]).to(q.dtype), q, dk, input_precision=PRECISION)
 
     out = (((split * (Z // K) + b).to(tl.int64) * C + key + i) * K + k) * D
-    _store_rows(dk_ptr, out, dk * scale, i < keys, D, BLOCK_D)
-    _store_rows(dv_ptr, out, dv, i < keys, D, BLOCK_D)
+    rows = keys
+    if PACKED:  # rows behind the keys of the last sequence are nobody's, and 0
+        rows = tl.where(segment == n_segments - 1, C - key, keys)
+        dk, dv = tl.where((i < keys)[:, None], dk, 0.0), tl.where((i < keys)[:, None], dv, 0.0)
+    _store_rows(dk_ptr, out, dk * scale, i < rows, D, BLOCK_D)
+    _store_rows(dv_ptr, out, dv, i < rows, D, BLOCK_D)
 
 
 def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
@@ -3466,33 +3543,34 @@ def _span_plan(
         tiles = T * group_pad // rows + segments if segments else _cdiv(T * group_pad, rows)
         return _Plan((tiles * B * K,), constants)
     tiles = C // keys + segments if segments else _cdiv(C, keys)
-    row_tiles = _cdiv(T * group_pad, rows)
+    row_tiles = _cdiv(T // max(segments, 1) * group_pad, rows)  # of a sequence, on average
     splits = 1 if window else _splits(row_tiles, tiles * B * K, device)
     return _Plan((splits * tiles * B * K,), constants, splits, _cdiv(row_tiles, splits))
 
 
-def _key_offsets(segments: _Segments | None, span: _Span) -> tuple[int, Tensor | None, Tensor | None]:
-    """Number of packed sequences, and the offsets of their tokens and keys."""
+def _span_offsets(segments: _Segments | None, span: _Span) -> tuple[Tensor | None, Tensor | None, int]:
+    """Offsets of tokens, offsets of the keys of a span, and the number of sequences."""
     if segments is None:
-        return 0, None, None
-    keys = segments.cu_seqlens if span.window else segments.cu_keys
-    return len(segments.cu_seqlens) - 1, segments.cu_seqlens, keys
+        return None, None, 0
+    cu_seqlens = segments.cu_seqlens
+    return cu_seqlens, cu_seqlens if span.window > 0 else segments.cu_keys, len(cu_seqlens) - 1
 
 
 def _triton_span_forward(
-    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, segments: _Segments | None = None
-) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, D) and lse (B, T, H)."""
+    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, segments: _Segments | None = None,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (B, T, H, D) and lse (B, T, H). Row b's queries begin at the position first[b], its keys at 0."""
     (B, T, H, _), (C, K) = q.shape, k.shape[1:3]
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
     if q.numel() == 0 or C == 0:
         return o.zero_(), lse.fill_(-math.inf)
     q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
-    n, *offsets = _key_offsets(segments, span)
-    plan = _span_plan("forward", q.shape, k.shape, q.dtype, q.device, span, n, _precision())
+    offsets = _span_offsets(segments, span)
+    plan = _span_plan("forward", q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision())
     keys = plan.constants["BLOCK_N"]
     _span_forward_kernel[plan.grid](
-        q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *offsets, n, T, C, B * K, scale, q.stride(),
+        q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *offsets, first, T, C, B * K, scale, q.stride(),
         **plan.constants,
     )  # fmt: skip
     return o, lse
@@ -3509,12 +3587,12 @@ def _triton_span_backward(
         return dq if add else torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq = dq if add else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    n, *offsets = _key_offsets(segments, span)
-    shape, rows_pad = (q.shape, k.shape, q.dtype, q.device, span, n, _precision()), terms.lse.shape[-1]
+    offsets = _span_offsets(segments, span)
+    shape, rows_pad = (q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision()), terms.lse.shape[-1]
     plan = _span_plan("dq", *shape)
     keys = plan.constants["BLOCK_N"]
     _span_dq_kernel[plan.grid](
-        do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, *offsets, n, T, C, B * K, rows_pad,
+        do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, *offsets, T, C, B * K, rows_pad,
         scale, do.stride(), q.stride(), ADD=add, **plan.constants,
     )  # fmt: skip
     plan = _span_plan("dkv", *shape)
@@ -3523,7 +3601,7 @@ def _triton_span_backward(
     dk, dv = (k.new_empty((splits * B, C, K, D), dtype=sum_dtype) for _ in range(2))
     _span_dkv_kernel[plan.grid](
         _query_descriptor(do, K, rows), _query_descriptor(q, K, rows), _key_descriptor(k, keys),
-        _key_descriptor(v, keys), *terms, dk, dv, *offsets, n, T, C, B * K, rows_pad,
+        _key_descriptor(v, keys), *terms, dk, dv, *offsets, T, C, B * K, rows_pad,
         plan.grid[0] // (splits * B * K), plan.chunk, scale, **plan.constants,
     )  # fmt: skip
     if splits > 1:
@@ -3564,8 +3642,8 @@ def _fold_importance(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C", "first_tile", "n_rows", "n_blocks"])
 def _block_scores_kernel(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens, cu_keys, n_segments, T, C, first_tile, n_rows, n_blocks, scale,
-    q_strides, k_strides, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens, cu_keys, n_segments, first_ptr, T, C, first_tile, n_rows, n_blocks,
+    scale, q_strides, k_strides, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
     PART: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -3575,40 +3653,43 @@ def _block_scores_kernel(
     """
     m: tl.constexpr = BLOCK // STRIDE
     r: tl.constexpr = SELECT // STRIDE
-    z = tl.program_id(2)
+    tile, z = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)  # the last have the most blocks and go first
     b, k = z // K, z % K
-    row, token, tokens, key, keys = _query_tile(
-        first_tile + tl.program_id(0), cu_seqlens, cu_keys, n_segments, T, C, 1, BLOCK_M
-    )
-    j_first = tl.program_id(1) * (BLOCKS - CARRY) - CARRY
-    # every block begins after every query of the tile, or there is no query
-    if ((j_first + CARRY) * SELECT > tl.minimum(row + BLOCK_M, tokens) - 1) | (row >= tokens):
+    row, token, tokens, key, keys = _query_tile(first_tile + tile, cu_seqlens, cu_keys, n_segments, T, C, 1, BLOCK_M)
+    if row >= tokens:
         return
+    past = _past(first_ptr, b, n_blocks * SELECT)
     t, column = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCKS * PART)
     exists = t < tokens
     lse_row = lse_ptr + (b.to(tl.int64) * T + token + t) * (K * GROUP) + k * GROUP  # of a contiguous (B, T, H)
     q_row = _offsets(q_strides, b, token + t, k * GROUP)
-    score = tl.zeros([BLOCK_M, BLOCKS], tl.float32)
-    for part_first in tl.static_range(0, r, PART):
-        inside = part_first + column % PART
-        i = (j_first + column // PART) * r + inside
-        seen = (inside < r) & (i >= 0) & (i < keys)
-        k_tile = _load_rows(k_ptr, _offsets(k_strides, b, key + i, k), seen, D, BLOCK_D)
-        k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
-        # probabilities, summed over the group; masked once, after the sum
-        p = tl.zeros([BLOCK_M, BLOCKS * PART], tl.float32)
-        lse_next = tl.load(lse_row, mask=exists, other=0.0)
-        for g in range(GROUP):
-            q = _load_rows(q_ptr + g * q_strides[2], q_row, exists, D, BLOCK_D)
-            lse = lse_next * _TL_LOG2E
-            lse_next = tl.load(lse_row + (g + 1), mask=exists & (g + 1 < GROUP), other=0.0)  # early, for the next round
-            p += _probabilities(tl.dot(q, k_t, input_precision=PRECISION), lse[:, None], None, scale * _TL_LOG2E)
-        visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
-        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, BLOCK_M, BLOCKS, PART, CARRY)[0]
-    jj = tl.arange(0, BLOCKS)
-    out = (z.to(tl.int64) * n_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)) * n_blocks
-    stored = exists[:, None] & ((jj >= CARRY) & (j_first + jj < n_blocks))[None, :]
-    tl.store(scores_ptr + out[:, None] + (j_first + jj)[None, :], score, mask=stored)
+    out = (z.to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)) * n_blocks
+    own = (past + tl.minimum(row + BLOCK_M, tokens) - 1) // SELECT  # of the last query
+    for block_tile in range(
+        tl.program_id(1), tl.cdiv(tl.minimum(own + 1, n_blocks), BLOCKS - CARRY), tl.num_programs(1)
+    ):
+        j_first = block_tile * (BLOCKS - CARRY) - CARRY
+        score = tl.zeros([BLOCK_M, BLOCKS], tl.float32)
+        for part_first in tl.static_range(0, r, PART):
+            inside = part_first + column % PART
+            i = (j_first + column // PART) * r + inside
+            seen = (inside < r) & (i >= 0) & (i < keys)
+            k_tile = _load_rows(k_ptr, _offsets(k_strides, b, key + i, k), seen, D, BLOCK_D)
+            k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
+            # probabilities, summed over the group; masked once, after the sum
+            p = tl.zeros([BLOCK_M, BLOCKS * PART], tl.float32)
+            lse_next = tl.load(lse_row, mask=exists, other=0.0)
+            for g in range(GROUP):
+                q = _load_rows(q_ptr + g * q_strides[2], q_row, exists, D, BLOCK_D)
+                lse = lse_next * _TL_LOG2E
+                # early, for the next round
+                lse_next = tl.load(lse_row + (g + 1), mask=exists & (g + 1 < GROUP), other=0.0)
+                p += _probabilities(tl.dot(q, k_t, input_precision=PRECISION), lse[:, None], None, scale * _TL_LOG2E)
+            visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= (past + t)[:, None])
+            score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, BLOCK_M, BLOCKS, PART, CARRY)[0]
+        jj = tl.arange(0, BLOCKS)
+        stored = exists[:, None] & ((jj >= CARRY) & (j_first + jj < n_blocks))[None, :]
+        tl.store(scores_ptr + out[:, None] + (j_first + jj)[None, :], score, mask=stored)
 
 
 @_kernel
@@ -3667,23 +3748,52 @@ def _store_highest(
     tl.store(out_row[:, None] + free, tl.full([ROWS, SP], -1, tl.int32), mask=empty)
 
 
-@_kernel(do_not_specialize=["n_segments", "T", "first_tile", "n_rows", "n_blocks"])
-def _choose_kernel(
-    scores_ptr, chosen_ptr, cu_seqlens, n_segments, T, first_tile, n_rows, n_blocks,
-    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+@_kernel
+def _choose_rows(
+    scores_ptr, chosen_ptr, n, t, own, z, token, tokens, T, n_rows, n_blocks, K: tl.constexpr, S: tl.constexpr,
+    SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """chosen[t] = the S highest of scores[t, : t // SELECT + 1], in ascending order, -1 in free slots."""
-    z, n0 = tl.program_id(1), tl.program_id(0) * ROWS
-    row, token, tokens, _, _ = _query_tile(
-        first_tile + n0 // BLOCK_M, cu_seqlens, cu_seqlens, n_segments, T, 0, 1, BLOCK_M
-    )
-    t, j = row + n0 % BLOCK_M + tl.arange(0, ROWS), tl.arange(0, NP)[None, :]
-    exists = (t < tokens) & (n0 + tl.arange(0, ROWS) < n_rows)
-    score_row = (z.to(tl.int64) * n_rows + n0 + tl.arange(0, ROWS)) * n_blocks
+    """The choice of the queries t, whose scores are in the rows n."""
+    j, exists = tl.arange(0, NP)[None, :], t < tokens
+    score_row = (z.to(tl.int64) * n_rows + n) * n_blocks
     score = tl.load(scores_ptr + score_row[:, None] + j, mask=exists[:, None] & (j < n_blocks), other=0.0)
     out = (((z // K).to(tl.int64) * T + token + t) * K + z % K) * S
-    _store_highest(score, t // SELECT, exists, chosen_ptr + out, S, SP, INIT, LOCAL, ROWS, NP)
+    _store_highest(score, tl.minimum(own, n_blocks - 1), exists, chosen_ptr + out, S, SP, INIT, LOCAL, ROWS, NP)
+
+
+@_kernel(do_not_specialize=["n_segments", "T", "first_tile", "n_rows", "n_blocks"])
+def _choose_kernel(
+    scores_ptr, chosen_ptr, cu_seqlens, n_segments, first_ptr, T, first_tile, n_rows, n_blocks,
+    K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+    EARLY_ROWS: tl.constexpr, EARLY_NP: tl.constexpr,
+):  # fmt: skip
+    """chosen[t] = the S highest of scores[t, : t // SELECT + 1], in ascending order, -1 in free slots.
+
+    One program: EARLY_ROWS queries, all at once where no more than EARLY_NP blocks have begun, else ROWS at a time.
+    """
+    z, n = tl.program_id(1), tl.program_id(0) * EARLY_ROWS
+    row, token, tokens, _, _ = _query_tile(
+        first_tile + n // BLOCK_M, cu_seqlens, cu_seqlens, n_segments, T, 0, 1, BLOCK_M
+    )
+    row += n % BLOCK_M
+    if row >= tokens:
+        return
+    past = _past(first_ptr, z // K, n_blocks * SELECT)
+    i = tl.arange(0, EARLY_ROWS)
+    if (NP == EARLY_NP) | ((past + row + EARLY_ROWS - 1) // SELECT < EARLY_NP):
+        _choose_rows(
+            scores_ptr, chosen_ptr, n + i, row + i, (past + row + i) // SELECT, z, token, tokens, T, n_rows, n_blocks,
+            K, S, SP, INIT, LOCAL, EARLY_ROWS, EARLY_NP,
+        )  # fmt: skip
+    elif NP > EARLY_NP:
+        i = tl.arange(0, ROWS)
+        for _ in range(0, tl.minimum(EARLY_ROWS, tokens - row), ROWS):
+            _choose_rows(
+                scores_ptr, chosen_ptr, n + i, row + i, (past + row + i) // SELECT, z, token, tokens, T, n_rows,
+                n_blocks, K, S, SP, INIT, LOCAL, ROWS, NP,
+            )  # fmt: skip
+            i += ROWS
 
 
 def _carry(choice: _Choice) -> tuple[int, int]:
@@ -3694,10 +3804,11 @@ def _carry(choice: _Choice) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _select_plan(
-    q_shape: torch.Size, K: int, dtype: torch.dtype, choice: _Choice, segments: int, precision: str
-) -> _Plan:
+    q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, choice: _Choice, segments: int, first: bool,
+    precision: str,
+) -> _Plan:  # fmt: skip
     """Plan of both kernels: `grid` has all rows, those that fill up the last tile of a segment too, and blocks."""
-    B, T, H, D = q_shape
+    (B, T, H, D), (C, K) = q_shape, k_shape[1:3]
     constants = _constants("scores", H, K, D, dtype, precision)
     rows, (ratio, carry) = constants["BLOCK_M"], _carry(choice)
     part = min(_power_of_2(ratio), 32)
@@ -3705,37 +3816,43 @@ def _select_plan(
     constants |= {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": choice.select_block_size}
     constants |= {"BLOCKS": blocks, "PART": part, "CARRY": carry}
     all_rows = (T // rows + segments) * rows if segments else T
-    row_bytes = 4 * B * K * _selection_count(T, choice.select_block_size)
-    chunk = min(_cdiv(max(_SCORE_BYTES // row_bytes, 1), 128) * 128, all_rows)
-    return _Plan((all_rows, row_bytes // 4), constants, chunk=chunk)
+    positions = C * choice.stride + choice.block_size - 1 if first else T  # after a past: as many as keys have room for
+    n_blocks = _selection_count(positions, choice.select_block_size)
+    chunk = min(_cdiv(max(_SCORE_BYTES // (4 * B * K * n_blocks), 1), 128) * 128, all_rows)
+    return _Plan((all_rows, n_blocks), constants, chunk=chunk)
 
 
 def _triton_select(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, segments: _Segments | None = None
-) -> Tensor:
+    q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, segments: _Segments | None = None,
+    first: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots."""
     (B, T), (C, K), S = q.shape[:2], k_cmp.shape[1:3], choice.topk_blocks
     q, k_cmp, lse = _unit_stride(q), _unit_stride(k_cmp), lse.contiguous()
-    n, *offsets = _key_offsets(segments, choice.span)
-    plan = _select_plan(q.shape, K, q.dtype, choice, n, _precision())
-    (all_rows, row_values), chunk, constants = plan.grid, plan.chunk, plan.constants
+    offsets = _span_offsets(segments, choice.span)
+    plan = _select_plan(q.shape, k_cmp.shape, q.dtype, choice, offsets[2], first is not None, _precision())
+    (all_rows, all_blocks), chunk, constants = plan.grid, plan.chunk, plan.constants
     rows, per_tile = constants["BLOCK_M"], constants["BLOCKS"] - constants["CARRY"]
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
-    scores = torch.empty(chunk * row_values, dtype=torch.float32, device=q.device)
-    for first in range(0, all_rows, chunk):
-        n_rows = min(chunk, all_rows - first)
-        n_blocks = _selection_count(min(first + n_rows, T), choice.select_block_size)  # others: none yet
-        _block_scores_kernel[(_cdiv(n_rows, rows), _cdiv(n_blocks, per_tile), B * K)](
-            q, k_cmp, lse, scores, *offsets, n, T, C, first // rows, n_rows, n_blocks, scale, q.stride(),
+    scores = torch.empty(B * K * chunk * all_blocks, dtype=torch.float32, device=q.device)
+    for row in range(0, all_rows, chunk):
+        n_rows, n_blocks = min(chunk, all_rows - row), all_blocks
+        if first is None:  # no others have begun
+            n_blocks = min(n_blocks, _selection_count(row + n_rows, choice.select_block_size))
+        tiles, score_tiles = _cdiv(n_rows, rows), _cdiv(n_blocks, per_tile)
+        splits = min(score_tiles, _cdiv(16 * _num_sms(q.device), tiles * B * K))
+        _block_scores_kernel[(tiles, splits, B * K)](
+            q, k_cmp, lse, scores, *offsets, first, T, C, row // rows, n_rows, n_blocks, scale, q.stride(),
             k_cmp.stride(), **constants,
         )  # fmt: skip
         width = max(_power_of_2(n_blocks), _power_of_2(S))
-        rows_each = min(max(1, 512 // width), rows)
-        _choose_kernel[(_cdiv(n_rows, rows_each), B * K)](
-            scores, chosen, offsets[0], n, T, first // rows, n_rows, n_blocks,
+        early = min(width, max(_EARLY_BLOCKS, _power_of_2(S)))
+        early_rows = min(max(1, 512 // early), rows)
+        _choose_kernel[(_cdiv(n_rows, early_rows), B * K)](
+            scores, chosen, offsets[0], offsets[2], first, T, row // rows, n_rows, n_blocks,
             K=K, S=S, SP=_power_of_2(S), SELECT=choice.select_block_size, BLOCK_M=rows,
-            INIT=choice.init_blocks, LOCAL=choice.local_blocks, ROWS=rows_each, NP=width,
-            num_warps=min(max(width // 1024, 1), 32),
+            INIT=choice.init_blocks, LOCAL=choice.local_blocks, ROWS=min(max(1, 512 // width), rows), NP=width,
+            EARLY_ROWS=early_rows, EARLY_NP=early, num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
 
@@ -3758,32 +3875,38 @@ def _triton_select(
 
 @_kernel
 def _load_pair_block(
-    blocks_ptr, pair, in_range, of_token, cu_seqlens, t0, stride_t, S: tl.constexpr, SELECT: tl.constexpr
+    blocks_ptr, pair, in_range, b, of_token, first_ptr, T, n_blocks, t0, stride_t, S: tl.constexpr,
+    SELECT: tl.constexpr,
 ):  # fmt: skip
     """Block of each pair, and whether it counts: free slots and blocks after the query do not."""
     t = t0 + pair // S
-    token, block = _segment_of_token(t, of_token, cu_seqlens, in_range, SELECT)
+    segment, position = _position_of_token(t, b, of_token, first_ptr, T, n_blocks * SELECT, in_range)
     j = tl.load(blocks_ptr + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
-    return block + j, in_range & (j >= 0) & (j <= (t - token) // SELECT)
+    counted = in_range & (j >= 0) & (j <= position // SELECT)
+    if of_token is not None:
+        j += (t - position) // SELECT + segment  # behind the blocks of the segments before it
+    return j, counted
 
 
-@_kernel(do_not_specialize=["n_pairs", "n_blocks", "n_runs", "t0"])
+@_kernel(do_not_specialize=["T", "n_pairs", "n_blocks", "n_runs", "t0"])
 def _count_pairs_kernel(
-    block_indices, counts_ptr, of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, strides,
+    block_indices, counts_ptr, of_token, first_ptr, T, n_pairs, n_blocks, n_runs, t0, strides,
     K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """counts[z, j, run] = number of pairs of this run of RUN pairs that chose block j."""
     run, z = tl.program_id(0), tl.program_id(1)
     blocks_ptr = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2]
     pair = run * RUN + tl.arange(0, RUN)
-    j, counted = _load_pair_block(blocks_ptr, pair, pair < n_pairs, of_token, cu_seqlens, t0, strides[1], S, SELECT)
+    j, counted = _load_pair_block(
+        blocks_ptr, pair, pair < n_pairs, z // K, of_token, first_ptr, T, n_blocks, t0, strides[1], S, SELECT
+    )
     cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
     tl.atomic_add(counts_ptr + cell, 1, mask=counted, sem="relaxed")
 
 
-@_kernel(do_not_specialize=["n_pairs", "n_blocks", "n_runs", "t0"])
+@_kernel(do_not_specialize=["T", "n_pairs", "n_blocks", "n_runs", "t0"])
 def _place_pairs_kernel(
-    block_indices, left_ptr, ends_ptr, pairs_ptr, of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, strides,
+    block_indices, left_ptr, ends_ptr, pairs_ptr, of_token, first_ptr, T, n_pairs, n_blocks, n_runs, t0, strides,
     K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """pairs[ends[z, j, run] − left[z, j, run] + rank] = pair, for the pairs of this run that chose j: a stable sort.
@@ -3796,12 +3919,14 @@ def _place_pairs_kernel(
     lane = tl.arange(0, TILE)
     weight = tl.where(lane[:, None] < lane[None, :], 1, 1 << 16)  # low half: before me; high half: me and after me
     pair = run * RUN + lane
-    j, counted = _load_pair_block(blocks_ptr, pair, pair < n_pairs, of_token, cu_seqlens, t0, strides[1], S, SELECT)
+    j, counted = _load_pair_block(
+        blocks_ptr, pair, pair < n_pairs, z // K, of_token, first_ptr, T, n_blocks, t0, strides[1], S, SELECT
+    )
     for first in range(TILE, RUN + TILE, TILE):
         next_pair = run * RUN + first + lane  # asked for early; the round after the last is empty
         in_run = (next_pair < n_pairs) & (first < RUN)
         next_j, next_counted = _load_pair_block(
-            blocks_ptr, next_pair, in_run, of_token, cu_seqlens, t0, strides[1], S, SELECT
+            blocks_ptr, next_pair, in_run, z // K, of_token, first_ptr, T, n_blocks, t0, strides[1], S, SELECT
         )
         cell = (z.to(tl.int64) * n_blocks + j) * n_runs + run
         left = tl.load(left_ptr + cell, mask=counted, other=0)
@@ -3863,13 +3988,13 @@ class _PairIndex(NamedTuple):
 
 def _index_pairs(
     block_indices: Tensor, t0: int, n_tokens: int, n_blocks: int, select_block_size: int, size: int, group: int,
-    segments: _Segments | None = None,
+    segments: _Segments | None = None, first: Tensor | None = None,
 ) -> _PairIndex:  # fmt: skip
     """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place.
 
     The number of tiles of at most `size` rows is bounded without a look at the data.
     """
-    (B, _, K, S), device = block_indices.shape, block_indices.device
+    (B, T, K, S), device = block_indices.shape, block_indices.device
     Z, n_pairs, run = B * K, n_tokens * S, _RUN
     while run < 16384 and 4 * Z * n_blocks * _cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
@@ -3877,8 +4002,8 @@ def _index_pairs(
     counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
     pairs = torch.zeros(Z * n_pairs, dtype=torch.int32, device=device)  # free slots are no pairs; what is left stays 0
     table, block = (torch.empty(Z, n, dtype=torch.int32, device=device) for n in (4 * n_blocks, n_tiles))
-    of_token, cu_seqlens, _ = _token_tables(segments)
-    arguments = (of_token, cu_seqlens, n_pairs, n_blocks, n_runs, t0, block_indices.stride())
+    of_token, *_ = _token_tables(segments)
+    arguments = (of_token, first, T, n_pairs, n_blocks, n_runs, t0, block_indices.stride())
     constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
     _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *arguments, **constants, num_warps=4)
     ends = counts.cumsum(0, dtype=torch.int32)
@@ -3902,10 +4027,10 @@ def _rows_of_tile(entry_ptr, tile, GROUP: tl.constexpr, SIZE: tl.constexpr):
 # Forward ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0"])
+@_kernel(do_not_specialize=["n_segments", "T_keys", "n_blocks", "n_tiles", "n_pairs", "t0"])
 def _selected_by_block_kernel(
     q_ptr, k_ptr, v_ptr, pairs_ptr, table_ptr, block_ptr, o_part, lse_part, cu_seqlens, n_segments,
-    T, n_blocks, n_tiles, n_pairs, t0, scale, q_strides, k_strides, v_strides,
+    first_ptr, T_keys, n_blocks, n_tiles, n_pairs, t0, scale, q_strides, k_strides, v_strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -3919,8 +4044,9 @@ def _selected_by_block_kernel(
         return
     b, k = z // K, z % K
     first_pair, first, end = _rows_of_tile(table_ptr + (z.to(tl.int64) * n_blocks + j) * 4, tile, GROUP, SIZE)
-    begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
+    begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T_keys, SELECT)
     block_end = tl.minimum(block_end, begin + SELECT)
+    past = _past(first_ptr, b, T_keys)
     s = begin + tl.arange(0, BLOCK_N)
     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), s < block_end, D, BLOCK_D)
     k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
@@ -3930,7 +4056,7 @@ def _selected_by_block_kernel(
     for r in tl.range(first, end, BLOCK_M):
         row = r + tl.arange(0, BLOCK_M)
         exists = row < end
-        t = tl.where(exists, t0 + pair // S, -1)
+        t = tl.where(exists, past + t0 + pair // S, -1)
         q = _load_rows(q_ptr, _offsets(q_strides, b, t0 + pair // S, k * GROUP + row % GROUP), exists, D, BLOCK_D)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -3978,19 +4104,19 @@ def _store_selected(
         _store_rows(mixed_ptr, row * D, mixed, exists, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["T", "n_tokens", "t0"])
+@_kernel(do_not_specialize=["T", "T_keys", "n_tokens", "t0"])
 def _merge_slots_kernel(
-    o_part, lse_part, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token, cu_seqlens,
-    T, n_tokens, t0, strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
+    o_part, lse_part, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token, first_ptr,
+    T, T_keys, n_tokens, t0, strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] − lse[t]) o_part[t, s]."""
     z = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
-    token, _ = _segment_of_token(t, of_token, cu_seqlens, exists, SELECT)
-    own = (t - token) // SELECT
+    _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
+    own = position // SELECT
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
     part = (z.to(tl.int64) * n_tokens + row // GROUP) * (S * GROUP) + row % GROUP  # slot 0; the next is GROUP further
 
@@ -4017,17 +4143,18 @@ def _merge_slots_kernel(
     )  # fmt: skip
 
 
-@_kernel
+@_kernel(do_not_specialize=["T_keys"])
 def _selected_by_query_kernel(
     q_ptr, k_desc, v_desc, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token,
-    cu_seqlens, scale, q_strides, strides,
+    first_ptr, T_keys, scale, q_strides, strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o[t] = softmax(scale·q[t]·k) v over the tokens <= t of the blocks that t chose; one token, its whole group."""
     t, z = tl.program_id(0), tl.program_id(1)
     b, k = z // K, z % K
-    token, _ = _segment_of_token(t, of_token, cu_seqlens, True, SELECT)
+    _, position = _position_of_token(t, b, of_token, first_ptr, tl.num_programs(0), T_keys, True)
+    token = t - position if of_token is not None else 0
     g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = g < GROUP
     q = _load_rows(q_ptr, _offsets(q_strides, b, t, k * GROUP + g), exists, D, BLOCK_D)
@@ -4041,7 +4168,7 @@ def _selected_by_query_kernel(
         first = token + tl.maximum(j, 0) * SELECT + step % parts * BLOCK_N
         k_t = tl.trans(tl.reshape(k_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D]))
         v = tl.reshape(v_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D])
-        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= t - token)
+        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= position)
         acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, visible[None, :], scale * _TL_LOG2E, PRECISION)
         l_i = l_i * alpha + tl.sum(p, 1)
         j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
@@ -4073,19 +4200,17 @@ def _selected_plan(
     return _Plan((), constants, splits, chunk)
 
 
-def _block_count(T: int, select_block_size: int, segments: _Segments | None) -> int:
+def _block_count(T: int, select_block_size: int, segments: int) -> int:
     """N, or the numbers that the blocks of packed sequences take up."""
-    if segments is None:
-        return _selection_count(T, select_block_size)
-    return T // select_block_size + len(segments.cu_seqlens) - 1
+    return T // select_block_size + segments if segments else _selection_count(T, select_block_size)
 
 
 def _triton_selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
-    gated: tuple[Tensor, ...] = (), segments: _Segments | None = None,
+    gated: tuple[Tensor, ...] = (), segments: _Segments | None = None, first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
-    (B, T, H, D), (K, S) = q.shape, block_indices.shape[2:]
+    (B, T, H, D), T_keys, (K, S) = q.shape, k.shape[1], block_indices.shape[2:]
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
     mixed = torch.empty_like(o) if gated else o
@@ -4096,25 +4221,27 @@ def _triton_selected_forward(
         plan = _selected_plan("selected_by_query", *settings)
         keys = plan.constants["BLOCK_N"]
         _selected_by_query_kernel[plan.grid](
-            q, _key_descriptor(k, keys), _key_descriptor(v, keys), block_indices, *outputs, of_token, cu_seqlens, scale,
-            q.stride(), block_indices.stride(), **plan.constants,
+            q, _key_descriptor(k, keys), _key_descriptor(v, keys), block_indices, *outputs, of_token, first, T_keys,
+            scale, q.stride(), block_indices.stride(), **plan.constants,
         )  # fmt: skip
         return o, lse, mixed
     plan = _selected_plan("selected_by_block", *settings)
-    n_blocks, merge_rows = _block_count(T, select_block_size, segments), _merge_rows(D)
+    n_blocks, merge_rows = _block_count(T_keys, select_block_size, n), _merge_rows(D)
     o_part = q.new_empty((B * H * plan.chunk * S, D))
     lse_part = q.new_empty(len(o_part), dtype=torch.float32)
     sizes = {name: plan.constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
     for t0 in range(0, T, plan.chunk):
         n_tokens = min(plan.chunk, T - t0)
-        index = _index_pairs(block_indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, H // K, segments)
+        index = _index_pairs(
+            block_indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, H // K, segments, first
+        )
         n_tiles = index.block.shape[1]
         _selected_by_block_kernel[(n_tiles, B * K)](
-            q, k, v, *index, o_part, lse_part, cu_seqlens, n, T, n_blocks, n_tiles, n_tokens * S, t0, scale,
+            q, k, v, *index, o_part, lse_part, cu_seqlens, n, first, T_keys, n_blocks, n_tiles, n_tokens * S, t0, scale,
             q.stride(), k.stride(), v.stride(), SIZE=_FORWARD_ROWS, **plan.constants,
         )  # fmt: skip
         _merge_slots_kernel[(_cdiv(n_tokens * H // K, merge_rows), B * K)](
-            o_part, lse_part, block_indices, *outputs, of_token, cu_seqlens, T, n_tokens, t0, block_indices.stride(),
+            o_part, lse_part, block_indices, *outputs, of_token, first, T, T_keys, n_tokens, t0, block_indices.stride(),
             **sizes, SP=_power_of_2(S), BLOCK_M=merge_rows, UNROLL=_unroll(S),
         )  # fmt: skip
     return o, lse, mixed
@@ -4210,7 +4337,7 @@ def _sum_tiles_kernel(
 
 @_kernel(do_not_specialize=["T", "n_tokens", "t0"])
 def _sum_slots_kernel(
-    dq_part, block_indices, dq_ptr, of_token, cu_seqlens, T, n_tokens, t0, strides,
+    dq_part, block_indices, dq_ptr, of_token, T, n_tokens, t0, strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -4219,7 +4346,7 @@ def _sum_slots_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
-    token, _ = _segment_of_token(t, of_token, cu_seqlens, exists, SELECT)
+    _, position = _position_of_token(t, z // K, of_token, None, T, T, exists)
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
     part = (z.to(tl.int64) * n_tokens + row // GROUP) * (S * SPLITS * GROUP) + row % GROUP
     out = (((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP) * D
@@ -4228,7 +4355,7 @@ def _sum_slots_kernel(
         dq += _load_rows(dq_ptr, out, exists, D, BLOCK_D).to(tl.float32)
     for slot in tl.range(0, S * SPLITS, loop_unroll_factor=UNROLL):
         j = tl.load(blocks + slot // SPLITS, mask=exists, other=-1)
-        counted = (j >= 0) & (j <= (t - token) // SELECT)
+        counted = (j >= 0) & (j <= position // SELECT)
         dq += _load_rows(dq_part, (part + slot * GROUP) * D, counted, D, BLOCK_D).to(tl.float32)
     _store_rows(dq_ptr, out, dq, exists, D, BLOCK_D)
 
@@ -4249,8 +4376,8 @@ def _triton_selected_backward(
     empty = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
     dk, dv = (x.to(sum_dtype).contiguous() for x in (dk, dv)) if add_dk else empty
     dq_part = q.new_empty((B * H * chunk * S * splits, D))
-    n_blocks, merge_rows = _block_count(T, select_block_size, segments), _merge_rows(D)
     of_token, cu_seqlens, n = _token_tables(segments)
+    n_blocks, merge_rows = _block_count(T, select_block_size, n), _merge_rows(D)
     sizes = {name: plan.constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
     for t0 in range(0, T, chunk):
         n_tokens = min(chunk, T - t0)
@@ -4267,7 +4394,7 @@ def _triton_selected_backward(
             **sizes, BLOCK_N=keys, ADD=add_dk or t0 > 0,
         )  # fmt: skip
         _sum_slots_kernel[(_cdiv(n_tokens * G, merge_rows), B * K)](
-            dq_part, block_indices, dq, of_token, cu_seqlens, T, n_tokens, t0, block_indices.stride(),
+            dq_part, block_indices, dq, of_token, T, n_tokens, t0, block_indices.stride(),
             **sizes, GROUP=G, S=S, BLOCK_M=merge_rows, ADD=add_dq, UNROLL=_unroll(S * splits),
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -4682,7 +4809,7 @@ _BACKENDS["triton"] = _Backend(
     _triton_selected_backward,
     _triton_preprocess,
     _triton_decode,
-    _torch_segments,
+    _triton_segments,
     _torch_append,
     _triton_obstacle,
     _triton_preferred,
