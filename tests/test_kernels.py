@@ -24,6 +24,7 @@ import torch
 from cases import (
     BRANCHES,
     CASES,
+    IN_BOTH,
     LAYOUTS,
     MIDDLE,
     PLAIN,
@@ -407,6 +408,70 @@ def test_exact_ties_go_to_the_lower_block(dtype: torch.dtype, group: int, winner
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Queries that begin behind a past
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def behind_a_past(case: Case, x: dict[str, Tensor], first: list[int], new: int) -> dict[str, Tensor]:
+    """What the branches, and the choice of blocks, give for the queries at first[b] ... of buffers with room to spare.
+
+    Behind the last query of each row the buffers hold stale numbers.
+    """
+    on, choice, scale, start = nsa._BACKENDS["triton"], cases.sizes(case), case.D**-0.5, torch.tensor(first).int()
+    count = lambda tokens: oracle.compressed_count(tokens, case.block_size, case.stride)  # noqa: E731
+    ends, size, rows = [n + new for n in first], case.T + 9, torch.tensor(first)[:, None] + torch.arange(new)
+    k, v = (cases.buffer(x[name], ends, size) for name in ("k", "v"))
+    k_cmp, v_cmp = (cases.buffer(x[name], [count(n) for n in ends], count(size)) for name in ("k_cmp", "v_cmp"))
+    q, gates, block_indices = (cases.at(x[name], rows) for name in ("q", "gates", "block_indices"))
+    o_local, _ = on.span_forward(q, k, v, nsa._Span(case.window), scale, first=start)
+    o_compressed, lse = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, first=start)
+    gated = (gates, o_local, o_compressed)
+    sizes = (block_indices, case.select_block_size, scale)
+    o_selective, _, o = on.selected_forward(q, k, v, *sizes, gated=gated, first=start)
+    chosen = on.select(q, k_cmp, lse, choice, scale, first=start)
+    outputs = {"local": o_local, "compressed": o_compressed, "lse": lse, "selective": o_selective, "whole": o}
+    return outputs | {"chosen": chosen}
+
+
+@interpreted
+@pytest.mark.parametrize("case, dtype", [*IN_BOTH, (replace(CASES[1], T=200), torch.float32)], ids=str)
+def test_queries_behind_a_past(case: Case, dtype: torch.dtype, random: Random) -> None:
+    """The rows of a forward over the whole."""
+    case, new = replace(case, B=3), case.T - case.T // 2
+    first = [case.T // 2, 0, case.T // 3]
+    x = {name: tensor.detach() for name, tensor in draw(selective, case, random, dtype).items()}
+    rows = torch.tensor(first)[:, None] + torch.arange(new)
+    actual, results = behind_a_past(case, x, first, new), []
+    for y in (x, double(x)):
+        o, lse = compressed(oracle.Dense, case, y)
+        exact = {"compressed": o, "lse": lse}
+        exact |= {branch.__name__: branch(oracle.Dense, case, y)[0] for branch in (local, selective, whole)}
+        results.append({name: cases.at(value.detach(), rows) for name, value in exact.items()})
+    for name, exact in results[1].items():
+        assert_within_budget(actual[name], results[0][name], exact, name, terms=case.terms)
+    clear = ~cases.at(cases.near_ties(case, x), rows)
+    chosen = cases.at(oracle.Dense.select_blocks(x["q"].double(), x["k_cmp"].double(), **case.choice), rows)
+    assert clear.double().mean() > 0.9 and torch.equal(actual["chosen"][clear], chosen[clear])
+
+
+@interpreted
+@pytest.mark.parametrize("first", [[-(2**31), 2**31 - 1], [90, 200]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_a_past_longer_than_the_keys(case: Case, first: list[int], random: Random) -> None:
+    """Nothing is read or written outside, and tokens that have their place in the keys are not disturbed."""
+    case = replace(case, B=2)
+    x = {name: tensor.detach() for name, tensor in draw(selective, case, random, torch.float16).items()}
+    start, choice, scale = torch.tensor(first).int(), cases.sizes(case), case.D**-0.5
+    q, on = x["q"][:, :20], nsa._BACKENDS["triton"]
+    on.span_forward(q, x["k"], x["v"], nsa._Span(case.window), scale, first=start)
+    _, lse = on.span_forward(q, x["k_cmp"], x["v_cmp"], choice.span, scale, first=start)
+    chosen = on.select(q, x["k_cmp"], lse, choice, scale, first=start)
+    assert (chosen >= -1).all() and (chosen <= case.T // case.select_block_size).all()
+    on.selected_forward(q, x["k"], x["v"], chosen, case.select_block_size, scale, first=start)
+    on.selected_forward(q, x["k"], x["v"], chosen + 10**6, case.select_block_size, scale, first=start)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What there is no kernel for
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -498,9 +563,7 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
     lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
     chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
-    tables = nsa._Segments()
-    if cu_seqlens is not None:
-        tables = nsa._torch_segments(cu_seqlens, q.shape[1], k_cmp.shape[1], *choice.span[1:])
+    tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
     on, packed = nsa._backend("triton", *tables[:3])
     (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
