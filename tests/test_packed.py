@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random as python_random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,6 +36,7 @@ from cases import (
     local,
     run,
     selective,
+    sizes,
     slow,
     whole,
 )
@@ -399,3 +402,102 @@ def test_kernels_are_blind_to_neighbours_that_are_not_finite(
         packing.unpack({name: other[name]})[changed][name].fill_(value)
     other = {name: t.requires_grad_(t.is_floating_point()) for name, t in other.items()}
     assert_blind(whole, of, packing, changed, x, other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels' tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tables(given: list[int], total: int, keys: int, block_size: int, stride: int) -> list[list[Any]]:
+    """The tables in plain Python: an offset is the highest so far, between 0 and the total."""
+    offsets = [0]
+    for offset in given[1:-1]:
+        offsets.append(max(offsets[-1], min(max(offset, 0), total)))
+    offsets.append(total)
+    of_token, of_key, cu_keys = [[], []], [[], []], [0]
+    for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        for position in range(stop - start):
+            of_token[0].append(s)
+            of_token[1].append(position)
+        for i in range(oracle.compressed_count(stop - start, block_size, stride)):
+            of_key[0].append(start + i * stride)
+            of_key[1].append(i * stride)
+        cu_keys.append(min(len(of_key[0]), keys))
+    return [offsets, cu_keys, of_token, [(row + [0] * keys)[:keys] for row in of_key]]
+
+
+def garbage(pick: python_random.Random, n: int, total: int, dtype: torch.dtype) -> Tensor:
+    """Offsets that neither ascend nor stay between 0 and the total."""
+    limits = torch.iinfo(dtype)
+    values = [limits.min, -1, 0, total, total + 1, limits.max, *(pick.randrange(-9, total + 9) for _ in range(n))]
+    return torch.tensor(pick.choices(values, k=n + 1), dtype=dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("n, total", [(1, 1), (3, 40), (9, 0), (70, 300), (200, 130)])
+@pytest.mark.parametrize("block_size, stride", [(4, 2), (1, 1)])
+def test_tables_of_the_kernel(n: int, total: int, block_size: int, stride: int, dtype: torch.dtype) -> None:
+    pick = python_random.Random(n)
+    ascending = torch.tensor([0, *sorted(pick.choices(range(total + 1), k=n - 1)), total], dtype=dtype)
+    for given in (ascending, garbage(pick, n, total, dtype), garbage(pick, n, total, dtype)):
+        for keys in (total // stride, 0, 3):
+            actual = nsa._triton_segments(given, total, keys, block_size, stride)
+            expected = tables(given.tolist(), total, keys, block_size, stride)
+            for name, table, value in zip(actual._fields, actual, expected, strict=True):
+                assert table.dtype == torch.int32 and table.tolist() == value, f"{name} of {given.tolist()}"
+
+
+def test_tables_of_no_sequence() -> None:
+    actual = nsa._BACKENDS["torch"].segments(torch.zeros(1).int(), 0, 0, 4, 2)
+    assert [table.tolist() for table in actual] == [[0], [0], [[], []], [[], []]]
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("packing", [GROUP_1, GROUP_3, GROUP_16], ids=str)
+def test_no_offset_reaches_outside(packing: Packing, seed: int, random: Random) -> None:
+    """Every access of every kernel stays within its tensors, and every row is written."""
+    case, pick, on = replace(packing.case, T=60), python_random.Random(seed), nsa._BACKENDS["triton"]
+    x = {name: tensor.detach() for name, tensor in case.tensors(random, torch.float16).items()}
+    q, k, v = x["q"], x["k"], x["v"]
+    k_cmp, v_cmp = (random((1, case.T // case.stride, case.K, case.D), torch.float16) for _ in range(2))
+    choice, span, scale = sizes(case), nsa._Span(case.window), case.D**-0.5
+    given = garbage(pick, 6, case.T, torch.int64)
+    segments = nsa._triton_segments(given, case.T, k_cmp.shape[1], case.block_size, case.stride)
+    o_local, lse = on.span_forward(q, k, v, span, scale, segments)
+    (terms,), _ = on.preprocess(q, [o_local], [lse], case.K, dlse=lse)
+    results = [o_local, *on.span_backward(q, terms, q, k, v, span, scale, segments=segments)]
+    o, lse = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, segments)
+    (terms,), _ = on.preprocess(q, [o], [lse], case.K, dlse=torch.zeros_like(lse))
+    results += [o, *on.span_backward(q, terms, q, k_cmp, v_cmp, choice.span, scale, segments=segments)]
+    chosen = on.select(q, k_cmp, lse, choice, scale, segments)
+    assert (chosen >= -1).all() and (chosen <= case.T // case.select_block_size).all()
+    for blocks in (chosen, torch.full_like(chosen, 2**31 - 1)):
+        rest = (blocks, case.select_block_size, scale)
+        o, lse, _ = on.selected_forward(q, k, v, *rest, segments=segments)
+        (terms,), _ = on.preprocess(q, [o], [lse], case.K, dlse=torch.zeros_like(lse))
+        results += [o, *on.selected_backward(q, terms, q, k, v, *rest, segments=segments)]
+    assert all(result.isfinite().all() for result in results)
+
+
+@interpreted
+@pytest.mark.parametrize("packing", [GROUP_1, GROUP_16, NO_BLOCK], ids=str)
+def test_rows_of_compressed_keys_that_no_block_needs(packing: Packing, random: Random) -> None:
+    """Their content is not read, be it NaN, and their gradient is 0."""
+    case, on = packing.case, nsa._BACKENDS["triton"]
+    x = {name: tensor.detach() for name, tensor in packing.draw(compressed, random, torch.float16).items()}
+    choice, scale, total, needed = sizes(case), case.D**-0.5, x["q"].shape[1], x["k_cmp"].shape[1]
+    results = []
+    for rows in (needed, total):
+        k, v = (torch.full((1, rows, *x[name].shape[2:]), torch.nan).half() for name in ("k_cmp", "v_cmp"))
+        k[:, :needed], v[:, :needed] = x["k_cmp"], x["v_cmp"]
+        segments = nsa._triton_segments(packing.cu_seqlens, total, rows, case.block_size, case.stride)
+        o, lse = on.span_forward(x["q"], k, v, choice.span, scale, segments)
+        (terms,), _ = on.preprocess(x["q"], [o], [lse], case.K, dlse=torch.zeros_like(lse))
+        dq, dk, dv = on.span_backward(x["q"], terms, x["q"], k, v, choice.span, scale, segments=segments)
+        chosen = on.select(x["q"], k, lse, choice, scale, segments)
+        assert (dk[:, needed:] == 0).all() and (dv[:, needed:] == 0).all()
+        results.append((o, lse, dq, dk[:, :needed], dv[:, :needed], chosen))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
