@@ -3780,20 +3780,19 @@ def _choose_kernel(
     if row >= tokens:
         return
     past = _past(first_ptr, z // K, n_blocks * SELECT)
-    i = tl.arange(0, EARLY_ROWS)
     if (NP == EARLY_NP) | ((past + row + EARLY_ROWS - 1) // SELECT < EARLY_NP):
+        i = tl.arange(0, EARLY_ROWS)
         _choose_rows(
             scores_ptr, chosen_ptr, n + i, row + i, (past + row + i) // SELECT, z, token, tokens, T, n_rows, n_blocks,
             K, S, SP, INIT, LOCAL, EARLY_ROWS, EARLY_NP,
         )  # fmt: skip
     elif NP > EARLY_NP:
-        i = tl.arange(0, ROWS)
-        for _ in range(0, tl.minimum(EARLY_ROWS, tokens - row), ROWS):
+        for more in range(0, tl.minimum(EARLY_ROWS, tokens - row), ROWS):
+            later = more + tl.arange(0, ROWS)
             _choose_rows(
-                scores_ptr, chosen_ptr, n + i, row + i, (past + row + i) // SELECT, z, token, tokens, T, n_rows,
-                n_blocks, K, S, SP, INIT, LOCAL, ROWS, NP,
+                scores_ptr, chosen_ptr, n + later, row + later, (past + row + later) // SELECT, z, token, tokens, T,
+                n_rows, n_blocks, K, S, SP, INIT, LOCAL, ROWS, NP,
             )  # fmt: skip
-            i += ROWS
 
 
 def _carry(choice: _Choice) -> tuple[int, int]:

@@ -519,6 +519,7 @@ BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
     "4_heads_a_group_of_128": (4, 128, ("selective", "whole"), [1024]),
     "1_head_a_group_of_64": (1, 64, EVERYTHING, [1024]),
+    "1_head_a_group_of_64_long": (1, 64, ("select",), [8192]),
     "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "whole"), [600, 0, 1, 423]),
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
 }
