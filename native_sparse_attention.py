@@ -4144,16 +4144,23 @@ def _merge_slots_kernel(
 
 @_kernel(do_not_specialize=["T_keys"])
 def _selected_by_query_kernel(
-    q_ptr, k_desc, v_desc, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token,
-    first_ptr, T_keys, scale, q_strides, strides,
+    q_ptr, k_desc, v_desc, k_ptr, v_ptr, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed,
+    of_token, cu_seqlens, first_ptr, T_keys, scale, q_strides, k_strides, v_strides, strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o[t] = softmax(scale·q[t]·k) v over the tokens <= t of the blocks that t chose; one token, its whole group."""
+    """o[t] = softmax(scale·q[t]·k) v over the tokens <= t of the blocks that t chose; one token, its whole group.
+
+    A tile that a packed sequence's end cuts is loaded from behind all keys, where a descriptor gives 0, so that nothing
+    of a neighbour comes along; it follows after the loop, by masked loads, which in the loop would cost its pipeline.
+    """
+    PACKED: tl.constexpr = cu_seqlens is not None
     t, z = tl.program_id(0), tl.program_id(1)
     b, k = z // K, z % K
-    _, position = _position_of_token(t, b, of_token, first_ptr, tl.num_programs(0), T_keys, True)
-    token = t - position if of_token is not None else 0
+    segment, position = _position_of_token(t, b, of_token, first_ptr, tl.num_programs(0), T_keys, True)
+    token, end, own = z * 0, T_keys, position // SELECT
+    if PACKED:
+        token, end = t - position, tl.load(cu_seqlens + segment + 1)
     g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = g < GROUP
     q = _load_rows(q_ptr, _offsets(q_strides, b, t, k * GROUP + g), exists, D, BLOCK_D)
@@ -4164,13 +4171,31 @@ def _selected_by_query_kernel(
     j = tl.load(blocks)
     for step in tl.range(0, S * parts, num_stages=STAGES):
         n = step % parts * BLOCK_N + tl.arange(0, BLOCK_N)
-        first = token + tl.maximum(j, 0) * SELECT + step % parts * BLOCK_N
+        used = (j >= 0) & (j <= own)
+        first = token + tl.where(used, j, 0) * SELECT + step % parts * BLOCK_N
+        if PACKED:
+            used &= first + BLOCK_N <= end
+            first = tl.where(used, first, T_keys)
         k_t = tl.trans(tl.reshape(k_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D]))
         v = tl.reshape(v_desc.load([b, k, first, 0]), [BLOCK_N, BLOCK_D])
-        visible = (j >= 0) & (n < SELECT) & (j * SELECT + n <= position)
+        visible = used & (n < SELECT) & (j * SELECT + n <= position)
         acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, visible[None, :], scale * _TL_LOG2E, PRECISION)
         l_i = l_i * alpha + tl.sum(p, 1)
         j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
+    if PACKED:
+        if token + own * SELECT + parts * BLOCK_N > end:
+            for step in range(0, S * parts):
+                j = tl.load(blocks + step // parts)
+                n = step % parts * BLOCK_N + tl.arange(0, BLOCK_N)
+                if (j >= 0) & (j <= own) & (token + j * SELECT + (step % parts + 1) * BLOCK_N > end):
+                    s = token + j * SELECT + n
+                    k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), s < end, D, BLOCK_D)
+                    v = _load_rows(v_ptr, _offsets(v_strides, b, s, k), s < end, D, BLOCK_D)
+                    visible = (n < SELECT) & (s <= t)
+                    acc, m_i, alpha, p = _softmax_step(
+                        acc, m_i, q, tl.trans(k_tile), v, visible[None, :], scale * _TL_LOG2E, PRECISION
+                    )
+                    l_i = l_i * alpha + tl.sum(p, 1)
     row = (b.to(tl.int64) * tl.num_programs(0) + t) * (K * GROUP) + k * GROUP + g
     acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
     _store_selected(
@@ -4220,8 +4245,8 @@ def _triton_selected_forward(
         plan = _selected_plan("selected_by_query", *settings)
         keys = plan.constants["BLOCK_N"]
         _selected_by_query_kernel[plan.grid](
-            q, _key_descriptor(k, keys), _key_descriptor(v, keys), block_indices, *outputs, of_token, first, T_keys,
-            scale, q.stride(), block_indices.stride(), **plan.constants,
+            q, _key_descriptor(k, keys), _key_descriptor(v, keys), k, v, block_indices, *outputs, of_token, cu_seqlens,
+            first, T_keys, scale, q.stride(), k.stride(), v.stride(), block_indices.stride(), **plan.constants,
         )  # fmt: skip
         return o, lse, mixed
     plan = _selected_plan("selected_by_block", *settings)

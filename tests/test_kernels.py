@@ -377,6 +377,15 @@ def test_choice_in_chunks_of_queries(random: Random, monkeypatch: pytest.MonkeyP
 
 
 @interpreted
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], replace(CASES[10], B=2)], ids=str)
+def test_choice_of_early_and_late_queries(case: Case, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries with few candidates are taken several at once; here, few are fewer."""
+    monkeypatch.setattr(nsa, "_EARLY_BLOCKS", 1)
+    monkeypatch.setattr(nsa, "_num_sms", lambda _: 64)  # and the tiles of blocks are split among more programs
+    assert_chooses_well(case, case.tensors(random, torch.float16))
+
+
+@interpreted
 @every_dtype
 @pytest.mark.parametrize("spread", [1e-3, 1e-6], ids=lambda spread: f"keys_differ_by_{spread}")
 def test_choice_among_near_ties(dtype: torch.dtype, spread: float, random: Random) -> None:
