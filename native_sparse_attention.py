@@ -2917,7 +2917,7 @@ _PARTIAL_BYTES = 2 << 30  # partial outputs and gradients of the selective branc
 _COUNT_BYTES = 64 << 20  # counts of pairs
 _DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
 
-_EARLY_BLOCKS = 64  # queries that have no more to choose from are taken several at once
+_NARROW = 64  # the narrowest tile of blocks to choose from, where queries at any position may come
 _RUN = 1024  # pairs that one program counts or places; more where the counts would pass their limit
 _CUT = 2048  # blocks that are cut into tiles at a time
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
@@ -3640,6 +3640,40 @@ def _fold_importance(
     return score, carry
 
 
+@_kernel
+def _store_scores(
+    block_tile, q_ptr, q_row, q_stride, k_ptr, key, keys, k_strides, lse_row, scores_ptr, out, t, exists, b, k,
+    n_blocks, scale, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr,
+    CARRY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of scores: BLOCKS selection blocks, the first CARRY of them only for what they carry to their right."""
+    m: tl.constexpr = BLOCK // STRIDE
+    r: tl.constexpr = SELECT // STRIDE
+    column = tl.arange(0, BLOCKS * PART)
+    j_first = block_tile * (BLOCKS - CARRY) - CARRY
+    score = tl.zeros([BLOCK_M, BLOCKS], tl.float32)
+    for part_first in tl.static_range(0, r, PART):
+        inside = part_first + column % PART
+        i = (j_first + column // PART) * r + inside
+        seen = (inside < r) & (i >= 0) & (i < keys)
+        k_tile = _load_rows(k_ptr, _offsets(k_strides, b, key + i, k), seen, D, BLOCK_D)
+        k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
+        # probabilities, summed over the group; masked once, after the sum
+        p = tl.zeros([BLOCK_M, BLOCKS * PART], tl.float32)
+        lse_next = tl.load(lse_row, mask=exists, other=0.0)
+        for g in range(GROUP):
+            q = _load_rows(q_ptr + g * q_stride, q_row, exists, D, BLOCK_D)
+            lse = lse_next * _TL_LOG2E
+            lse_next = tl.load(lse_row + (g + 1), mask=exists & (g + 1 < GROUP), other=0.0)  # early, for the next round
+            p += _probabilities(tl.dot(q, k_t, input_precision=PRECISION), lse[:, None], None, scale * _TL_LOG2E)
+        visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= t[:, None])
+        score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, BLOCK_M, BLOCKS, PART, CARRY)[0]
+    jj = tl.arange(0, BLOCKS)
+    stored = exists[:, None] & ((jj >= CARRY) & (j_first + jj < n_blocks))[None, :]
+    tl.store(scores_ptr + out[:, None] + (j_first + jj)[None, :], score, mask=stored)
+
+
 @_kernel(do_not_specialize=["n_segments", "T", "C", "first_tile", "n_rows", "n_blocks"])
 def _block_scores_kernel(
     q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens, cu_keys, n_segments, first_ptr, T, C, first_tile, n_rows, n_blocks,
@@ -3649,47 +3683,36 @@ def _block_scores_kernel(
 ):  # fmt: skip
     """scores[z, t, j] = sum_i overlap(i, j) sum_g exp(scale·q[t, g]·k[i] − lse[t, g]), over the visible i.
 
-    A tile holds BLOCKS selection blocks, the first CARRY of them only for what they carry to their right.
+    One program: a tile of blocks. Of packed sequences, every so many-th, as the longest they could be has many tiles.
     """
-    m: tl.constexpr = BLOCK // STRIDE
-    r: tl.constexpr = SELECT // STRIDE
-    tile, z = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)  # the last have the most blocks and go first
+    z, block_tile = tl.program_id(2), tl.program_id(1)
     b, k = z // K, z % K
-    row, token, tokens, key, keys = _query_tile(first_tile + tile, cu_seqlens, cu_keys, n_segments, T, C, 1, BLOCK_M)
-    if row >= tokens:
-        return
+    row, token, tokens, key, keys = _query_tile(
+        first_tile + tl.program_id(0), cu_seqlens, cu_keys, n_segments, T, C, 1, BLOCK_M
+    )
     past = _past(first_ptr, b, n_blocks * SELECT)
-    t, column = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCKS * PART)
+    last = (past + tl.minimum(row + BLOCK_M, tokens) - 1) // SELECT  # the last block that has begun
+    tiles = tl.cdiv(tl.minimum(last + 1, n_blocks), BLOCKS - CARRY)
+    if (block_tile >= tiles) | (row >= tokens):
+        return
+    t = row + tl.arange(0, BLOCK_M)
     exists = t < tokens
     lse_row = lse_ptr + (b.to(tl.int64) * T + token + t) * (K * GROUP) + k * GROUP  # of a contiguous (B, T, H)
     q_row = _offsets(q_strides, b, token + t, k * GROUP)
-    out = (z.to(tl.int64) * n_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)) * n_blocks
-    own = (past + tl.minimum(row + BLOCK_M, tokens) - 1) // SELECT  # of the last query
-    for block_tile in range(
-        tl.program_id(1), tl.cdiv(tl.minimum(own + 1, n_blocks), BLOCKS - CARRY), tl.num_programs(1)
-    ):
-        j_first = block_tile * (BLOCKS - CARRY) - CARRY
-        score = tl.zeros([BLOCK_M, BLOCKS], tl.float32)
-        for part_first in tl.static_range(0, r, PART):
-            inside = part_first + column % PART
-            i = (j_first + column // PART) * r + inside
-            seen = (inside < r) & (i >= 0) & (i < keys)
-            k_tile = _load_rows(k_ptr, _offsets(k_strides, b, key + i, k), seen, D, BLOCK_D)
-            k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
-            # probabilities, summed over the group; masked once, after the sum
-            p = tl.zeros([BLOCK_M, BLOCKS * PART], tl.float32)
-            lse_next = tl.load(lse_row, mask=exists, other=0.0)
-            for g in range(GROUP):
-                q = _load_rows(q_ptr + g * q_strides[2], q_row, exists, D, BLOCK_D)
-                lse = lse_next * _TL_LOG2E
-                # early, for the next round
-                lse_next = tl.load(lse_row + (g + 1), mask=exists & (g + 1 < GROUP), other=0.0)
-                p += _probabilities(tl.dot(q, k_t, input_precision=PRECISION), lse[:, None], None, scale * _TL_LOG2E)
-            visible = ((i >= 0) & (inside < r))[None, :] & ((i * STRIDE + (BLOCK - 1))[None, :] <= (past + t)[:, None])
-            score += _fold_importance(tl.where(visible, p, 0.0), part_first, m, r, BLOCK_M, BLOCKS, PART, CARRY)[0]
-        jj = tl.arange(0, BLOCKS)
-        stored = exists[:, None] & ((jj >= CARRY) & (j_first + jj < n_blocks))[None, :]
-        tl.store(scores_ptr + out[:, None] + (j_first + jj)[None, :], score, mask=stored)
+    out = (z.to(tl.int64) * n_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)) * n_blocks
+    if cu_seqlens is None:
+        _store_scores(
+            block_tile, q_ptr, q_row, q_strides[2], k_ptr, key, keys, k_strides, lse_row, scores_ptr, out, past + t,
+            exists, b, k, n_blocks, scale, GROUP, D, BLOCK_D, BLOCK, STRIDE, SELECT, BLOCK_M, BLOCKS, PART, CARRY,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        for each_tile in range(block_tile, tiles, tl.num_programs(1)):
+            _store_scores(
+                each_tile, q_ptr, q_row, q_strides[2], k_ptr, key, keys, k_strides, lse_row, scores_ptr, out, t,
+                exists, b, k, n_blocks, scale, GROUP, D, BLOCK_D, BLOCK, STRIDE, SELECT, BLOCK_M, BLOCKS, PART, CARRY,
+                PRECISION,
+            )  # fmt: skip
 
 
 @_kernel
@@ -3749,30 +3772,40 @@ def _store_highest(
 
 
 @_kernel
-def _choose_rows(
-    scores_ptr, chosen_ptr, n, t, own, z, token, tokens, T, n_rows, n_blocks, K: tl.constexpr, S: tl.constexpr,
-    SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
+def _choose_level(
+    scores_ptr, chosen_ptr, n, row, past, z, token, tokens, T, n_rows, n_blocks, K: tl.constexpr, S: tl.constexpr,
+    SP: tl.constexpr, SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, ALL: tl.constexpr,
+    LOW: tl.constexpr, NP: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """The choice of the queries t, whose scores are in the rows n."""
-    j, exists = tl.arange(0, NP)[None, :], t < tokens
-    score_row = (z.to(tl.int64) * n_rows + n) * n_blocks
-    score = tl.load(scores_ptr + score_row[:, None] + j, mask=exists[:, None] & (j < n_blocks), other=0.0)
-    out = (((z // K).to(tl.int64) * T + token + t) * K + z % K) * S
-    _store_highest(score, tl.minimum(own, n_blocks - 1), exists, chosen_ptr + out, S, SP, INIT, LOCAL, ROWS, NP)
+    """The choice of ALL queries from `row` on, a few at once, if from LOW up to NP blocks are before the last's own."""
+    FIT: tl.constexpr = 512 // NP if NP < 512 else 1
+    ROWS: tl.constexpr = FIT if FIT < ALL else ALL
+    last = (past + tl.minimum(row + ALL, tokens) - 1) // SELECT
+    if ((last >= LOW) | (LOW == 0)) & ((last < NP) | TOP):
+        j = tl.arange(0, NP)[None, :]
+        for more in range(0, ALL, ROWS):
+            i = more + tl.arange(0, ROWS)
+            t, exists = row + i, row + i < tokens
+            own = tl.minimum((past + t) // SELECT, n_blocks - 1)
+            score_row = (z.to(tl.int64) * n_rows + n + i) * n_blocks
+            candidate = exists[:, None] & (j <= own[:, None])
+            score = tl.load(scores_ptr + score_row[:, None] + j, mask=candidate, other=0.0)
+            out = (((z // K).to(tl.int64) * T + token + t) * K + z % K) * S
+            _store_highest(score, own, exists, chosen_ptr + out, S, SP, INIT, LOCAL, ROWS, NP)
 
 
 @_kernel(do_not_specialize=["n_segments", "T", "first_tile", "n_rows", "n_blocks"])
 def _choose_kernel(
     scores_ptr, chosen_ptr, cu_seqlens, n_segments, first_ptr, T, first_tile, n_rows, n_blocks,
     K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr,
-    EARLY_ROWS: tl.constexpr, EARLY_NP: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, LEAST_NP: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):  # fmt: skip
     """chosen[t] = the S highest of scores[t, : t // SELECT + 1], in ascending order, -1 in free slots.
 
-    One program: EARLY_ROWS queries, all at once where no more than EARLY_NP blocks have begun, else ROWS at a time.
+    One program: ROWS queries. Its tiles are NP blocks wide, or as few of LEAST_NP, 4·LEAST_NP ... as its blocks fit.
     """
-    z, n = tl.program_id(1), tl.program_id(0) * EARLY_ROWS
+    z, n = tl.program_id(1), tl.program_id(0) * ROWS
     row, token, tokens, _, _ = _query_tile(
         first_tile + n // BLOCK_M, cu_seqlens, cu_seqlens, n_segments, T, 0, 1, BLOCK_M
     )
@@ -3780,19 +3813,12 @@ def _choose_kernel(
     if row >= tokens:
         return
     past = _past(first_ptr, z // K, n_blocks * SELECT)
-    if (NP == EARLY_NP) | ((past + row + EARLY_ROWS - 1) // SELECT < EARLY_NP):
-        i = tl.arange(0, EARLY_ROWS)
-        _choose_rows(
-            scores_ptr, chosen_ptr, n + i, row + i, (past + row + i) // SELECT, z, token, tokens, T, n_rows, n_blocks,
-            K, S, SP, INIT, LOCAL, EARLY_ROWS, EARLY_NP,
+    for level in tl.static_range(LEVELS):
+        _choose_level(
+            scores_ptr, chosen_ptr, n, row, past, z, token, tokens, T, n_rows, n_blocks, K, S, SP, SELECT, INIT, LOCAL,
+            ROWS, LEAST_NP << (2 * level - 2) if level > 0 else 0, NP if level == LEVELS - 1 else LEAST_NP << 2 * level,
+            level == LEVELS - 1,
         )  # fmt: skip
-    elif NP > EARLY_NP:
-        for more in range(0, tl.minimum(EARLY_ROWS, tokens - row), ROWS):
-            later = more + tl.arange(0, ROWS)
-            _choose_rows(
-                scores_ptr, chosen_ptr, n + later, row + later, (past + row + later) // SELECT, z, token, tokens, T,
-                n_rows, n_blocks, K, S, SP, INIT, LOCAL, ROWS, NP,
-            )  # fmt: skip
 
 
 def _carry(choice: _Choice) -> tuple[int, int]:
@@ -3803,11 +3829,10 @@ def _carry(choice: _Choice) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _select_plan(
-    q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, choice: _Choice, segments: int, first: bool,
-    precision: str,
-) -> _Plan:  # fmt: skip
+    q_shape: torch.Size, K: int, dtype: torch.dtype, choice: _Choice, segments: int, positions: int, precision: str
+) -> _Plan:
     """Plan of both kernels: `grid` has all rows, those that fill up the last tile of a segment too, and blocks."""
-    (B, T, H, D), (C, K) = q_shape, k_shape[1:3]
+    B, T, H, D = q_shape
     constants = _constants("scores", H, K, D, dtype, precision)
     rows, (ratio, carry) = constants["BLOCK_M"], _carry(choice)
     part = min(_power_of_2(ratio), 32)
@@ -3815,43 +3840,51 @@ def _select_plan(
     constants |= {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": choice.select_block_size}
     constants |= {"BLOCKS": blocks, "PART": part, "CARRY": carry}
     all_rows = (T // rows + segments) * rows if segments else T
-    positions = C * choice.stride + choice.block_size - 1 if first else T  # after a past: as many as keys have room for
     n_blocks = _selection_count(positions, choice.select_block_size)
-    chunk = min(_cdiv(max(_SCORE_BYTES // (4 * B * K * n_blocks), 1), 128) * 128, all_rows)
+    most = _SCORE_BYTES * (4 if segments else 1)  # of packed sequences, few rows fill the room that they have
+    chunk = min(_cdiv(max(most // (4 * B * K * n_blocks), 1), 128) * 128, all_rows)
     return _Plan((all_rows, n_blocks), constants, chunk=chunk)
 
 
 def _triton_select(
     q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, segments: _Segments | None = None,
-    first: Tensor | None = None,
+    first: Tensor | None = None, max_len: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots."""
+    """The S blocks of every query and key head, int32 (B, T, K, S): ascending, -1 in the free slots.
+
+    Behind a past, positions end at max_len, or where one more compressed key would be whole.
+    """
     (B, T), (C, K), S = q.shape[:2], k_cmp.shape[1:3], choice.topk_blocks
     q, k_cmp, lse = _unit_stride(q), _unit_stride(k_cmp), lse.contiguous()
-    offsets = _span_offsets(segments, choice.span)
-    plan = _select_plan(q.shape, k_cmp.shape, q.dtype, choice, offsets[2], first is not None, _precision())
+    *offsets, n = _span_offsets(segments, choice.span)
+    positions = T if first is None else max_len or C * choice.stride + choice.block_size - 1
+    plan = _select_plan(q.shape, K, q.dtype, choice, n, positions, _precision())
     (all_rows, all_blocks), chunk, constants = plan.grid, plan.chunk, plan.constants
-    rows, per_tile = constants["BLOCK_M"], constants["BLOCKS"] - constants["CARRY"]
+    rows, per_tile, slots = constants["BLOCK_M"], constants["BLOCKS"] - constants["CARRY"], _power_of_2(S)
+    # Rows of unlike lengths, of which shapes do not tell: their own width, from the average length up.
+    usual_blocks = _power_of_2(_selection_count(T // n, choice.select_block_size)) if n else _NARROW
     chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
     scores = torch.empty(B * K * chunk * all_blocks, dtype=torch.float32, device=q.device)
     for row in range(0, all_rows, chunk):
         n_rows, n_blocks = min(chunk, all_rows - row), all_blocks
         if first is None:  # no others have begun
             n_blocks = min(n_blocks, _selection_count(row + n_rows, choice.select_block_size))
-        tiles, score_tiles = _cdiv(n_rows, rows), _cdiv(n_blocks, per_tile)
-        splits = min(score_tiles, _cdiv(16 * _num_sms(q.device), tiles * B * K))
+        tiles, splits = _cdiv(n_rows, rows), _cdiv(n_blocks, per_tile)
+        if n:
+            splits = min(splits, _cdiv(16 * _num_sms(q.device), tiles * B * K))
         _block_scores_kernel[(tiles, splits, B * K)](
-            q, k_cmp, lse, scores, *offsets, first, T, C, row // rows, n_rows, n_blocks, scale, q.stride(),
+            q, k_cmp, lse, scores, *offsets, n, first, T, C, row // rows, n_rows, n_blocks, scale, q.stride(),
             k_cmp.stride(), **constants,
         )  # fmt: skip
-        width = max(_power_of_2(n_blocks), _power_of_2(S))
-        early = min(width, max(_EARLY_BLOCKS, _power_of_2(S)))
-        early_rows = min(max(1, 512 // early), rows)
-        _choose_kernel[(_cdiv(n_rows, early_rows), B * K)](
-            scores, chosen, offsets[0], offsets[2], first, T, row // rows, n_rows, n_blocks,
-            K=K, S=S, SP=_power_of_2(S), SELECT=choice.select_block_size, BLOCK_M=rows,
-            INIT=choice.init_blocks, LOCAL=choice.local_blocks, ROWS=min(max(1, 512 // width), rows), NP=width,
-            EARLY_ROWS=early_rows, EARLY_NP=early, num_warps=min(max(width // 1024, 1), 32),
+        least = width = max(_power_of_2(n_blocks), slots)
+        if n or first is not None:
+            least = min(width, max(min(usual_blocks, _NARROW), slots))
+        rows_each = min(max(1, 512 // least), rows)
+        _choose_kernel[(_cdiv(n_rows, rows_each), B * K)](
+            scores, chosen, offsets[0], n, first, T, row // rows, n_rows, n_blocks,
+            K=K, S=S, SP=slots, SELECT=choice.select_block_size, BLOCK_M=rows, INIT=choice.init_blocks,
+            LOCAL=choice.local_blocks, ROWS=rows_each, NP=width, LEAST_NP=least,
+            LEVELS=1 + (width // least).bit_length() // 2, num_warps=min(max(width // 1024, 1), 32),
         )  # fmt: skip
     return chosen
 

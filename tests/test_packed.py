@@ -339,8 +339,9 @@ def test_choice_of_the_kernels(packing: Packing, dtype: torch.dtype, random: Ran
 
 @interpreted
 def test_choice_of_the_kernels_in_chunks(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile of queries belongs to one sequence, and a chunk is made of tiles."""
+    """A tile of queries belongs to one sequence, and a chunk is made of tiles. Sequences of unlike lengths."""
     monkeypatch.setattr(nsa, "_SCORE_BYTES", 1)
+    monkeypatch.setattr(nsa, "_NARROW", 1)
     assert_kernels_choose_well(replace(GROUP_1, lengths=(70, 1, 0, 40, 33, 90)), torch.float32, random)
 
 
