@@ -2899,6 +2899,9 @@ _TILES = {
     "compressed_dq": ((64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
     "compressed_dkv": ((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 8, 2)),
     "scores": ((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2)),
+    "masked_forward": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+    "masked_dq": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+    "masked_dkv": ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2)),
     "selected_by_query": ((64, 64, 1, 2), (64, 64, 1, 2), (64, 64, 2, 2)),
     "selected_by_block": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
     "selected_backward": ((64, 64, 4, 2), (32, 64, 4, 4), (16, 32, 8, 1)),
@@ -2920,6 +2923,8 @@ _DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
 _NARROW = 64  # the narrowest tile of blocks to choose from, where queries at any position may come
 _RUN = 1024  # pairs that one program counts or places; more where the counts would pass their limit
 _CUT = 2048  # blocks that are cut into tiles at a time
+_MASKED_KEYS = {"forward": 2**27, "backward": 3 * 2**24}  # keys read in vain, over all rows, that save an index
+_SLOT_KEYS = {"forward": 64, "backward": 0}  # keys that a row could read for what a slot costs it besides its block
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
 _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
@@ -3052,6 +3057,14 @@ def _store_rows(x_ptr, offsets, x, exists, D: tl.constexpr, BLOCK_D: tl.constexp
     d = tl.arange(0, BLOCK_D)
     pointers = x_ptr + offsets[:, None] + d[None, :]
     tl.store(pointers, x.to(x_ptr.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+
+
+@_kernel
+def _store_sum(x_ptr, given_ptr, offsets, x, exists, added, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[offsets, :D] = the tile; where something is given, plus given[offsets] in the rows that are `added`."""
+    if given_ptr is not None:
+        x += _load_rows(given_ptr, offsets, added, D, BLOCK_D)
+    _store_rows(x_ptr, offsets, x, exists, D, BLOCK_D)
 
 
 # Segments: packed sequences, one after another in a batch of 1. Every tile lies in one segment, so that nothing of a
@@ -3342,18 +3355,56 @@ def _cut(x, start, end, ROWS: tl.constexpr, CUT: tl.constexpr):
     return x
 
 
+# The selected branch may be a span too: all keys up to the query, under a mask of the blocks that it chose.
+
+
+@_kernel
+def _load_slots(blocks_ptr, strides, b, t, k, exists, S: tl.constexpr):
+    """Blocks that the tokens t chose, a power of two a token; −1 where there is none."""
+    SLOTS: tl.constexpr = triton.next_power_of_2(S)
+    slot = tl.arange(0, SLOTS)[None, :]
+    pointers = blocks_ptr + _offsets(strides, b, t, k)[:, None] + slot
+    return tl.load(pointers, mask=exists[:, None] & (slot < S), other=-1)
+
+
+@_kernel
+def _mask_chosen(
+    visible, slots, key, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """`visible` where a row, or with TRANSPOSED a column, chose the block of a key; the tile of keys begins at `key`.
+
+    It touches no more than BLOCKS blocks, a bit each: those that a row chose meet that of a key.
+    """
+    first = key // SELECT
+    of_row = tl.max((slots == first).to(tl.int32), 1)
+    for n in tl.static_range(1, BLOCKS):
+        of_row += tl.max((slots == first + n).to(tl.int32), 1) << n
+    of_key = 1 << ((key + tl.arange(0, BLOCK_N)) // SELECT - first)
+    if TRANSPOSED:
+        chosen = (of_key[:, None] & of_row[None, :]) != 0
+    else:
+        chosen = (of_row[:, None] & of_key[None, :]) != 0
+    if visible is not None:
+        chosen = chosen & visible
+    return chosen
+
+
 # Query rows that stay for a whole program come by plain pointers, so that they are an operand in shared memory: through
 # a descriptor they would be one in registers, and ptxas (13.0) has been seen to overwrite such registers in the loop.
 
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_forward_kernel(
-    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, cu_seqlens, cu_keys, n_segments, first_ptr, T, C, Z, scale, q_strides,
+    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, blocks_ptr, cu_seqlens, cu_keys,
+    n_segments, first_ptr, T, C, Z, scale, q_strides, block_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o_t = sum_i p_ti v_i, p_ti = exp(scale·q_t·k_i − lse_t), lse_t = log sum_i exp(scale·q_t·k_i), i in span(t)."""
+    """o_t = sum_i p_ti v_i, p_ti = exp(scale·q_t·k_i − lse_t), lse_t = log sum_i exp(scale·q_t·k_i), i in span(t).
+
+    With S > 0 only the keys of the S blocks that a query chose count.
+    """
     PACKED: tl.constexpr = cu_seqlens is not None
     # The last tokens see the most keys and go first, so that no long program starts late.
     tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
@@ -3371,6 +3422,8 @@ def _span_forward_kernel(
     first, end = _span(past + t, WINDOW, BLOCK, STRIDE)
     t_low, t_high = past + row // GROUP_PAD, past + tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
+    if S > 0:
+        slots = _load_slots(blocks_ptr, block_strides, b, token + t, k, exists, S)
 
     # tiles that every row sees whole, then the ones at both edges of the span
     for EDGE in tl.static_range(2):
@@ -3384,6 +3437,8 @@ def _span_forward_kernel(
                 s = (i + tl.arange(0, BLOCK_N))[None, :]
                 visible = (s >= first[:, None]) & (s < end[:, None])
                 v_tile = _cut(v_tile, i, keys, BLOCK_N, PACKED)
+            if S > 0:
+                visible = _mask_chosen(visible, slots, i, False, BLOCK_N, SELECT, BLOCKS)
             acc, m_i, alpha, p = _softmax_step(
                 acc, m_i, q, tl.trans(k_tile), v_tile, visible, scale * _TL_LOG2E, PRECISION
             )
@@ -3391,15 +3446,18 @@ def _span_forward_kernel(
 
     # a row that saw nothing has l_i = 0 and m_i = -inf, hence o = 0 and lse = -inf
     out = (b.to(tl.int64) * T + token + t) * (K * GROUP) + h
-    _store_rows(o_ptr, out * D, acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], exists, D, BLOCK_D)
-    tl.store(lse_ptr + out, (m_i + tl.log2(l_i)) * _TL_LN2, mask=exists)
+    _store_selected(
+        acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], m_i + tl.log2(l_i), o_ptr, lse_ptr, mixed_ptr, gates_ptr,
+        o_local, o_compressed, out, exists, D, BLOCK_D,
+    )  # fmt: skip
 
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_dq_kernel(
-    do_ptr, q_ptr, k_desc, v_desc, lse_ptr, delta_ptr, dq_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z, rows_pad,
-    scale, do_strides, q_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ADD: tl.constexpr,
+    do_ptr, q_ptr, k_desc, v_desc, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z,
+    rows_pad, scale, do_strides, q_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_t = scale·sum_i ds_ti k_i, ds_ti = p_ti (do_t·v_i − delta_t), p_ti = exp(scale·q_t·k_i − lse_t).
@@ -3423,6 +3481,8 @@ def _span_dq_kernel(
     first, end = _span(t, WINDOW, BLOCK, STRIDE)
     t_low, t_high = row // GROUP_PAD, tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
+    if S > 0:
+        slots = _load_slots(blocks_ptr, block_strides, b, token + t, k, exists, S)
 
     # tiles that every row sees whole, then the ones at both edges of the span
     for EDGE in tl.static_range(2):
@@ -3436,6 +3496,8 @@ def _span_dq_kernel(
                 s = (i + tl.arange(0, BLOCK_N))[None, :]
                 visible = (s >= first[:, None]) & (s < end[:, None])
                 k_tile, v_tile = _cut(k_tile, i, keys, BLOCK_N, PACKED), _cut(v_tile, i, keys, BLOCK_N, PACKED)
+            if S > 0:
+                visible = _mask_chosen(visible, slots, i, False, BLOCK_N, SELECT, BLOCKS)
             qk = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             ds = _dscores(_probabilities(qk, lse[:, None], visible, scale * _TL_LOG2E), dp, delta[:, None])
@@ -3450,12 +3512,13 @@ def _span_dq_kernel(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
 def _span_dkv_kernel(
-    do_desc, q_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z,
-    rows_pad, key_tiles, tiles_per_split, scale, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    do_desc, q_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
+    cu_keys, n_segments, T, C, Z, rows_pad, key_tiles, tiles_per_split, scale, block_strides, K: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv_i = sum_t p_ti do_t and dk_i = scale·sum_t ds_ti q_t, over one split of the query rows."""
+    """dv_i = sum_t p_ti do_t and dk_i = scale·sum_t ds_ti q_t, over a split of the rows; the first adds those given."""
     PACKED: tl.constexpr = cu_seqlens is not None
     # Later splits are seen by more keys and go first.
     split, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // (Z * key_tiles), tl.program_id(0) % Z
@@ -3503,6 +3566,9 @@ def _span_dkv_kernel(
             do = do_desc.load([b, k, at // GROUP_PAD, at % GROUP_PAD, 0]).reshape(BLOCK_M, BLOCK_D)
             if EDGE:
                 q, do = _cut(q, row, rows, BLOCK_M, PACKED), _cut(do, row, rows, BLOCK_M, PACKED)
+            if S > 0:
+                slots = _load_slots(blocks_ptr, block_strides, b, token + n // GROUP_PAD, k, n < rows, S)
+                visible = _mask_chosen(visible, slots, start, True, BLOCK_N, SELECT, BLOCKS)
             qk = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
             p = _probabilities(qk, lse[None, :], visible, scale * _TL_LOG2E)
@@ -3514,8 +3580,9 @@ def _span_dkv_kernel(
     if PACKED:  # rows behind the keys of the last sequence are nobody's, and 0
         rows = tl.where(segment == n_segments - 1, C - key, keys)
         dk, dv = tl.where((i < keys)[:, None], dk, 0.0), tl.where((i < keys)[:, None], dv, 0.0)
-    _store_rows(dk_ptr, out, dk * scale, i < rows, D, BLOCK_D)
-    _store_rows(dv_ptr, out, dv, i < rows, D, BLOCK_D)
+    added = i < tl.where(split == 0, keys, 0)
+    _store_sum(dk_ptr, dk_given, out, dk * scale, i < rows, added, D, BLOCK_D)
+    _store_sum(dv_ptr, dv_given, out, dv, i < rows, added, D, BLOCK_D)
 
 
 def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
@@ -3531,14 +3598,20 @@ def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
 @functools.lru_cache(maxsize=4096)
 def _span_plan(
     kernel: str, q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, span: _Span,
-    segments: int, precision: str,
+    segments: int, precision: str, slots: int = 0, select: int = 0,
 ) -> _Plan:  # fmt: skip
-    """Plan of a kernel over tiles of queries, or for "dkv" over tiles of keys and splits of the queries."""
+    """Plan of a kernel over tiles of queries, or for "dkv" over tiles of keys and splits of the queries.
+
+    Where queries chose `slots` blocks of `select` tokens, no other keys count.
+    """
     (B, T, H, D), (C, K) = q_shape, k_shape[1:3]
-    branch, window = ("local", min(span.window, _FAR)) if span.window else ("compressed", 0)
+    branch, window = ("local", min(span.window, _FAR)) if span.window else ("masked" if slots else "compressed", 0)
     constants = _constants(f"{branch}_{kernel}", H, K, D, dtype, precision)
     group_pad, rows, keys = _power_of_2(H // K), constants["BLOCK_M"], constants["BLOCK_N"]
     constants |= {"GROUP_PAD": group_pad, "WINDOW": window, "BLOCK": span.block_size, "STRIDE": span.stride}
+    # BLOCKS: the most blocks that share a tile, whose first key is a multiple of its size
+    blocks = (select - math.gcd(keys, select) + keys - 1) // select + 1 if slots else 0
+    constants |= {"S": slots, "SELECT": select, "BLOCKS": blocks}
     if kernel != "dkv":
         tiles = T * group_pad // rows + segments if segments else _cdiv(T * group_pad, rows)
         return _Plan((tiles * B * K,), constants)
@@ -3548,12 +3621,22 @@ def _span_plan(
     return _Plan((splits * tiles * B * K,), constants, splits, _cdiv(row_tiles, splits))
 
 
-def _span_offsets(segments: _Segments | None, span: _Span) -> tuple[Tensor | None, Tensor | None, int]:
-    """Offsets of tokens, offsets of the keys of a span, and the number of sequences."""
+def _span_offsets(
+    segments: _Segments | None, span: _Span, masked: bool = False
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Offsets of tokens, offsets of the keys of a span, and the number of sequences; under a mask a key is a token."""
     if segments is None:
         return None, None, 0
     cu_seqlens = segments.cu_seqlens
-    return cu_seqlens, cu_seqlens if span.window > 0 else segments.cu_keys, len(cu_seqlens) - 1
+    return cu_seqlens, cu_seqlens if span.window > 0 or masked else segments.cu_keys, len(cu_seqlens) - 1
+
+
+def _slots(block_indices: Tensor | None) -> tuple[Tensor | None, int, tuple[int, ...] | None]:
+    """Indices, slots and strides of a mask of chosen blocks, for a kernel."""
+    if block_indices is None:
+        return None, 0, None
+    block_indices = _unit_stride(block_indices)
+    return block_indices, block_indices.shape[-1], block_indices.stride()
 
 
 def _triton_span_forward(
@@ -3561,48 +3644,61 @@ def _triton_span_forward(
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D) and lse (B, T, H). Row b's queries begin at the position first[b], its keys at 0."""
+    return _span_forward(q, k, v, span, scale, segments, first)[:2]
+
+
+def _span_forward(
+    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, segments: _Segments | None, first: Tensor | None = None,
+    block_indices: Tensor | None = None, select_block_size: int = 0, gated: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
     (B, T, H, _), (C, K) = q.shape, k.shape[1:3]
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
+    mixed = torch.empty_like(o) if gated else o
     if q.numel() == 0 or C == 0:
-        return o.zero_(), lse.fill_(-math.inf)
+        return o.zero_(), lse.fill_(-math.inf), mixed
     q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
-    offsets = _span_offsets(segments, span)
-    plan = _span_plan("forward", q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision())
-    keys = plan.constants["BLOCK_N"]
+    offsets, (chosen, slots, strides) = _span_offsets(segments, span, block_indices is not None), _slots(block_indices)
+    shape = (q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision(), slots, select_block_size)
+    plan = _span_plan("forward", *shape)
+    keys, outputs = plan.constants["BLOCK_N"], (mixed, *(x.contiguous() for x in gated)) if gated else (None,) * 4
     _span_forward_kernel[plan.grid](
-        q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *offsets, first, T, C, B * K, scale, q.stride(),
-        **plan.constants,
+        q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *outputs, chosen, *offsets, first, T, C, B * K,
+        scale, q.stride(), strides, **plan.constants,
     )  # fmt: skip
-    return o, lse
+    return o, lse, mixed
 
 
 def _triton_span_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
-    segments: _Segments | None = None,
+    segments: _Segments | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+    block_indices: Tensor | None = None, select_block_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, added to the one that is given; dk, dv."""
+    """dq, dk, dv, added to those that are given."""
     (B, T, _, D), (C, K) = q.shape, k.shape[1:3]
-    add = dq is not None
+    add, given = dq is not None, (dk, dv)
     if q.numel() == 0 or k.numel() == 0:
-        return dq if add else torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = (x.new_zeros(x.shape) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
+        return dq, dk, dv
     dq = dq if add else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    offsets = _span_offsets(segments, span)
-    shape, rows_pad = (q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision()), terms.lse.shape[-1]
+    offsets, (chosen, slots, strides) = _span_offsets(segments, span, block_indices is not None), _slots(block_indices)
+    shape = (q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision(), slots, select_block_size)
     plan = _span_plan("dq", *shape)
-    keys = plan.constants["BLOCK_N"]
+    keys, rows_pad = plan.constants["BLOCK_N"], terms.lse.shape[-1]
     _span_dq_kernel[plan.grid](
-        do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, *offsets, T, C, B * K, rows_pad,
-        scale, do.stride(), q.stride(), ADD=add, **plan.constants,
+        do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, chosen, *offsets, T, C, B * K,
+        rows_pad, scale, do.stride(), q.stride(), strides, ADD=add, **plan.constants,
     )  # fmt: skip
     plan = _span_plan("dkv", *shape)
     rows, keys, splits = plan.constants["BLOCK_M"], plan.constants["BLOCK_N"], plan.splits
     sum_dtype = k.dtype if splits == 1 else torch.float32
-    dk, dv = (k.new_empty((splits * B, C, K, D), dtype=sum_dtype) for _ in range(2))
+    if dk is None or splits > 1:
+        dk, dv = (k.new_empty((splits * B, C, K, D), dtype=sum_dtype) for _ in range(2))
     _span_dkv_kernel[plan.grid](
         _query_descriptor(do, K, rows), _query_descriptor(q, K, rows), _key_descriptor(k, keys),
-        _key_descriptor(v, keys), *terms, dk, dv, *offsets, T, C, B * K, rows_pad,
-        plan.grid[0] // (splits * B * K), plan.chunk, scale, **plan.constants,
+        _key_descriptor(v, keys), *terms, dk, dv, *given, chosen, *offsets, T, C, B * K, rows_pad,
+        plan.grid[0] // (splits * B * K), plan.chunk, scale, strides, **plan.constants,
     )  # fmt: skip
     if splits > 1:
         dk, dv = (x.unflatten(0, (splits, B)).sum(0).to(k.dtype) for x in (dk, dv))
@@ -3891,6 +3987,9 @@ def _triton_select(
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 12  Selected attention
+#
+# In short sequences all keys up to the query are read, as in a span, under a mask of the chosen blocks: `_by_mask`.
+# Elsewhere an index says who chose a block.
 #
 # A pair is (query t, slot s), numbered t·S + s. The loops are exchanged: the block is outside, the queries that chose
 # it are inside, so that a block's keys are read once a tile and no query gathers keys. A second kernel merges the S
@@ -4257,6 +4356,18 @@ def _selected_plan(
     return _Plan((), constants, splits, chunk)
 
 
+def _by_mask(direction: str, q: Tensor, K: int, S: int, select_block_size: int) -> bool:
+    """Whether to read all keys up to the query, under a mask, and not by an index of the chosen ones.
+
+    A row then reads T/2 keys on average, most of them in vain; an index has its price too, in launches and in memory
+    for each slot. Packed sequences count as one: one of them may be as long as all.
+    """
+    B, T, H, _ = q.shape
+    rows, key = B * K * _power_of_2(H // K) * T, 1 if q.dtype.itemsize == 2 else 64  # float32 is that much slower
+    vain = T // 2 - S * (select_block_size + _SLOT_KEYS[direction] // key)
+    return select_block_size >= 8 and rows * vain * key <= _MASKED_KEYS[direction]  # smaller blocks: many in a tile
+
+
 def _block_count(T: int, select_block_size: int, segments: int) -> int:
     """N, or the numbers that the blocks of packed sequences take up."""
     return T // select_block_size + segments if segments else _selection_count(T, select_block_size)
@@ -4268,6 +4379,8 @@ def _triton_selected_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
     (B, T, H, D), T_keys, (K, S) = q.shape, k.shape[1], block_indices.shape[2:]
+    if _by_mask("forward", q, K, S, select_block_size) and first is None:
+        return _span_forward(q, k, v, _Span(0), scale, segments, None, block_indices, select_block_size, gated)
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
     mixed = torch.empty_like(o) if gated else o
@@ -4424,6 +4537,10 @@ def _triton_selected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given. A block's sums are made by its own programs, in a fixed order."""
     (B, T, H, D), (K, S), G = q.shape, block_indices.shape[2:], q.shape[2] // k.shape[2]
+    if _by_mask("backward", q, K, S, select_block_size):
+        sums = {"dq": dq, "dk": dk, "dv": dv}
+        masked = {"segments": segments, "block_indices": block_indices, "select_block_size": select_block_size}
+        return _triton_span_backward(do, terms, q, k, v, _Span(0), scale, **sums, **masked)
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
     plan = _selected_plan("selected_backward", q.shape, K, S, select_block_size, q.dtype, _precision())
     chunk, splits, keys, size = plan.chunk, plan.splits, plan.constants["BLOCK_N"], _SUM_ROWS[q.dtype.itemsize]

@@ -5,8 +5,10 @@ Every call works alike on the library, `PLAIN`, and on its references, `oracle` 
 
 from __future__ import annotations
 
+import math
 import random as python_random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, repeat
@@ -275,6 +277,32 @@ IN_BOTH = [
 ]
 every_case = pytest.mark.parametrize("case, dtype", IN_BOTH, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+# The selected branch goes one of two ways: under a mask of the chosen blocks, or by an index of who chose them.
+WAYS = {"by_mask": math.inf, "by_index": -math.inf}
+BRANCHES_AND_WAYS = (
+    *((branch, "by_rule") for branch in (local, compressed)),
+    *((branch, way) for branch in (selective, whole) for way in WAYS),
+)
+every_way = pytest.mark.parametrize("way", WAYS, indirect=True)
+each_branch_every_way, every_branch_every_way = (
+    pytest.mark.parametrize(
+        "branch, way", pairs, ids=lambda value: getattr(value, "__name__", value), indirect=["way"]
+    )
+    for pairs in (BRANCHES_AND_WAYS[:4], BRANCHES_AND_WAYS)
+)
+
+
+@contextmanager
+def going(way: str) -> Iterator[None]:
+    """The selected branch goes this way, wherever it can; "by_rule": as it would for a user."""
+    was = nsa._MASKED_KEYS
+    nsa._MASKED_KEYS = dict.fromkeys(was, WAYS[way]) if way in WAYS else was
+    try:
+        yield
+    finally:
+        nsa._MASKED_KEYS = was
 
 
 # Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.

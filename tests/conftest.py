@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 import oracle
 import pytest
-from cases import Case, Random, Step, at, double, near_ties, project, to_out
+from cases import Case, Random, Step, at, double, going, near_ties, project, to_out
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -29,6 +29,13 @@ torch.set_num_threads(1)
 def random() -> Random:
     """The same numbers in every run of a test."""
     return Random(seed=20250216)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the selected branch of the kernels goes: see `cases.WAYS`."""
+    with going(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from cases import (
     BRANCHES,
+    BRANCHES_AND_WAYS,
     CASES,
     IN_KERNELS,
     LAYOUTS,
@@ -40,6 +41,8 @@ from cases import (
     decode,
     double,
     every_branch,
+    every_branch_every_way,
+    going,
     inputs,
     local,
     of_every_length,
@@ -164,8 +167,9 @@ def warm_up(case: Case, dtype: torch.dtype, layout: str | None = None) -> None:
     """Leave all kernels of a case in Triton's cache on disk."""
     with torch.device(DEVICE):
         x = draw(case, dtype)
-        for branch in BRANCHES if layout is None and case is not LONG else (whole,):
-            run(branch, TRITON, case, x, layout)
+        for branch, way in BRANCHES_AND_WAYS if layout is None and case is not LONG else ((whole, "by_rule"),):
+            with going(way):
+                run(branch, TRITON, case, x, layout)
         if layout is None and case is not LONG:
             step = of_every_length(case, new=1)
             decode(case, step, inputs(case, step, DeviceRandom(seed=1), dtype))
@@ -174,8 +178,9 @@ def warm_up(case: Case, dtype: torch.dtype, layout: str | None = None) -> None:
 def warm_up_packed(packing: Packing, dtype: torch.dtype) -> None:
     with torch.device(DEVICE):
         of, case, x = draw_packed(packing, dtype)
-        for branch in BRANCHES:
-            run(branch, of, case, x)
+        for branch, way in BRANCHES_AND_WAYS:
+            with going(way):
+                run(branch, of, case, x)
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +215,11 @@ def assert_as_exact_as_plain(
         assert_within_budget(actual[name], plain[name], exact[name], name, terms=case.terms, ulps=ulps)
 
 
-@every_branch
+@every_branch_every_way
 @pytest.mark.parametrize("case, dtype", SWEEP, ids=str)
-def test_error_budget_and_repeatability(branch: Branch, case: Case, dtype: torch.dtype, compiled: None) -> None:
+def test_error_budget_and_repeatability(
+    branch: Branch, way: str, case: Case, dtype: torch.dtype, compiled: None
+) -> None:
     """In memory full of NaN, twice: gradients are the same to the bit."""
     x = draw(case, dtype)
     with poisoned_memory():
@@ -222,9 +229,9 @@ def test_error_budget_and_repeatability(branch: Branch, case: Case, dtype: torch
     assert_as_exact_as_plain(branch, case, x, actual)
 
 
-@every_branch
+@every_branch_every_way
 @pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
-def test_packed_sequences(branch: Branch, packing: Packing, dtype: torch.dtype, compiled: None) -> None:
+def test_packed_sequences(branch: Branch, way: str, packing: Packing, dtype: torch.dtype, compiled: None) -> None:
     """Results of each alone, within the error budget; in memory full of NaN, twice.
 
     The first token of a sequence sees one key, so that its ds is do·v − do·o with o = v: exactly 0 by the reference's

@@ -36,9 +36,12 @@ from cases import (
     choice,
     compressed,
     double,
+    each_branch_every_way,
     every_branch,
     every_case,
     every_dtype,
+    every_way,
+    going,
     gradients,
     interpreted,
     local,
@@ -102,9 +105,9 @@ def test_access_outside_the_arguments_is_an_error(reads: int, writes: int, outsi
 
 
 @interpreted
-@pytest.mark.parametrize("branch", [local, compressed, selective], ids=lambda branch: branch.__name__)
+@each_branch_every_way
 @every_case
-def test_each_branch_and_gradient(branch: Branch, case: Case, dtype: torch.dtype, random: Random) -> None:
+def test_each_branch_and_gradient(branch: Branch, way: str, case: Case, dtype: torch.dtype, random: Random) -> None:
     x = draw(branch, case, random, dtype)
     assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, dtype))
 
@@ -118,7 +121,8 @@ def test_each_branch_and_gradient(branch: Branch, case: Case, dtype: torch.dtype
     ],
     ids=str,
 )
-def test_the_whole_with_gates(case: Case, dtype: torch.dtype, random: Random) -> None:
+@every_way
+def test_the_whole_with_gates(way: str, case: Case, dtype: torch.dtype, random: Random) -> None:
     x = draw(whole, case, random, dtype)
     assert_as_exact_as_plain(whole, case, x, run(whole, TRITON, case, x, dtype))
 
@@ -221,8 +225,9 @@ def test_pairs_in_order_of_their_block(
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
+@pytest.mark.parametrize("way", ["by_index"], indirect=True)
 def test_selective_attention_in_small_pieces(
-    branch: Branch, pieces: str, dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch
+    branch: Branch, pieces: str, dtype: torch.dtype, way: str, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By itself, and as the last branch of the whole, which adds to the other branches' gradients."""
     for name, value in SMALL_PIECES[pieces].items():
@@ -233,7 +238,8 @@ def test_selective_attention_in_small_pieces(
 
 
 @interpreted
-def test_many_chunks_of_64_queries(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["by_index"], indirect=True)
+def test_many_chunks_of_64_queries(way: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nsa, "_PARTIAL_BYTES", 1)
     case = replace(MIDDLE, T=257, B=1, H=1, K=1, D=16)
     x = draw(selective, case, random, torch.float16)
@@ -251,10 +257,22 @@ def test_compressed_gradients_in_parts(dtype: torch.dtype, random: Random, monke
 
 
 @interpreted
+@every_dtype
+def test_masked_gradients_in_parts(dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part adds the gradients of the local branch."""
+    monkeypatch.setattr(nsa, "_splits", lambda *_: 3)
+    case = replace(MIDDLE, H=8)
+    x = draw(whole, case, random, dtype)
+    with going("by_mask"):
+        assert_as_exact_as_plain(whole, case, x, run(whole, TRITON, case, x, dtype))
+
+
+@interpreted
 @pytest.mark.parametrize(
     "case, blind", [(MIDDLE, slice(None, None, 2)), (CASES[4], slice(None))], ids=["every_second", "all"]
 )
-def test_queries_without_a_chosen_block(case: Case, blind: slice, random: Random) -> None:
+@every_way
+def test_queries_without_a_chosen_block(way: str, case: Case, blind: slice, random: Random) -> None:
     case = replace(case, T=33)
     x = draw(selective, case, random, torch.float16)
     x["block_indices"][:, blind] = -1
@@ -265,7 +283,8 @@ def test_queries_without_a_chosen_block(case: Case, blind: slice, random: Random
 
 @interpreted
 @pytest.mark.parametrize("case", [MIDDLE, CASES[4]], ids=str)
-def test_slots_in_any_order_and_blocks_that_have_not_begun(case: Case, random: Random) -> None:
+@every_way
+def test_slots_in_any_order_and_blocks_that_have_not_begun(way: str, case: Case, random: Random) -> None:
     x = draw(selective, case, random, torch.float32)
     own = (torch.arange(case.T) // case.select_block_size).int()[None, :, None, None]
     last = (case.T - 1) // case.select_block_size
@@ -274,6 +293,32 @@ def test_slots_in_any_order_and_blocks_that_have_not_begun(case: Case, random: R
     at_the_end = own[0, :, 0, 0] == last  # here, the block ahead is the own one: each block is chosen at most once
     x["block_indices"][:, at_the_end, :, 0] = -1
     assert_as_exact_as_plain(selective, case, x, run(selective, TRITON, case, x, torch.float32))
+
+
+@interpreted
+@every_way
+def test_indices_of_any_value(way: str, random: Random) -> None:
+    """Those that name no block before the query are free slots."""
+    x = draw(selective, MIDDLE, random, torch.float32)
+    blocks = -(-MIDDLE.T // MIDDLE.select_block_size)
+    wild = torch.tensor([blocks, blocks + 32, 2**30, 2**31 - 1, -2, -(2**31)], dtype=torch.int32)
+    wild = wild.expand(*x["block_indices"].shape[:3], -1)
+    expected = run(selective, TRITON, MIDDLE, x, torch.float32)
+    x["block_indices"] = torch.cat([wild[..., :3], x["block_indices"], wild[..., 3:]], dim=-1)
+    for name, value in run(selective, TRITON, MIDDLE, x, torch.float32).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_short_sequences_go_by_mask() -> None:
+    """Small batches up to greater lengths; the backward, whose index is cheaper, up to smaller ones."""
+
+    def ways(B: int, T: int, dtype: torch.dtype = torch.bfloat16) -> list[bool]:
+        q = torch.empty(B, T, 8, 64, dtype=dtype, device="meta")
+        return [nsa._by_mask(direction, q, 8, 4, 32) for direction in ("forward", "backward")]
+
+    assert ways(1, 2048) == [True, True] and ways(1, 4096) == [True, False] and ways(1, 8192) == [False, False]
+    assert ways(8, 1024) == [True, True] and ways(8, 4096) == [False, False]
+    assert ways(1, 2048, torch.float32) == [False, False]
 
 
 @interpreted
@@ -301,9 +346,9 @@ def test_an_expanded_upstream_gradient(random: Random) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("branch", [local, compressed, selective], ids=lambda branch: branch.__name__)
+@each_branch_every_way
 @pytest.mark.parametrize("case", [MIDDLE, CASES[0]], ids=str)
-def test_no_uninitialised_memory_is_read(branch: Branch, case: Case, random: Random) -> None:
+def test_no_uninitialised_memory_is_read(branch: Branch, way: str, case: Case, random: Random) -> None:
     """Memory is full of NaN, or of the largest integer, before anything is written to it."""
     case = replace(case, B=1)
     x = draw(branch, case, random, torch.float16)
@@ -515,18 +560,20 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # differ in the selective branch. Decoding knows nothing of packing, and it is head dim 128 that leaves the fewest
 # registers for it.
 BRANCHES_AND_CHOICE = ("local", "compressed", "selective", "select")
-EVERYTHING = (*BRANCHES_AND_CHOICE, "whole", "decode")
+EVERYTHING = (*BRANCHES_AND_CHOICE, "masked", "whole", "decode")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
     "4_heads_a_group_of_128": (4, 128, ("selective", "whole"), [1024]),
     "1_head_a_group_of_64": (1, 64, EVERYTHING, [1024]),
     "1_head_a_group_of_64_unlike": (1, 64, ("select",), [8000, *range(20)]),
-    "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "whole"), [600, 0, 1, 423]),
+    "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "masked", "whole"), [600, 0, 1, 423]),
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
-LOCAL, COMPRESSED = ([f"{branch}_{part}" for part in ("forward", "dq", "dkv")] for branch in ("local", "compressed"))
+LOCAL, COMPRESSED, MASKED = (
+    [f"{branch}_{part}" for part in ("forward", "dq", "dkv")] for branch in ("local", "compressed", "masked")
+)
 BY_BLOCK, BY_QUERY = ["selected_by_block", "selected_gradient"], ["selected_gradient"]
 
 
@@ -536,6 +583,8 @@ def with_products(name: str) -> list[str]:
     kernels = list(BY_QUERY if G >= 16 else BY_BLOCK)
     if "local" in launched or "whole" in launched:
         kernels += LOCAL
+    if "masked" in launched:
+        kernels += MASKED
     if "compressed" in launched or "whole" in launched:
         kernels += [*COMPRESSED, "block_scores"]
     return kernels
@@ -548,13 +597,15 @@ STEP = ("compressed", "choose", "attend")
 SPILLS = {
     "compressed_forward": (54, 64),
     "compressed_dkv": (25, 32),
+    "masked_dkv": (16, 24),
     "selected_by_query": (28, 40),
     "selected_gradient": (31, 40),
     "sum_tiles": (1, 4),
     "block_scores": (9, 16),
 }
 # Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's.
-PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "selected_gradient": (42, 56)}
+PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "masked_dkv": (33, 48),
+                           "selected_gradient": (42, 56)}  # fmt: skip
 
 
 def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
@@ -573,15 +624,21 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
             on.span_forward(q, keys, keys, span, scale, **packed)
             on.span_backward(q, terms, q, keys, keys, span, scale, dq=q, **packed)
     if "selective" in launched:
-        on.selected_forward(q, k, k, chosen, 64, scale, **packed)
-        on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, **packed)
+        with going("by_index"):
+            on.selected_forward(q, k, k, chosen, 64, scale, **packed)
+            on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, **packed)
+    if "masked" in launched:
+        with going("by_mask"):
+            on.selected_forward(q, k, k, chosen, 64, scale, gated=(gates, q, q), **packed)
+            on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, dk=k, dv=k, **packed)
     if "select" in launched:
         on.select(q, k_cmp, lse, choice, scale, **packed)
     if "whole" in launched:
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
         settings = (*tables[:3], "triton", 512)
-        _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
-        nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
+        with going("by_index"):
+            _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
+            nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
     if "decode" in launched:
         keys, first = (k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
         on.decode(q[:, :1], *keys, gates[:, :1], first, None, 512, choice, scale)
@@ -620,7 +677,8 @@ def build(names: list[str], folder: str) -> None:
         kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
         label = self.fn.__name__.removeprefix("_").removesuffix("_kernel")
         if label.startswith("span"):
-            label = label.replace("span", "local" if options["WINDOW"] else "compressed")
+            branch = "local" if options["WINDOW"] else "masked" if options["S"] else "compressed"
+            label = label.replace("span", branch)
         machine = disassemble(kernel.asm["cubin"], Path(folder) / "kernel.cubin")
         built[label] = {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "machine": machine}
 
@@ -677,5 +735,5 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
         assert (machine["HGMMA"] > 0) == (kernel in with_products(name)), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
-    for kernel in kernels.keys() & {*LOCAL, *COMPRESSED}:
+    for kernel in kernels.keys() & {*LOCAL, *COMPRESSED, *MASKED}:
         assert kernels[kernel]["loads"] == 0, f"{kernel} keeps an operand of its products in registers"

@@ -30,7 +30,9 @@ from cases import (
     choice,
     compressed,
     double,
+    each_branch_every_way,
     every_branch,
+    every_way,
     gradients,
     interpreted,
     local,
@@ -303,9 +305,9 @@ def assert_kernels_as_exact_as_plain(branch: Branch, packing: Packing, dtype: to
 
 
 @interpreted
-@pytest.mark.parametrize("branch", [local, compressed, selective], ids=lambda branch: branch.__name__)
+@each_branch_every_way
 @every_kernel_packing
-def test_kernels(branch: Branch, packing: Packing, dtype: torch.dtype, random: Random) -> None:
+def test_kernels(branch: Branch, way: str, packing: Packing, dtype: torch.dtype, random: Random) -> None:
     assert_kernels_as_exact_as_plain(branch, packing, dtype, random)
 
 
@@ -315,7 +317,8 @@ def test_kernels(branch: Branch, packing: Packing, dtype: torch.dtype, random: R
     [GROUP_1, NO_BLOCK, *(slow(each) for each in (GROUP_3, GROUP_16))],
     ids=str,
 )
-def test_kernels_of_the_whole(packing: Packing, random: Random) -> None:
+@every_way
+def test_kernels_of_the_whole(packing: Packing, way: str, random: Random) -> None:
     assert_kernels_as_exact_as_plain(whole, packing, torch.float16, random)
 
 
@@ -349,7 +352,10 @@ def test_choice_of_the_kernels_in_chunks(random: Random, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "pieces", ["chunks_of_64_queries", slow("few_blocks_cut_at_a_time"), slow("every_loop_by_query")]
 )
-def test_selective_kernels_in_small_pieces(pieces: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["by_index"], indirect=True)
+def test_selective_kernels_in_small_pieces(
+    pieces: str, way: str, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in SMALL_PIECES[pieces].items():
         monkeypatch.setattr(nsa, name, value)
     packing = replace(GROUP_1, case=replace(GROUP_1.case, D=16, K=1))
@@ -364,8 +370,8 @@ def test_compressed_gradients_in_parts(random: Random, monkeypatch: pytest.Monke
 
 
 @interpreted
-@pytest.mark.parametrize("branch", [local, compressed, selective], ids=lambda branch: branch.__name__)
-def test_kernels_read_no_uninitialised_memory(branch: Branch, random: Random) -> None:
+@each_branch_every_way
+def test_kernels_read_no_uninitialised_memory(branch: Branch, way: str, random: Random) -> None:
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -376,7 +382,8 @@ def test_kernels_read_no_uninitialised_memory(branch: Branch, random: Random) ->
 
 
 @interpreted
-def test_kernels_are_blind_to_the_neighbours(random: Random) -> None:
+@every_way
+def test_kernels_are_blind_to_the_neighbours(way: str, random: Random) -> None:
     """To any finite numbers there."""
     changed, packing = 1, replace(GROUP_3, lengths=(18, 17, 1))
     x, of = packing.draw(whole, random, torch.float16), Packed(packing.cu_seqlens, "triton")
@@ -390,9 +397,19 @@ def test_kernels_are_blind_to_the_neighbours(random: Random) -> None:
 
 @interpreted
 @pytest.mark.parametrize("changed, value", [(0, torch.nan), (1, torch.inf), (2, torch.nan)])
-@pytest.mark.parametrize("dtype, group", [(torch.float16, 3), (torch.float16, 16), (torch.float32, 16)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, group, way",
+    [
+        (torch.float16, 3, "by_index"),
+        (torch.float16, 16, "by_index"),
+        (torch.float32, 16, "by_index"),
+        (torch.float16, 16, "by_mask"),
+    ],
+    ids=str,
+    indirect=["way"],
+)
 def test_kernels_are_blind_to_neighbours_that_are_not_finite(
-    dtype: torch.dtype, group: int, changed: int, value: float, random: Random
+    dtype: torch.dtype, group: int, way: str, changed: int, value: float, random: Random
 ) -> None:
     """Every tile lies in one sequence."""
     case = replace(GROUP_3.case if group == 3 else GROUP_16.case, D=16)
