@@ -3107,14 +3107,15 @@ def _segments_kernel(
             tl.store(cu_seqlens + s, offset, mask=s <= n_segments)
             tl.store(cu_keys + s, tl.minimum(key_end, C), mask=s <= n_segments)
 
-        # (SIZE, CHUNK): offsets up to the token; the segment from `last` to `offset` that has the compressed block
-        begun = inner[None, :] & (offset[None, :] <= t[:, None])
-        segment += tl.sum(begun.to(tl.int32), 1)
-        start = tl.maximum(start, tl.max(tl.where(begun, offset[None, :], 0), 1))
-        index = t[:, None] - (key_end - blocks)[None, :]
-        inside = (index >= 0) & (index < blocks[None, :])
-        key_token += tl.sum(tl.where(inside, last[None, :] + index * STRIDE, 0), 1)
-        key_position += tl.sum(tl.where(inside, index * STRIDE, 0), 1)
+        # (CHUNK, SIZE): offsets up to the token; the segment from `last` to `offset` that has the compressed block
+        begun = inner[:, None] & (offset[:, None] <= t[None, :])
+        segment += tl.sum(begun.to(tl.int32), 0)
+        start = tl.maximum(start, tl.max(tl.where(begun, offset[:, None], 0), 0))
+        if tl.program_id(0) * SIZE < C:
+            index = t[None, :] - (key_end - blocks)[:, None]
+            inside = (index >= 0) & (index < blocks[:, None])
+            key_token += tl.sum(tl.where(inside, last[:, None] + index * STRIDE, 0), 0)
+            key_position += tl.sum(tl.where(inside, index * STRIDE, 0), 0)
         highest, keys = tl.max(last, 0), keys + tl.sum(blocks, 0)
     tl.store(of_token + t, segment, mask=t < T)
     tl.store(of_token + T + t, t - start, mask=t < T)
@@ -3129,7 +3130,7 @@ def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int,
     tables = _Segments(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
     _segments_kernel[(_cdiv(max(total, keys, 1), 128),)](
         cu_seqlens.contiguous(), *tables, n, total, keys, BLOCK=block_size, STRIDE=stride, SIZE=128,
-        CHUNK=min(_power_of_2(n + 1), 64),
+        CHUNK=min(_power_of_2(n + 1), 128),
     )  # fmt: skip
     return tables
 
@@ -4316,14 +4317,15 @@ def _selected_by_query_kernel(
         j = tl.load(blocks + tl.minimum((step + 1) // parts, S - 1))  # early, for the next round's copies
     if PACKED:
         if token + own * SELECT + parts * BLOCK_N > end:
-            for step in range(0, S * parts):
-                j = tl.load(blocks + step // parts)
-                n = step % parts * BLOCK_N + tl.arange(0, BLOCK_N)
-                if (j >= 0) & (j <= own) & (token + j * SELECT + (step % parts + 1) * BLOCK_N > end):
-                    s = token + j * SELECT + n
+            for piece in range(0, S * parts * (BLOCK_N // 16)):  # few keys at a time, so that no register is spilled
+                j = tl.load(blocks + piece // (parts * (BLOCK_N // 16)))
+                n = piece % (parts * (BLOCK_N // 16)) * 16
+                if (j >= 0) & (j <= own) & (token + j * SELECT + (n // BLOCK_N + 1) * BLOCK_N > end):
+                    each = n + tl.arange(0, 16)
+                    s = token + j * SELECT + each
                     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), s < end, D, BLOCK_D)
                     v = _load_rows(v_ptr, _offsets(v_strides, b, s, k), s < end, D, BLOCK_D)
-                    visible = (n < SELECT) & (s <= t)
+                    visible = (each < SELECT) & (s <= t)
                     acc, m_i, alpha, p = _softmax_step(
                         acc, m_i, q, tl.trans(k_tile), v, visible[None, :], scale * _TL_LOG2E, PRECISION
                     )
