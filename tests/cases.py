@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import native_sparse_attention as nsa
-from native_sparse_attention import NativeSparseAttention, NSAConfig, TokenCompressor
+from native_sparse_attention import NativeSparseAttention, NSABlock, NSAConfig, TokenCompressor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and inputs
@@ -340,7 +340,7 @@ class Packing:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+        return edges(self.lengths)
 
     @property
     def alone(self) -> list[Case]:
@@ -562,6 +562,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "paper_rope_bias": {**PAPER, "rope_theta": 10000.0, "bias": True, "compression": "conv1d"},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
+whether_the_host_reads = pytest.mark.usefixtures("host_reads")
 
 
 def every_config_with(argument: str, values: list[Any]) -> pytest.MarkDecorator:
@@ -577,6 +578,20 @@ def build(random: Random, dtype: torch.dtype = torch.float64, **fields: Any) -> 
         for parameter in attention.parameters():
             parameter.add_(0.3 * random(parameter.shape, dtype))
     return attention
+
+
+def build_block(random: Random, **fields: Any) -> NSABlock:
+    """A block with random weights, float64."""
+    block = NSABlock(NSAConfig(**BASE | fields)).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * random(parameter.shape))
+    return block
+
+
+def edges(lengths: Iterable[int]) -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def compress(x: Tensor, cfg: NSAConfig, compressor: TokenCompressor) -> Tensor:

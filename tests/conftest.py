@@ -38,6 +38,14 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[True, False], ids=["host_reads", "host_does_not_read"])
+def host_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Runs a test as on a CPU, and as on a GPU, where no values are looked at."""
+    if not request.param:
+        monkeypatch.setattr(nsa, "_readable", lambda x: False)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def forget_plans() -> None:
     """Tests change the sizes that the plans of kernels follow from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random as python_random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,12 +17,15 @@ from cases import (
     PAPER,
     Random,
     build,
+    build_block,
     draw_config,
+    edges,
     every_config,
     every_config_with,
     interpreted,
     needs_triton,
     slow,
+    whether_the_host_reads,
 )
 from conftest import assert_close64, assert_within_budget
 from torch import Tensor, nn
@@ -86,6 +90,7 @@ def append(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@whether_the_host_reads
 @every_config_with("seed", range(3))
 def test_any_split_of_every_config(name: str, seed: int, random: Random) -> None:
     attention, x = build(random, **CONFIGS[name]), random((2, 64, 12))
@@ -99,6 +104,7 @@ def test_one_by_one_from_the_first_token(name: str, random: Random) -> None:
     assert_close64(feed(attention, room(attention, 2), x, [1] * 40), attention(x).detach())
 
 
+@whether_the_host_reads
 @pytest.mark.parametrize("seed", range(40))
 def test_random_configs_and_random_splits(seed: int, random: Random) -> None:
     """Rows that begin together, and ragged ones whose tokens come with padding."""
@@ -130,6 +136,7 @@ def test_every_pair_of_pieces(name: str, before: int, random: Random) -> None:
         assert_close64(y, exact[:, : before + length + 1], f"{before} + {length} + 1 tokens")
 
 
+@whether_the_host_reads
 def test_a_stack_of_blocks(random: Random) -> None:
     """Ragged prompts, then a token at a time: what a language model does."""
     cfg, pick = NSAConfig(**BASE | PAPER, rope_theta=100.0), python_random.Random(0)
@@ -146,6 +153,7 @@ def test_a_stack_of_blocks(random: Random) -> None:
             assert_close64(rows[row, mask[row]], exact[row, start : start + count], f"row {row} from {start}")
 
 
+@whether_the_host_reads
 def test_packed_sequences_go_on_from_the_rows(random: Random) -> None:
     attention, x = build(random, **PAPER, rope_theta=50.0), random((3, 40, 12))
     exact, cache = attention(x).detach(), room(attention, 3)
@@ -158,6 +166,7 @@ def test_packed_sequences_go_on_from_the_rows(random: Random) -> None:
     assert cache.lengths == (21, 14, 16)
 
 
+@whether_the_host_reads
 def test_no_tokens_at_all(random: Random) -> None:
     attention, x = build(random, rope_theta=10.0), random((2, 14, 12))
     cache, exact, nobody = room(attention, 2), attention(x).detach(), torch.zeros(2, 3, dtype=torch.bool)
@@ -189,6 +198,7 @@ def test_use_flash_may_change_between_steps(random: Random) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@whether_the_host_reads
 @every_config
 def test_truncate_and_go_on_differently(name: str, random: Random) -> None:
     attention, x, other = build(random, **CONFIGS[name]), random((2, 40, 12)), random((2, 40, 12))
@@ -212,6 +222,7 @@ def test_a_copy_is_a_branch(random: Random) -> None:
     assert_close64(attention(x[:, 25:], cache=cache), exact[:, 25:])
 
 
+@whether_the_host_reads
 def test_truncate_each_row_by_itself(random: Random) -> None:
     """Speculative decoding: of 5 guesses, some are kept."""
     attention, x, pick = build(random, **PAPER, rope_theta=50.0), random((3, 50, 12)), python_random.Random(5)
@@ -231,6 +242,7 @@ def test_truncate_each_row_by_itself(random: Random) -> None:
         assert cache.lengths == tuple(kept)
 
 
+@whether_the_host_reads
 @every_config_with("indices", [[2, 0, 1], [1, 1, 1], [0, 1, 2], [0, 2, 2]])
 def test_reorder(name: str, indices: list[int], random: Random) -> None:
     attention, x, pick = build(random, **CONFIGS[name]), random((3, 40, 12)), python_random.Random(1)
@@ -254,6 +266,7 @@ def test_reset(random: Random) -> None:
     assert torch.equal(feed(attention, cache, x, [20, 10]), first)
 
 
+@whether_the_host_reads
 def test_rows_of_different_ages(random: Random) -> None:
     """One row starts anew while the other goes on."""
     attention, x, pick = build(random, rope_theta=10.0), random((2, 40, 12)), python_random.Random(2)
@@ -263,6 +276,159 @@ def test_rows_of_different_ages(random: Random) -> None:
     outputs = append(attention, cache, x, [3, 16], pick)
     assert_close64(outputs[0], exact[0, 20:23])
     assert_close64(outputs[1], exact[1, :16])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random use
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROOM = 23  # tokens of a row, where blocks of no kind end
+# Whether the host looks at values, and whether it may keep count: as on a CPU, after a call of compiled code there, as
+# on a GPU, and as on a GPU where a step was captured in a graph.
+KNOWLEDGE = {
+    "reads": (True, True),
+    "reads_but_forgets": (True, False),
+    "counts": (False, True),
+    "knows_nothing": (False, False),
+}
+
+
+class Use:
+    """Random calls of a cache; plain lists of the tokens that each of its rows should hold, and one forward of them."""
+
+    def __init__(self, module: nn.Module, seed: int, random: Random, reads: bool, counts: bool) -> None:
+        self.module, self.attention, self.reads, self.counts = module, getattr(module, "attn", module), reads, counts
+        self.cache, self.rows = room(self.attention, 3, ROOM), [[], [], []]
+        self.pick, self.embeddings = python_random.Random(seed), random((30, self.attention.cfg.dim))
+
+    @property
+    def known(self) -> bool:
+        return self.reads or self.cache._known is not None
+
+    def call(self, counts: list[int], layout: str) -> Callable[[], list[Tensor]]:
+        """A call with so many new tokens for each row, which returns the outputs of each."""
+        self.new = [self.pick.choices(range(30), k=n) for n in counts]
+        rows = [self.embeddings[new] for new in self.new]
+        if layout == "packed":
+            x, cu_seqlens = torch.cat(rows)[None], edges(counts)
+            return lambda: self.module(x, cache=self.cache, cu_seqlens=cu_seqlens)[0].split(counts)
+        if layout == "rows":
+            x = torch.stack(rows)
+            return lambda: list(self.module(x, cache=self.cache))
+        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        x, mask = padded(self.pick, x, (0, 0, 0), counts)
+        outputs = lambda: self.module(x, cache=self.cache, key_padding_mask=mask)  # noqa: E731
+        return lambda: [row[of_row] for row, of_row in zip(outputs(), mask, strict=True)]
+
+    def append(self) -> None:
+        layout, n = self.pick.choice(["rows", "packed", "padded"]), self.pick.choice([0, 1, 1, 1, 2, 3, 8, 20])
+        counts = [n if layout == "rows" else self.pick.randint(0, n) for _ in self.rows]
+        call, known = self.call(counts, layout), self.known and (layout == "rows" or self.reads)
+        if known and any(len(row) + n > ROOM for row, n in zip(self.rows, counts, strict=True)):
+            with pytest.raises(ValueError, match="must leave room for"):
+                call()
+            return
+        for row, new, y in zip(self.rows, self.new, call(), strict=True):
+            start = len(row)
+            row.extend(new[: ROOM - start])  # where the host does not know that they are too many
+            expected = self.module(self.embeddings[row][None])[0, start:] if row[start:] else y[:0]
+            assert_close64(y[: len(row) - start], expected, f"{layout}: {start} + {len(new)} tokens")
+
+    def fail(self) -> None:
+        """Half way, and at the door."""
+        what = self.pick.choice(["to_out", "ffn", "dtype", "width"])
+        call = self.call([2, 2, 2], "rows")
+        if what in ("dtype", "width"):
+            x = self.embeddings[:6].unflatten(0, (3, 2))
+            x = x.float() if what == "dtype" else x[..., 1:]
+            with pytest.raises(ValueError, match=r"x\.(dtype|shape)"):
+                self.module(x, cache=self.cache)
+            return
+
+        def fail(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        part = getattr(self.module, "ffn", self.attention.to_out) if what == "ffn" else self.attention.to_out
+        handle = part.register_forward_hook(fail)
+        with pytest.raises((KeyboardInterrupt, ValueError)):  # or there is no room
+            call()
+        handle.remove()
+
+    def numbers(self, values: list[int]) -> tuple[list[int] | tuple[int, ...] | Tensor, bool]:
+        """The values in some form, and whether bad ones among them are refused."""
+        form = self.pick.choice([list, tuple, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+        values = form(values)
+        return values, self.reads or not isinstance(values, Tensor)
+
+    def truncate(self) -> None:
+        lengths = [len(row) for row in self.rows]
+        if self.pick.random() < 0.3:
+            kept = [self.pick.randint(0, max(lengths))] * 3
+            n, refuses = kept[0], True
+        else:
+            spread = self.pick.choice([0, 0, 0, 2])
+            kept = [self.pick.randint(max(0, n - 6), n) + self.pick.randint(-spread, spread) for n in lengths]
+            n, refuses = self.numbers(kept)
+        too_many = self.known and any(n > length for n, length in zip(kept, lengths, strict=True))
+        if refuses and (min(kept) < 0 or too_many):
+            with pytest.raises(ValueError, match=r"n\[\d\] = "):
+                self.cache.truncate(n)
+            return
+        self.cache.truncate(n)
+        self.rows = [row[: max(0, n)] for row, n in zip(self.rows, kept, strict=True)]
+
+    def reorder(self) -> None:
+        low, high = self.pick.choice([(0, 2), (0, 2), (-1, 3)])
+        sources = [self.pick.randint(low, high) for _ in self.rows]
+        indices, refuses = self.numbers(sources)
+        if refuses and (min(sources) < 0 or max(sources) > 2):
+            with pytest.raises(ValueError, match=r"indices\[\d\] = "):
+                self.cache.reorder(indices)
+            return
+        self.cache.reorder(indices)
+        self.rows = [self.rows[min(max(i, 0), 2)][:] for i in sources]
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self.rows = [[], [], []]
+
+    def copy(self) -> None:
+        self.cache = self.pick.choice([copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])(self.cache)
+
+    def go_on(self, calls: int) -> None:
+        often = {self.append: 10, self.fail: 2, self.truncate: 4, self.reorder: 2, self.copy: 1, self.reset: 0.5}
+        for call in self.pick.choices(list(often), list(often.values()), k=calls):
+            call()
+            lengths = tuple(map(len, self.rows))
+            assert self.cache.lengths == lengths, call.__name__
+            assert tuple(self.cache.seqlens.clamp(max=ROOM).tolist()) == lengths
+            assert self.cache._known in (None, lengths), "the host counts wrongly"
+            longest = lengths[0] if len(set(lengths)) == 1 else f"{min(lengths)}..{max(lengths)}"
+            assert f"max_len={ROOM}, lengths={longest}," in repr(self.cache)
+            if not self.counts:
+                self.cache._know(None)
+
+
+def assert_random_use(name: str, knowledge: str, seed: int, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = (build, build_block)[seed % 2]
+    use = Use(make(random, **CONFIGS[name]), seed, random, *KNOWLEDGE[knowledge])
+    if not use.reads:
+        monkeypatch.setattr(nsa, "_readable", lambda x: False)
+    use.go_on(30)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@every_config_with("knowledge", list(KNOWLEDGE))
+def test_random_use(name: str, knowledge: str, seed: int, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_random_use(name, knowledge, seed, random, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knowledge", KNOWLEDGE)
+@every_config
+def test_much_random_use(name: str, knowledge: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(2, 12):
+        assert_random_use(name, knowledge, seed, random, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,6 +631,7 @@ def test_bad_input_leaves_the_cache_as_it_was(what: str, of_block: bool, random:
     assert_close64(feed(module, cache, x[:, 30:], [1, 20, 13]), exact[:, 30:])
 
 
+@whether_the_host_reads
 @pytest.mark.parametrize("where", ["attn", "attn.compress_v", "attn.to_out", "norm2", "ffn"])
 def test_what_fails_half_way_leaves_the_cache_as_it_was(where: str, random: Random) -> None:
     block, x = NSABlock(NSAConfig(**BASE)).double(), random((2, 64, 12))

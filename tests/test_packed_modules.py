@@ -7,25 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BASE, CONFIGS, PAPER, Random, build, draw_config, every_config, gradients
+from cases import (
+    CONFIGS,
+    PAPER,
+    Random,
+    build,
+    build_block,
+    draw_config,
+    edges,
+    every_config,
+    gradients,
+    whether_the_host_reads,
+)
 from conftest import assert_close64, assert_within_budget
 from torch import Tensor, nn
 
 from native_sparse_attention import NativeSparseAttention, NSABlock, NSAConfig
 
 LENGTHS = (0, 9, 1, 0, 27, 3, 4, 5, 0)  # empty ones, one token, shorter than a block, a whole block
-
-
-def edges(lengths: tuple[int, ...] | list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def a_block(random: Random, **fields: Any) -> NSABlock:
-    block = NSABlock(NSAConfig(**BASE | fields)).double()
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.3 * random(parameter.shape))
-    return block
 
 
 def assert_alone(module: nn.Module, y: Tensor, x: Tensor, sequences: list[Tensor], of: Any, random: Random) -> None:
@@ -55,6 +54,7 @@ def masks(tokens: int, rows: int, pick: python_random.Random) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@whether_the_host_reads
 @every_config
 def test_packed_attention_is_each_sequence_alone(name: str, random: Random) -> None:
     attention, x = build(random, **CONFIGS[name]), random((1, sum(LENGTHS), 12)).requires_grad_()
@@ -62,13 +62,15 @@ def test_packed_attention_is_each_sequence_alone(name: str, random: Random) -> N
     assert_alone(attention, y[0], x, list(x[0].split(LENGTHS)), attention, random)
 
 
+@whether_the_host_reads
 @every_config
 def test_packed_block_is_each_sequence_alone(name: str, random: Random) -> None:
-    block, x = a_block(random, **CONFIGS[name]), random((1, sum(LENGTHS), 12)).requires_grad_()
+    block, x = build_block(random, **CONFIGS[name]), random((1, sum(LENGTHS), 12)).requires_grad_()
     y = block(x, cu_seqlens=edges(LENGTHS))
     assert_alone(block, y[0], x, list(x[0].split(LENGTHS)), block, random)
 
 
+@whether_the_host_reads
 @pytest.mark.parametrize("seed", range(25))
 def test_random_configs_and_lengths(seed: int, random: Random) -> None:
     pick = python_random.Random(seed)
@@ -79,18 +81,20 @@ def test_random_configs_and_lengths(seed: int, random: Random) -> None:
     assert_alone(attention, y[0], x, list(x[0].split(lengths)), attention, random)
 
 
+@whether_the_host_reads
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)], ids=str)
 def test_no_tokens_at_all(lengths: tuple[int, ...], random: Random) -> None:
     x = random((1, 0, 12)).requires_grad_()
-    for module in (build(random, **PAPER), a_block(random)):
+    for module in (build(random, **PAPER), build_block(random)):
         y = module(x, cu_seqlens=edges(lengths))
         assert y.shape == (1, 0, 12)
         y.sum().backward()
 
 
+@whether_the_host_reads
 def test_neighbours_are_not_seen(random: Random) -> None:
     """Exactly: not a bit changes, and no gradient crosses."""
-    block, x = a_block(random, **PAPER, rope_theta=50.0), random((1, 40, 12)).requires_grad_()
+    block, x = build_block(random, **PAPER, rope_theta=50.0), random((1, 40, 12)).requires_grad_()
     cu_seqlens = edges((11, 18, 11))
     changed = torch.cat([random((1, 11, 12)), x[:, 11:29].detach(), random((1, 11, 12))], dim=1)
     y = block(x, cu_seqlens=cu_seqlens)
@@ -140,18 +144,21 @@ def assert_padding(module: nn.Module, x: Tensor, mask: Tensor, random: Random) -
     assert_alone(module, y[mask], x, [row[tokens] for row, tokens in zip(x, mask, strict=True)], module, random)
 
 
+@whether_the_host_reads
 @every_config
 def test_padding_around_attention(name: str, random: Random) -> None:
     mask = masks(24, 5, python_random.Random(name))
     assert_padding(build(random, **CONFIGS[name]), random((5, 24, 12)), mask, random)
 
 
+@whether_the_host_reads
 @every_config
 def test_padding_around_a_block(name: str, random: Random) -> None:
     mask = masks(24, 5, python_random.Random(name))
-    assert_padding(a_block(random, **CONFIGS[name]), random((5, 24, 12)), mask, random)
+    assert_padding(build_block(random, **CONFIGS[name]), random((5, 24, 12)), mask, random)
 
 
+@whether_the_host_reads
 @pytest.mark.parametrize("seed", range(25))
 def test_random_configs_and_masks(seed: int, random: Random) -> None:
     pick = python_random.Random(seed)
@@ -160,12 +167,13 @@ def test_random_configs_and_masks(seed: int, random: Random) -> None:
 
 
 def test_without_padding_a_mask_changes_nothing(random: Random) -> None:
-    block, x = a_block(random, **PAPER), random((3, 30, 12))
+    block, x = build_block(random, **PAPER), random((3, 30, 12))
     assert_close64(block(x, key_padding_mask=torch.ones(3, 30, dtype=torch.bool)), block(x))
 
 
+@whether_the_host_reads
 def test_nothing_but_padding(random: Random) -> None:
-    block, x = a_block(random, bias=True), random((2, 9, 12)).requires_grad_()
+    block, x = build_block(random, bias=True), random((2, 9, 12)).requires_grad_()
     y = block(x, key_padding_mask=torch.zeros(2, 9, dtype=torch.bool))
     assert torch.equal(y, torch.zeros_like(x))
     y.sum().backward()
@@ -180,6 +188,7 @@ def test_padding_does_not_count_towards_seq_len(random: Random) -> None:
         attention(x, key_padding_mask=torch.arange(100) >= torch.tensor([[36], [35]]))
 
 
+@whether_the_host_reads
 def test_a_mask_that_changes_is_read_again(random: Random) -> None:
     attention, x, mask = build(random), random((1, 12, 12)), torch.arange(12)[None] < 7
     for stop in (7, 11, 3):
@@ -198,7 +207,7 @@ def test_a_mask_that_changes_where_torch_does_not_count_it(through: str, random:
 
 
 def test_a_mask_may_serve_inference_before_training(random: Random) -> None:
-    block, x, mask = a_block(random), random((1, 12, 12)), torch.arange(12)[None] < 7
+    block, x, mask = build_block(random), random((1, 12, 12)), torch.arange(12)[None] < 7
     with torch.inference_mode():
         y = block(x, key_padding_mask=mask)
         assert torch.equal(block(x, key_padding_mask=torch.arange(12)[None] < 7), y), "made inside of it"
@@ -227,7 +236,7 @@ def test_precision_is_that_of_sequences_alone(name: str, how: Any, random: Rando
     assert_within_budget(actual, plain, exact(x.double(), cu_seqlens=edges(lengths)), terms=40)
 
 
-@pytest.mark.parametrize("module", [build, a_block])
+@pytest.mark.parametrize("module", [build, build_block])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
