@@ -2605,14 +2605,18 @@ def _torch_decode(
     is finite. The queries of row b stand at first[b] and behind; of packed sequences, (1, total, H, D), each has a row.
     """
     o, starts = torch.zeros_like(q), first.tolist()
+    room = lambda start: max(0, k.shape[1] - start)  # noqa: E731; what is behind it is padding, or had no place
     if of_token is None:  # neighbouring rows that begin at the same position, together
         groups = ((start, list(same)) for start, same in itertools.groupby(range(len(starts)), starts.__getitem__))
         rows = ((start, slice(same[0], same[-1] + 1)) for start, same in groups)
-        pieces = [(start, row, row, slice(0, max(0, k.shape[1] - start))) for start, row in rows]  # padding is behind
+        pieces = [(start, row, row, slice(0, room(start))) for start, row in rows]
     else:
         ends = of_token[0].bincount(minlength=len(starts)).cumsum(0).tolist()
         rows = enumerate(zip(starts, [0, *ends], ends, strict=False))
-        pieces = [(start, slice(row, row + 1), slice(None), slice(begin, end)) for row, (start, begin, end) in rows]
+        pieces = [
+            (start, slice(row, row + 1), slice(None), slice(begin, min(end, begin + room(start))))
+            for row, (start, begin, end) in rows
+        ]
     for start, keys, batch, tokens in pieces:
         queries, blocks = q[batch, tokens], k_cmp[keys]
         if queries.numel() == 0:
