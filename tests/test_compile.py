@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BRANCHES, PLAIN, Branch, Case, Random, choice, draw, every_branch, finite, interpreted, slow, whole
+from cases import (
+    BRANCHES,
+    PLAIN,
+    Branch,
+    Case,
+    Random,
+    choice,
+    draw,
+    edges,
+    every_branch,
+    finite,
+    interpreted,
+    slow,
+    whole,
+)
 from conftest import assert_close64
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -156,6 +171,145 @@ def test_inductor(random: Random) -> None:
     module = attention(compression="avgpool", rope_theta=None)
     x = hidden(random)
     assert_same_step(compiled(module, "inductor"), module, leaves_of(module, x), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# New contents in the same shapes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_once() -> Iterator[None]:
+    """What would be compiled a second time is an error."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def edges_of(*lengths: int) -> dict[str, Tensor]:
+    return {"cu_seqlens": edges(lengths)}
+
+
+def mask_of(*tokens: Tensor) -> dict[str, Tensor]:
+    return {"key_padding_mask": torch.stack(torch.broadcast_tensors(*tokens))}
+
+
+COLUMN = torch.arange(29)
+# Arguments beside x: empty sequences, sequences of one token and of no block, rows of padding alone and of none.
+PACKED = tuple(
+    edges_of(*lengths) for lengths in ((20, 0, 9, 29), (58, 0, 0, 0), (1, 1, 55, 1), (7, 44, 3, 4), (0, 0, 0, 58))
+)
+PADDED = tuple(
+    mask_of(*tokens)
+    for tokens in (
+        (COLUMN >= 0, COLUMN < 13),
+        (COLUMN > 11, COLUMN % 3 != 1),
+        (COLUMN < 29, COLUMN >= 0),
+        (COLUMN < 0, COLUMN >= 17),
+        (COLUMN == 4, COLUMN != 4),
+    )
+)
+of_new_contents = pytest.mark.parametrize(
+    "module, contents, compiler",
+    [
+        ("block", PACKED, "aot_eager"),
+        ("block", PADDED, "aot_eager"),
+        slow("attention", PACKED, "aot_eager"),
+        slow("attention", PADDED, "aot_eager"),
+        slow("block", PACKED, "inductor"),
+        slow("block", PADDED, "inductor"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "packed" if value is PACKED else "padded",
+)
+
+
+@of_new_contents
+def test_new_lengths(
+    module: str, contents: tuple[dict[str, Tensor], ...], compiler: str, random: Random, compiled_once: None
+) -> None:
+    module = {"block": block, "attention": attention}[module]()
+    call = compiled(module, compiler)
+    for arguments in contents:
+        x = hidden(random)
+        x = x.detach().reshape(1, -1, CFG.dim).requires_grad_() if "cu_seqlens" in arguments else x
+        leaves = leaves_of(module, x)
+        actual, expected = (step(lambda of=of: of(x, **arguments), leaves) for of in (call, module))  # noqa: B023
+        assert_alike(actual, expected)
+
+
+@pytest.mark.slow
+def test_packed_sequences_of_any_number(random: Random) -> None:
+    """Of tokens, and of sequences."""
+    module = attention(rope_theta=None)
+    call = compiled(module, dynamic=True)
+    for lengths in ((20, 9), (3, 37, 14), (1, 30, 0, 8), (64, 64, 50, 2, 1)):
+        x, arguments = random((1, sum(lengths), CFG.dim)).requires_grad_(), edges_of(*lengths)
+        leaves = leaves_of(module, x)
+        actual, expected = (step(lambda of=of: of(x, **arguments), leaves) for of in (call, module))  # noqa: B023
+        assert_alike(actual, expected)
+    assert graphs() == 1
+
+
+Change = Callable[[nsa.NSACache], None]
+CHANGES: tuple[Change, ...] = (
+    lambda cache: None,
+    lambda cache: cache.truncate(17),
+    lambda cache: cache.reorder([1, 0]),
+    lambda cache: cache.truncate([9, 12]),
+    lambda cache: cache.reorder(torch.tensor([1, 1])),
+    lambda cache: cache.truncate(torch.tensor([3, 12])),
+    lambda cache: cache.reset(),
+    lambda cache: None,
+)
+CACHED: dict[str, tuple[tuple[int, int], list[dict[str, Tensor]]]] = {
+    "step": ((2, 1), [{}] * 8),
+    "piece": ((2, 20), [{}] * 8),
+    "padded": ((2, 5), [mask_of(COLUMN[:5] < i, COLUMN[:5] >= 8 - i) for i in range(8)]),
+    "packed": ((1, 7), [edges_of(i, 7 - i) for i in range(8)]),
+}
+
+
+@pytest.mark.parametrize(
+    "what, compiler", [*((what, "aot_eager") for what in CACHED), slow("step", "inductor"), slow("packed", "inductor")]
+)
+@torch.no_grad()
+def test_cached(what: str, compiler: str, random: Random, compiled_once: None) -> None:
+    """Whatever the cache holds, and whatever was done to it, which compiled code does not see."""
+    module, (shape, contents) = block(), CACHED[what]
+    call, cache = compiled(module, compiler), nsa.NSACache(CFG, 2, 64, dtype=torch.float64)
+    module(random((2, 23, CFG.dim)), cache=cache)
+    assert_same_use(call, module, cache, CHANGES, shape, contents, random)
+
+
+@pytest.mark.parametrize("what", ["step", *map(slow, ("piece", "padded", "packed"))])
+@torch.no_grad()
+def test_cached_from_the_first_token(what: str, random: Random, compiled_once: None) -> None:
+    module, (shape, contents) = block(), CACHED[what]
+    cache = nsa.NSACache(CFG, 2, 64, dtype=torch.float64)
+    changes = [lambda cache: None] * 3 + [nsa.NSACache.reset]
+    assert_same_use(compiled(module), module, cache, changes, shape, contents, random)
+
+
+def assert_same_use(
+    call: Callable[..., Tensor],
+    module: nn.Module,
+    cache: nsa.NSACache,
+    changes: Iterable[Change],
+    shape: tuple[int, int],
+    contents: list[dict[str, Tensor]],
+    random: Random,
+) -> None:
+    """Outputs and cache are those of eager calls, after each of the changes."""
+    twin = copy.deepcopy(cache)
+    for change, arguments in zip(changes, contents, strict=False):
+        change(cache), change(twin)
+        x = random((*shape, CFG.dim))
+        actual, expected = call(x, cache=cache, **arguments), module(x, cache=twin, **arguments)
+        assert_close64(actual, expected)
+        assert cache.lengths == twin.lengths
+        for row, n in enumerate(twin.lengths):
+            blocks = nsa._compressed_count(n, CFG.block_size, CFG.stride)
+            assert_close64(cache.tokens[:, row, :n], twin.tokens[:, row, :n])
+            assert_close64(cache.blocks[:, row, :blocks], twin.blocks[:, row, :blocks])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
