@@ -453,7 +453,7 @@ class NativeSparseAttention(nn.Module):
         if cache is not None:
             cache._check_owner(self, p.k)
             cache._append(p, segments)
-        if cache is None or cache._empty:
+        if cache is None or cache._is_new():
             k_cmp, v_cmp = self._compress(p, segments)
             if cache is not None:
                 cache._fill_blocks(k_cmp, v_cmp, segments)
@@ -1584,10 +1584,16 @@ class NSACache:
     # capture on it claims no more; nor does compiled code, which would be compiled anew for each length.
 
     def _know(self, lengths: tuple[int, ...] | None) -> None:
-        capturing = self.tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        self._captured = self._captured or capturing
+        self._captured = self._captured or self._capturing()
         self._known = None if self._captured else lengths
-        self._empty = self._known is not None and not any(self._known)
+
+    def _capturing(self) -> bool:
+        return self.tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _is_new(self) -> bool:
+        """Whether a call may take its tokens for all there are; not one that is recorded, which will find others."""
+        recorded = torch.compiler.is_compiling() or self._capturing()
+        return not recorded and self._known is not None and not any(self._known)
 
     def _lengths_on_host(self) -> tuple[int, ...] | None:
         if self._known is None and _readable(self.seqlens):
@@ -1624,11 +1630,11 @@ class NSACache:
         before = None if torch.compiler.is_compiling() else self._known
         self.seqlens.add_(batch.counts)
         if torch.compiler.is_compiling():
-            self._known, self._empty = None, False
+            self._known = None
             return
         both = before is not None and batch.known is not None
         self._know(tuple(map(sum, zip(before, batch.known, strict=True))) if both else None)
-        self._owner = self._owner if self._empty else weakref.ref(owner)
+        self._owner = self._owner if self._is_new() else weakref.ref(owner)
 
     def _check_room(self, cfg: NSAConfig, rows: int, counts: tuple[int, ...] | None, device: torch.device) -> None:
         """Checks that a module of such a configuration can append so many tokens to each row."""
@@ -2605,7 +2611,7 @@ def _torch_decode(
     is finite. The queries of row b stand at first[b] and behind; of packed sequences, (1, total, H, D), each has a row.
     """
     o, starts = torch.zeros_like(q), first.tolist()
-    room = lambda start: max(0, k.shape[1] - start)  # noqa: E731; what is behind it is padding, or had no place
+    room = lambda start: max(0, k.shape[1] - start)  # noqa: E731
     if of_token is None:  # neighbouring rows that begin at the same position, together
         groups = ((start, list(same)) for start, same in itertools.groupby(range(len(starts)), starts.__getitem__))
         rows = ((start, slice(same[0], same[-1] + 1)) for start, same in groups)
