@@ -594,6 +594,17 @@ def edges(lengths: Iterable[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+def wild_offsets(seed: int, total: int, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
+    """cu_seqlens of any values, and what a device that reads them must make of them: ascending, from 0 to total."""
+    pick, limits = python_random.Random(seed), torch.iinfo(dtype)
+    ranges = (limits.min, limits.max), (-3, total + 3), (0, total), (limits.max, limits.max), (limits.min, limits.min)
+    values = [pick.randint(*pick.choice(ranges)) for _ in range(pick.randint(2, 8))]
+    read = [0]
+    for value in values[1:-1]:
+        read.append(max(read[-1], min(max(value, 0), total)))
+    return torch.tensor(values, dtype=dtype), torch.tensor([*read, total], dtype=torch.int32)
+
+
 def compress(x: Tensor, cfg: NSAConfig, compressor: TokenCompressor) -> Tensor:
     """(B, T, K, D) → (B, C, K, D), head by head, by the oracle's definition of the compressor."""
     w, sizes = dict(compressor.method.named_parameters()), (cfg.block_size, cfg.stride)

@@ -38,12 +38,27 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[True, False], ids=["host_reads", "host_does_not_read"])
-def host_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Runs a test as on a CPU, and as on a GPU, where no values are looked at."""
-    if not request.param:
-        monkeypatch.setattr(nsa, "_readable", lambda x: False)
-    return request.param
+@pytest.fixture
+def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are not looked at on the host, as on a GPU."""
+    monkeypatch.setattr(nsa, "_readable", lambda x: False)
+
+
+@pytest.fixture(params=["host_reads", "host_does_not_read"])
+def host_reads(request: pytest.FixtureRequest) -> None:
+    """Runs a test as on a CPU, and as on a GPU."""
+    if request.param == "host_does_not_read":
+        request.getfixturevalue("nobody_looks")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` returns NaN, or the largest integer."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(was)
 
 
 @pytest.fixture(autouse=True)

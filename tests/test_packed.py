@@ -17,6 +17,7 @@ from cases import (
     GROUP_3,
     GROUP_16,
     IN_KERNELS,
+    LONG_BLOCKS,
     NO_BLOCK,
     OVERLAPPING,
     PLAIN,
@@ -41,6 +42,7 @@ from cases import (
     sizes,
     slow,
     whole,
+    wild_offsets,
 )
 from conftest import assert_close64, assert_valid_choice, assert_within_budget, choice_tolerance
 from torch import Tensor
@@ -284,6 +286,46 @@ def test_a_change_before_the_backward_does_not_reach_it(random: Random) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Offsets that the host does not look at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_with_spare_rows(case: Case, cu_seqlens: Tensor, random: Random, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs, with total // stride rows of compressed keys: NaN from where the sequences' blocks end."""
+    x = case.tensors(random, dtype) | {"block_indices": random.block_indices(case)}
+    blocks = sum(oracle.compressed_count(n, case.block_size, case.stride) for n in cu_seqlens.diff().tolist())
+    rows = (1, case.T // case.stride, case.K, case.D)
+    spare = (torch.arange(rows[1]) >= blocks)[:, None, None]
+    return x | {name: random(rows, dtype).masked_fill(spare, torch.nan).requires_grad_() for name in ("k_cmp", "v_cmp")}
+
+
+GARBAGE = [(seed, dtype) for seed in range(6) for dtype in (torch.int32, torch.int64)]
+
+
+@every_branch
+@pytest.mark.parametrize("seed, dtype", GARBAGE, ids=str)
+def test_garbage(branch: Branch, seed: int, dtype: torch.dtype, random: Random, nobody_looks: None) -> None:
+    case = replace(OVERLAPPING, T=41)
+    given, read = wild_offsets(seed, case.T, dtype)
+    x = draw_with_spare_rows(case, read, random, torch.float64)
+    actual, expected = (run(branch, Packed(edges), case, x) for edges in (given, read))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+        assert value[~torch.isneginf(value)].isfinite().all(), name
+
+
+@pytest.mark.parametrize("rows", [0, 1, 6])
+@pytest.mark.parametrize("branch", [compressed, whole], ids=lambda branch: branch.__name__)
+def test_too_few_compressed_keys(branch: Branch, rows: int, random: Random, nobody_looks: None) -> None:
+    """The blocks that have none are seen by nobody."""
+    packing = replace(PACKINGS[0], case=OVERLAPPING)
+    x = packing.draw(branch, random)
+    x |= {name: x[name].detach()[:, :rows].clone().requires_grad_() for name in ("k_cmp", "v_cmp")}
+    for name, value in run(branch, Packed(packing.cu_seqlens), packing.case, x).items():
+        assert value[~torch.isneginf(value)].isfinite().all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The kernels, by Triton's interpreter
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -519,3 +561,55 @@ def test_rows_of_compressed_keys_that_no_block_needs(packing: Packing, random: R
         assert (dk[:, needed:] == 0).all() and (dv[:, needed:] == 0).all()
         results.append((o, lse, dq, dk[:, :needed], dv[:, :needed], chosen))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("branch", [compressed, whole], ids=lambda branch: branch.__name__)
+@pytest.mark.parametrize("packing", [GROUP_3, NO_BLOCK, slow(GROUP_1), slow(GROUP_16), slow(LONG_BLOCKS)], ids=str)
+def test_kernels_and_spare_rows_of_compressed_keys(branch: Branch, packing: Packing, random: Random) -> None:
+    """They may hold NaN, and their gradient is 0."""
+    case = replace(packing.case, T=sum(packing.lengths))
+    x = draw_with_spare_rows(case, packing.cu_seqlens, random, torch.float32)
+    actual, expected = (
+        run(branch, Packed(packing.cu_seqlens, backend), case, tensors, torch.float32)
+        for backend, tensors in (("triton", x), ("torch", double(x)))
+    )
+    assert_close_to_plain(actual, expected)
+    blocks = sum(alone.C for alone in packing.alone)
+    for name in ("gradient of k_cmp", "gradient of v_cmp"):
+        assert not actual[name][:, blocks:].any(), f"{name}: spare rows"
+
+
+def assert_close_to_plain(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Close to the PyTorch path in float64, and finite but for the log-sum-exp of rows that see nothing."""
+    for name, value in expected.items():
+        assert torch.equal(torch.isneginf(actual[name]), torch.isneginf(value)), name
+        finite, exact = (y[~torch.isneginf(value)].double() for y in (actual[name], value))
+        torch.testing.assert_close(finite, exact, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+@interpreted
+@pytest.mark.parametrize("branch", [local, compressed, selective, slow(whole)], ids=lambda branch: branch.__name__)
+@pytest.mark.parametrize("seed, dtype", [GARBAGE[1], GARBAGE[4], *(slow(*each) for each in GARBAGE)], ids=str)
+def test_kernels_and_garbage(
+    branch: Branch, seed: int, dtype: torch.dtype, random: Random, nobody_looks: None, poisoned: None
+) -> None:
+    """No access outside the tensors, which `conftest` checks, nor a read of what nothing has written."""
+    case = replace(GROUP_3.case, T=41, D=16)
+    given, read = wild_offsets(seed, case.T, dtype)
+    x = draw_with_spare_rows(case, read, random, torch.float32)
+    actual = run(branch, Packed(given, "triton"), case, x, torch.float32)
+    assert_close_to_plain(actual, run(branch, Packed(read), case, double(x)))
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [slow(0), 1, slow(6)])
+@pytest.mark.parametrize("branch", [compressed, slow(whole)], ids=lambda branch: branch.__name__)
+def test_kernels_and_too_few_compressed_keys(
+    branch: Branch, rows: int, random: Random, nobody_looks: None, poisoned: None
+) -> None:
+    packing = replace(GROUP_3, case=replace(GROUP_3.case, D=16), lengths=(18, 33, 9))
+    x = packing.draw(branch, random, torch.float32)
+    x |= {name: x[name].detach()[:, :rows].clone().requires_grad_() for name in ("k_cmp", "v_cmp")}
+    of = Packed(packing.cu_seqlens, "triton"), Packed(packing.cu_seqlens)
+    assert_close_to_plain(*(run(branch, each, packing.case, x, torch.float32) for each in of))

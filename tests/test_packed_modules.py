@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random as python_random
 from typing import Any
 
@@ -16,13 +17,18 @@ from cases import (
     draw_config,
     edges,
     every_config,
+    every_config_with,
     gradients,
+    interpreted,
+    slow,
     whether_the_host_reads,
+    wild_offsets,
 )
 from conftest import assert_close64, assert_within_budget
 from torch import Tensor, nn
 
-from native_sparse_attention import NativeSparseAttention, NSABlock, NSAConfig
+import native_sparse_attention as nsa
+from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig
 
 LENGTHS = (0, 9, 1, 0, 27, 3, 4, 5, 0)  # empty ones, one token, shorter than a block, a whole block
 
@@ -126,6 +132,56 @@ def test_compressors_are_given_whole_blocks(random: Random) -> None:
     assert shapes == [(3 * 2, 4, 6)] * 2, "of keys and of values: 2 + 0 + 1 blocks, 2 heads"
     attention(random((1, 7, 12)), cu_seqlens=edges((3, 3, 1)))
     assert len(shapes) == 2, "called where there is no block"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Offsets that the host does not look at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step(module: nn.Module, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """The output and the gradients of x and of all parameters."""
+    leaves = [x.requires_grad_(), *module.parameters()]
+    y = module(x, cu_seqlens=cu_seqlens)
+    return [y, *gradients(y, leaves, [Random(seed=1)(y.shape)])]
+
+
+@every_config_with("seed", range(100))
+def test_garbage(name: str, seed: int, random: Random, nobody_looks: None) -> None:
+    """A call on any values is that on the nearest offsets that could be: as on a GPU, where no error can tell."""
+    module, x = (build, build_block)[seed % 2](random, **CONFIGS[name]), random((1, 37, 12))
+    given, read = wild_offsets(seed, 37, (torch.int32, torch.int64)[seed % 3 == 0])
+    for actual, expected in zip(step(module, x, given), step(module, x, read), strict=True):
+        assert torch.equal(actual, expected) and expected.isfinite().all()
+
+
+@torch.no_grad()
+@every_config_with("seed", range(200, 300))
+def test_garbage_and_a_cache(name: str, seed: int, random: Random, nobody_looks: None) -> None:
+    module, x = (build, build_block)[seed % 2](random, **CONFIGS[name]), random((1, 37, 12))
+    cfg, (given, read) = getattr(module, "attn", module).cfg, wild_offsets(seed, 37)
+    outputs, caches = [], [NSACache(cfg, len(given) - 1, 40, dtype=torch.float64) for _ in range(2)]
+    for cache, cu_seqlens in zip(caches, (given, read), strict=True):
+        outputs += [module(x, cache=cache, cu_seqlens=cu_seqlens), module(x[:, :9], cache=cache, cu_seqlens=cu_seqlens)]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert caches[0].lengths == caches[1].lengths
+    assert torch.equal(caches[0].tokens, caches[1].tokens) and torch.equal(caches[0].blocks, caches[1].blocks)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # −inf − −inf, as on a GPU
+@pytest.mark.parametrize("name, seed", [("rope_overlapping", 1), slow("paper_rope_bias", 2), slow("avgpool", 3)])
+def test_garbage_in_kernels(
+    name: str, seed: int, random: Random, nobody_looks: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables and all by the kernels; `conftest` checks that they stay within their arguments."""
+    exact, x = build(random, **CONFIGS[name]), random((1, 37, 12), torch.float32)
+    given, read = wild_offsets(seed, 37)
+    expected = step(exact, x.double(), read)
+    kernels = nsa._BACKENDS["triton"]
+    monkeypatch.setitem(nsa._BACKENDS, "triton", kernels._replace(preferred=lambda device: True))
+    for actual, value in zip(step(copy.deepcopy(exact).float(), x, given), expected, strict=True):
+        torch.testing.assert_close(actual.double(), value, rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
