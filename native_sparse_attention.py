@@ -2654,8 +2654,9 @@ def _torch_append(tokens: Tensor, values: list[Tensor], first: Tensor, of_token:
 
 def _torch_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int, stride: int) -> _Segments:
     """Tables of packed sequences, whatever the offsets are: those that are none count as the nearest that could be."""
-    offsets = cu_seqlens.long().clamp(0, total).cummax(0).values
+    offsets = cu_seqlens.long().clamp(0, total)
     offsets[-1:], offsets[:1] = total, 0
+    offsets = offsets.cummax(0).values
     counts = ((offsets.diff() - block_size) // stride + 1).clamp(min=0)
     cu_keys = F.pad(counts.cumsum(0), (1, 0)).clamp(max=keys)
     token, key = torch.arange(total, device=offsets.device), torch.arange(keys, device=offsets.device)
