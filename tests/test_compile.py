@@ -499,7 +499,7 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
     return made
 
 
-OPERATORS = [value for value in vars(nsa).values() if isinstance(value, torch.library.CustomOpDef)]
+OPERATORS = [value for value in vars(nsa).values() if isinstance(value, torch._ops.OpOverload)]
 
 
 @pytest.mark.slow
