@@ -3061,13 +3061,61 @@ def _constants(kernel: str, H: int, K: int, D: int, dtype: torch.dtype, precisio
     return heads | {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
 
 
-class _Plan(NamedTuple):
-    """Everything about a launch that follows from shapes, dtype and settings. Made once for each, and remembered."""
+def _launches_directly(version: str) -> bool:
+    """Whether `_Launch` launches compiled kernels by itself: in the versions of Triton that it is written for."""
+    return (3, 4) <= tuple(map(int, version.split(".")[:2])) < (3, 10)
 
-    grid: tuple[int, ...]
-    constants: dict[str, Any]
-    splits: int = 1  # parts that the rows are split into, whose results are added
-    chunk: int = 0  # queries whose intermediate results are in memory at a time
+
+_DIRECT_LAUNCH = triton is not None and _launches_directly(triton.__version__)  # if False, every launch is Triton's own
+
+
+class _Launch:
+    """A kernel with all that it takes but for its pointers; called with these: tensors, tensor descriptors and None.
+
+    In each launch Triton looks at every argument to find which of its compiled kernels is meant, which takes two thirds
+    of the host's time. A `_Launch` belongs to a plan, so that all that Triton sees stays the same, but for addresses.
+    Hence the first launch is Triton's own, and the others are of what it compiled; unless an address is no multiple of
+    16 bytes, or somebody, a profiler maybe, wants to know of launches.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self._compiled: Any = None
+
+    def __call__(self, *pointers: Any) -> None:
+        addresses, bits = [], 0
+        for x in pointers:
+            if isinstance(x, Tensor):
+                x = x.data_ptr()  # of a tensor, Triton would ask the driver whether it is on the GPU
+                bits |= x
+            addresses.append(x)
+        if not _DIRECT_LAUNCH or self._compiled is None or bits % 16 or _launch_hooks():
+            compiled = self.kernel[self.grid](*pointers, *self.numbers, **self.constants)
+            if _DIRECT_LAUNCH and compiled is not None and bits % 16 == 0:
+                self._remember(compiled)
+            return
+        stream = self._stream_of(self._device)
+        self._compiled.run(*self._grid, stream, *self._before, *addresses, *self._after)
+
+    def _remember(self, compiled: Any) -> None:
+        """Prepares compiled.run(*grid, stream, function, metadata of kernel and launch, two hooks, *arguments)."""
+        driver, parameters = triton.runtime.driver.active, inspect.signature(self.kernel.fn).parameters
+        self._device, self._stream_of = driver.get_current_device(), driver.get_current_stream
+        self._grid = (*self.grid, 1, 1)[:3]
+        self._before = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._after = (*self.numbers, *(self.constants[name] for name in parameters if name in self.constants))
+        self._compiled = compiled
+
+
+def _launch_hooks() -> bool:
+    runtime = triton.knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+
+
+def _layout(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All of these tensors but their values and addresses: what a plan follows from."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -3337,22 +3385,34 @@ def _preprocess_kernel(
         tl.store(delta_ptr + out, delta)
 
 
+@functools.lru_cache(maxsize=4096)
+def _preprocess_plan(layout: tuple[Any, ...], K: int, branches: int) -> tuple[_Launch, int]:
+    """The launch, and the rows of each key head."""
+    ((B, T, H, D), do_strides, *_), gates = layout
+    rows, rows_pad = _merge_rows(D), _padded_rows(T, H // K)
+    numbers = (T, rows_pad, do_strides, (0, 0, 0, 0) if gates is None else gates[1])
+    sizes = {"K": K, "GROUP": H // K, "GROUP_PAD": _power_of_2(H // K), "D": D, "BLOCK_D": _block_d(D)}
+    grid = (_cdiv(rows_pad, rows), B * K)
+    return _Launch(_preprocess_kernel, grid, numbers, **sizes, BLOCK_M=rows, BRANCHES=branches), rows_pad
+
+
+def _padded_rows(T: int, group: int) -> int:
+    """Rows that lse and delta have for each key head: a tile may begin at any token of the last ones."""
+    return (_cdiv(T * _power_of_2(group), _MAX_ROWS) + 1) * _MAX_ROWS
+
+
 def _triton_preprocess(
     do: Tensor, outputs: Sequence[Tensor], lses: Sequence[Tensor], kv_heads: int,
     gates: Tensor | None = None, dlse: Tensor | None = None,
 ) -> tuple[list[_RowTerms], Tensor | None]:  # fmt: skip
-    B, T, H, D = do.shape
-    group_pad, branches, rows = _power_of_2(H // kv_heads), len(outputs), _merge_rows(D)
-    rows_pad = (_cdiv(T * group_pad, _MAX_ROWS) + 1) * _MAX_ROWS  # a tile may begin at any token of the last rows
-    lse, delta = torch.empty(2, branches, B, kv_heads, rows_pad, dtype=torch.float32, device=do.device)
-    dgates = None if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
-    _preprocess_kernel[(_cdiv(rows_pad, rows), B * kv_heads)](
-        do, None if dlse is None else dlse.contiguous(), gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, lse, delta,
-        T, rows_pad, do.stride(), (0, 0, 0, 0) if gates is None else gates.stride(),
-        K=kv_heads, GROUP=H // kv_heads, GROUP_PAD=group_pad, D=D, BLOCK_D=_block_d(D), BLOCK_M=rows, BRANCHES=branches,
-    )  # fmt: skip
-    return [_RowTerms(*terms) for terms in zip(lse, delta, strict=True)], dgates
+    launch, rows_pad = _preprocess_plan(_layout(do, gates), kv_heads, len(outputs))
+    shape = (2, len(outputs), do.shape[0], kv_heads, rows_pad)
+    lse, delta = torch.empty(shape, dtype=torch.float32, device=do.device).unbind()
+    dgates = None if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    dlse = None if dlse is None else dlse.contiguous()
+    launch(do, dlse, gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, lse, delta)
+    return [_RowTerms(*terms) for terms in zip(lse.unbind(), delta.unbind(), strict=True)], dgates
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3466,7 +3526,7 @@ def _mask_chosen(
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_forward_kernel(
     q_ptr, k_desc, v_desc, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, blocks_ptr, cu_seqlens, cu_keys,
-    n_segments, first_ptr, T, C, Z, scale, q_strides, block_strides,
+    first_ptr, n_segments, T, C, Z, scale, q_strides, block_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -3665,30 +3725,57 @@ def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
     return max(1, min(fill, row_tiles // 32), min(even, row_tiles // 512))
 
 
-@functools.lru_cache(maxsize=4096)
-def _span_plan(
-    kernel: str, q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype, device: torch.device, span: _Span,
-    segments: int, precision: str, slots: int = 0, select: int = 0,
-) -> _Plan:  # fmt: skip
-    """Plan of a kernel over tiles of queries, or for "dkv" over tiles of keys and splits of the queries.
+def _span_constants(
+    kernel: str, layout: tuple[Any, ...], span: _Span, select_block_size: int, precision: str
+) -> dict[str, Any]:
+    """Constants of a kernel. Where queries chose blocks, no other keys count."""
+    ((_, _, H, D), _, dtype, _), (k_shape, *_), chosen, *_ = layout
+    branch, window = ("local", min(span.window, _FAR)) if span.window else ("masked" if chosen else "compressed", 0)
+    constants = _constants(f"{branch}_{kernel}", H, k_shape[2], D, dtype, precision)
+    constants |= {"GROUP_PAD": _power_of_2(constants["GROUP"]), "WINDOW": window}
+    constants |= {"BLOCK": span.block_size, "STRIDE": span.stride, "S": 0, "SELECT": select_block_size, "BLOCKS": 0}
+    if chosen:  # BLOCKS: the most blocks that share a tile, whose first key is a multiple of its size
+        l_, keys = select_block_size, constants["BLOCK_N"]
+        constants |= {"S": chosen[0][3], "BLOCKS": (l_ - math.gcd(keys, l_) + keys - 1) // l_ + 1}
+    return constants
 
-    Where queries chose `slots` blocks of `select` tokens, no other keys count.
-    """
-    (B, T, H, D), (C, K) = q_shape, k_shape[1:3]
-    branch, window = ("local", min(span.window, _FAR)) if span.window else ("masked" if slots else "compressed", 0)
-    constants = _constants(f"{branch}_{kernel}", H, K, D, dtype, precision)
-    group_pad, rows, keys = _power_of_2(H // K), constants["BLOCK_M"], constants["BLOCK_N"]
-    constants |= {"GROUP_PAD": group_pad, "WINDOW": window, "BLOCK": span.block_size, "STRIDE": span.stride}
-    # BLOCKS: the most blocks that share a tile, whose first key is a multiple of its size
-    blocks = (select - math.gcd(keys, select) + keys - 1) // select + 1 if slots else 0
-    constants |= {"S": slots, "SELECT": select, "BLOCKS": blocks}
-    if kernel != "dkv":
-        tiles = T * group_pad // rows + segments if segments else _cdiv(T * group_pad, rows)
-        return _Plan((tiles * B * K,), constants)
-    tiles = C // keys + segments if segments else _cdiv(C, keys)
-    row_tiles = _cdiv(T // max(segments, 1) * group_pad, rows)  # of a sequence, on average
-    splits = 1 if window else _splits(row_tiles, tiles * B * K, device)
-    return _Plan((splits * tiles * B * K,), constants, splits, _cdiv(row_tiles, splits))
+
+def _tile_count(rows: int, size: int, segments: int) -> int:
+    """Tiles of `size` rows. Those of each packed sequence begin anew."""
+    return rows // size + segments if segments else _cdiv(rows, size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _span_forward_plan(
+    layout: tuple[Any, ...], gated: bool, segments: int, span: _Span, scale: float, select_block_size: int,
+    precision: str,
+) -> _Launch:  # fmt: skip
+    ((B, T, *_), q_strides, *_), ((_, C, K, _), *_), chosen, _ = layout
+    constants = _span_constants("forward", layout, span, select_block_size, precision)
+    tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
+    numbers = (segments, T, C, B * K, scale, q_strides, chosen and chosen[1])
+    return _Launch(_span_forward_kernel, (tiles * B * K,), numbers, **constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def _span_backward_plan(
+    layout: tuple[Any, ...], add_dq: bool, add_dk: bool, segments: int, span: _Span, scale: float,
+    select_block_size: int, precision: str,
+) -> tuple[_Launch, _Launch, int]:  # fmt: skip
+    """Launches for dq, over tiles of queries, and for dk and dv, over tiles of keys and splits of the queries."""
+    ((B, T, H, _), q_strides, _, device), ((_, C, K, _), *_), chosen, (_, do_strides, *_) = layout
+    block_strides, rows_pad = chosen and chosen[1], _padded_rows(T, H // K)
+    constants = _span_constants("dq", layout, span, select_block_size, precision)
+    tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
+    numbers = (segments, T, C, B * K, rows_pad, scale, do_strides, q_strides, block_strides)
+    dq = _Launch(_span_dq_kernel, (tiles * B * K,), numbers, ADD=add_dq, **constants)
+
+    constants = _span_constants("dkv", layout, span, select_block_size, precision)
+    tiles = _tile_count(C, constants["BLOCK_N"], segments)
+    row_tiles = _cdiv(T // max(segments, 1) * constants["GROUP_PAD"], constants["BLOCK_M"])  # of an average sequence
+    splits = 1 if span.window else _splits(row_tiles, tiles * B * K, device)
+    numbers = (segments, T, C, B * K, rows_pad, tiles, _cdiv(row_tiles, splits), scale, block_strides)
+    return dq, _Launch(_span_dkv_kernel, (splits * tiles * B * K,), numbers, **constants), splits
 
 
 def _span_offsets(
@@ -3699,14 +3786,6 @@ def _span_offsets(
         return None, None, 0
     cu_seqlens = segments.cu_seqlens
     return cu_seqlens, cu_seqlens if span.window > 0 or masked else segments.cu_keys, len(cu_seqlens) - 1
-
-
-def _slots(block_indices: Tensor | None) -> tuple[Tensor | None, int, tuple[int, ...] | None]:
-    """Indices, slots and strides of a mask of chosen blocks, for a kernel."""
-    if block_indices is None:
-        return None, 0, None
-    block_indices = _unit_stride(block_indices)
-    return block_indices, block_indices.shape[-1], block_indices.stride()
 
 
 def _triton_span_forward(
@@ -3722,20 +3801,18 @@ def _span_forward(
     block_indices: Tensor | None = None, select_block_size: int = 0, gated: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
-    (B, T, H, _), (C, K) = q.shape, k.shape[1:3]
-    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
+    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
     mixed = torch.empty_like(o) if gated else o
-    if q.numel() == 0 or C == 0:
+    if q.numel() == 0 or k.shape[1] == 0:
         return o.zero_(), lse.fill_(-math.inf), mixed
+    masked = block_indices is not None
     q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
-    offsets, (chosen, slots, strides) = _span_offsets(segments, span, block_indices is not None), _slots(block_indices)
-    shape = (q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision(), slots, select_block_size)
-    plan = _span_plan("forward", *shape)
-    keys, outputs = plan.constants["BLOCK_N"], (mixed, *(x.contiguous() for x in gated)) if gated else (None,) * 4
-    _span_forward_kernel[plan.grid](
-        q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *outputs, chosen, *offsets, first, T, C, B * K,
-        scale, q.stride(), strides, **plan.constants,
-    )  # fmt: skip
+    chosen = _unit_stride(block_indices) if masked else None
+    *offsets, n = _span_offsets(segments, span, masked)
+    layout, settings = _layout(q, k, chosen, first), (span, scale, select_block_size, _precision())
+    launch = _span_forward_plan(layout, bool(gated), n, *settings)
+    keys, outputs = launch.constants["BLOCK_N"], (mixed, *(x.contiguous() for x in gated)) if gated else (None,) * 4
+    launch(q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *outputs, chosen, *offsets, first)
     return o, lse, mixed
 
 
@@ -3745,30 +3822,27 @@ def _triton_span_backward(
     block_indices: Tensor | None = None, select_block_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given."""
-    (B, T, _, D), (C, K) = q.shape, k.shape[1:3]
-    add, given = dq is not None, (dk, dv)
+    given, masked = (dk, dv), block_indices is not None
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (x.new_zeros(x.shape) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
         return dq, dk, dv
-    dq = dq if add else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
-    offsets, (chosen, slots, strides) = _span_offsets(segments, span, block_indices is not None), _slots(block_indices)
-    shape = (q.shape, k.shape, q.dtype, q.device, span, offsets[2], _precision(), slots, select_block_size)
-    plan = _span_plan("dq", *shape)
-    keys, rows_pad = plan.constants["BLOCK_N"], terms.lse.shape[-1]
-    _span_dq_kernel[plan.grid](
-        do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, chosen, *offsets, T, C, B * K,
-        rows_pad, scale, do.stride(), q.stride(), strides, ADD=add, **plan.constants,
-    )  # fmt: skip
-    plan = _span_plan("dkv", *shape)
-    rows, keys, splits = plan.constants["BLOCK_M"], plan.constants["BLOCK_N"], plan.splits
+    chosen = _unit_stride(block_indices) if masked else None
+    *offsets, n = _span_offsets(segments, span, masked)
+    layout, add = _layout(q, k, chosen, do), (dq is not None, dk is not None)
+    plan = _span_backward_plan(layout, *add, n, span, scale, select_block_size, _precision())
+    launch_dq, launch_dkv, splits = plan
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
+    keys = launch_dq.constants["BLOCK_N"]
+    launch_dq(do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, chosen, *offsets)
+    (B, *row), K = k.shape, k.shape[2]
+    rows, keys = launch_dkv.constants["BLOCK_M"], launch_dkv.constants["BLOCK_N"]
     sum_dtype = k.dtype if splits == 1 else torch.float32
     if dk is None or splits > 1:
-        dk, dv = (k.new_empty((splits * B, C, K, D), dtype=sum_dtype) for _ in range(2))
-    _span_dkv_kernel[plan.grid](
+        dk, dv = (k.new_empty((splits * B, *row), dtype=sum_dtype) for _ in range(2))
+    launch_dkv(
         _query_descriptor(do, K, rows), _query_descriptor(q, K, rows), _key_descriptor(k, keys),
-        _key_descriptor(v, keys), *terms, dk, dv, *given, chosen, *offsets, T, C, B * K, rows_pad,
-        plan.grid[0] // (splits * B * K), plan.chunk, scale, strides, **plan.constants,
+        _key_descriptor(v, keys), *terms, dk, dv, *given, chosen, *offsets,
     )  # fmt: skip
     if splits > 1:
         dk, dv = (x.unflatten(0, (splits, B)).sum(0).to(k.dtype) for x in (dk, dv))
@@ -3842,7 +3916,7 @@ def _store_scores(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C", "first_tile", "n_rows", "n_blocks"])
 def _block_scores_kernel(
-    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens, cu_keys, n_segments, first_ptr, T, C, first_tile, n_rows, n_blocks,
+    q_ptr, k_ptr, lse_ptr, scores_ptr, cu_seqlens, cu_keys, first_ptr, n_segments, T, C, first_tile, n_rows, n_blocks,
     scale, q_strides, k_strides, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
     PART: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
@@ -3962,7 +4036,7 @@ def _choose_level(
 
 @_kernel(do_not_specialize=["n_segments", "T", "first_tile", "n_rows", "n_blocks"])
 def _choose_kernel(
-    scores_ptr, chosen_ptr, cu_seqlens, n_segments, first_ptr, T, first_tile, n_rows, n_blocks,
+    scores_ptr, chosen_ptr, cu_seqlens, first_ptr, n_segments, T, first_tile, n_rows, n_blocks,
     K: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, NP: tl.constexpr, LEAST_NP: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -3993,23 +4067,55 @@ def _carry(choice: _Choice) -> tuple[int, int]:
     return ratio, (ratio + choice.block_size // choice.stride - 2) // ratio
 
 
+class _SelectPlan(NamedTuple):
+    """Launches for scores and for the choice, of each chunk of rows."""
+
+    score_values: int  # of a chunk
+    chunks: list[tuple[_Launch, _Launch]]
+
+
 @functools.lru_cache(maxsize=4096)
 def _select_plan(
-    q_shape: torch.Size, K: int, dtype: torch.dtype, choice: _Choice, segments: int, positions: int, precision: str
-) -> _Plan:
-    """Plan of both kernels: `grid` has all rows, those that fill up the last tile of a segment too, and blocks."""
-    B, T, H, D = q_shape
+    layout: tuple[Any, ...], choice: _Choice, segments: int, positions: int, scale: float, precision: str
+) -> _SelectPlan:
+    """Rows are those of a grid of tiles: those that fill up the last tile of a segment are among them."""
+    ((B, T, H, D), q_strides, dtype, device), (k_shape, k_strides, *_), _, first = layout
+    (C, K), S, slots = k_shape[1:3], choice.topk_blocks, _power_of_2(choice.topk_blocks)
     constants = _constants("scores", H, K, D, dtype, precision)
     rows, (ratio, carry) = constants["BLOCK_M"], _carry(choice)
     part = min(_power_of_2(ratio), 32)
     blocks = max(constants.pop("BLOCK_N") // part, _power_of_2(2 * carry), 2)
     constants |= {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": choice.select_block_size}
     constants |= {"BLOCKS": blocks, "PART": part, "CARRY": carry}
-    all_rows = (T // rows + segments) * rows if segments else T
-    n_blocks = _selection_count(positions, choice.select_block_size)
+    all_rows = _tile_count(T, rows, segments) * rows if segments else T
+    all_blocks = _selection_count(positions, choice.select_block_size)
     most = _SCORE_BYTES * (4 if segments else 1)  # of packed sequences, few rows fill the room that they have
-    chunk = min(_cdiv(max(most // (4 * B * K * n_blocks), 1), 128) * 128, all_rows)
-    return _Plan((all_rows, n_blocks), constants, chunk=chunk)
+    chunk = min(_cdiv(max(most // (4 * B * K * all_blocks), 1), 128) * 128, all_rows)
+    # Rows of unlike lengths, of which shapes do not tell: their own width, from the average length up.
+    usual_blocks = _power_of_2(_selection_count(T // segments, choice.select_block_size)) if segments else _NARROW
+    chunks = []
+    for row in range(0, all_rows, chunk):
+        n_rows, n_blocks = min(chunk, all_rows - row), all_blocks
+        if first is None:  # no others have begun
+            n_blocks = min(n_blocks, _selection_count(row + n_rows, choice.select_block_size))
+        tiles, splits = _cdiv(n_rows, rows), _cdiv(n_blocks, blocks - carry)
+        if segments:
+            splits = min(splits, _cdiv(16 * _num_sms(device), tiles * B * K))
+        numbers = (segments, T, C, row // rows, n_rows, n_blocks, scale, q_strides, k_strides)
+        scores = _Launch(_block_scores_kernel, (tiles, splits, B * K), numbers, **constants)
+
+        least = width = max(_power_of_2(n_blocks), slots)
+        if segments or first is not None:
+            least = min(width, max(min(usual_blocks, _NARROW), slots))
+        rows_each = min(max(1, 512 // least), rows)
+        choose = _Launch(
+            _choose_kernel, (_cdiv(n_rows, rows_each), B * K), (segments, T, row // rows, n_rows, n_blocks),
+            K=K, S=S, SP=slots, SELECT=choice.select_block_size, BLOCK_M=rows, INIT=choice.init_blocks,
+            LOCAL=choice.local_blocks, ROWS=rows_each, NP=width, LEAST_NP=least,
+            LEVELS=1 + (width // least).bit_length() // 2, num_warps=min(max(width // 1024, 1), 32),
+        )  # fmt: skip
+        chunks.append((scores, choose))
+    return _SelectPlan(B * K * chunk * all_blocks, chunks)
 
 
 def _triton_select(
@@ -4020,38 +4126,16 @@ def _triton_select(
 
     Behind a past, positions end at max_len, or where one more compressed key would be whole.
     """
-    (B, T), (C, K), S = q.shape[:2], k_cmp.shape[1:3], choice.topk_blocks
+    (B, T), (C, K) = q.shape[:2], k_cmp.shape[1:3]
     q, k_cmp, lse = _unit_stride(q), _unit_stride(k_cmp), lse.contiguous()
     *offsets, n = _span_offsets(segments, choice.span)
     positions = T if first is None else max_len or C * choice.stride + choice.block_size - 1
-    plan = _select_plan(q.shape, K, q.dtype, choice, n, positions, _precision())
-    (all_rows, all_blocks), chunk, constants = plan.grid, plan.chunk, plan.constants
-    rows, per_tile, slots = constants["BLOCK_M"], constants["BLOCKS"] - constants["CARRY"], _power_of_2(S)
-    # Rows of unlike lengths, of which shapes do not tell: their own width, from the average length up.
-    usual_blocks = _power_of_2(_selection_count(T // n, choice.select_block_size)) if n else _NARROW
-    chosen = torch.empty(B, T, K, S, dtype=torch.int32, device=q.device)
-    scores = torch.empty(B * K * chunk * all_blocks, dtype=torch.float32, device=q.device)
-    for row in range(0, all_rows, chunk):
-        n_rows, n_blocks = min(chunk, all_rows - row), all_blocks
-        if first is None:  # no others have begun
-            n_blocks = min(n_blocks, _selection_count(row + n_rows, choice.select_block_size))
-        tiles, splits = _cdiv(n_rows, rows), _cdiv(n_blocks, per_tile)
-        if n:
-            splits = min(splits, _cdiv(16 * _num_sms(q.device), tiles * B * K))
-        _block_scores_kernel[(tiles, splits, B * K)](
-            q, k_cmp, lse, scores, *offsets, n, first, T, C, row // rows, n_rows, n_blocks, scale, q.stride(),
-            k_cmp.stride(), **constants,
-        )  # fmt: skip
-        least = width = max(_power_of_2(n_blocks), slots)
-        if n or first is not None:
-            least = min(width, max(min(usual_blocks, _NARROW), slots))
-        rows_each = min(max(1, 512 // least), rows)
-        _choose_kernel[(_cdiv(n_rows, rows_each), B * K)](
-            scores, chosen, offsets[0], n, first, T, row // rows, n_rows, n_blocks,
-            K=K, S=S, SP=slots, SELECT=choice.select_block_size, BLOCK_M=rows, INIT=choice.init_blocks,
-            LOCAL=choice.local_blocks, ROWS=rows_each, NP=width, LEAST_NP=least,
-            LEVELS=1 + (width // least).bit_length() // 2, num_warps=min(max(width // 1024, 1), 32),
-        )  # fmt: skip
+    plan = _select_plan(_layout(q, k_cmp, lse, first), choice, n, positions, scale, _precision())
+    chosen = torch.empty(B, T, K, choice.topk_blocks, dtype=torch.int32, device=q.device)
+    scores = torch.empty(plan.score_values, dtype=torch.float32, device=q.device)
+    for launch_scores, launch_choice in plan.chunks:
+        launch_scores(q, k_cmp, lse, scores, *offsets, first)
+        launch_choice(scores, chosen, offsets[0], first)
     return chosen
 
 
@@ -4187,33 +4271,51 @@ class _PairIndex(NamedTuple):
     block: Tensor  # (Z, n_tiles) int32: the block of each tile, N where there is no tile
 
 
-def _index_pairs(
-    block_indices: Tensor, t0: int, n_tokens: int, n_blocks: int, select_block_size: int, size: int, group: int,
-    segments: _Segments | None = None, first: Tensor | None = None,
-) -> _PairIndex:  # fmt: skip
-    """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place.
+class _IndexPlan(NamedTuple):
+    """Launches that make a `_PairIndex`, and the shapes of what they write."""
 
-    The number of tiles of at most `size` rows is bounded without a look at the data.
-    """
-    (B, T, K, S), device = block_indices.shape, block_indices.device
+    count: _Launch
+    place: _Launch
+    cut: _Launch
+    counts: int
+    pairs: int
+    table: tuple[int, int]
+    block: tuple[int, int]  # its tiles: as many as there may be, without a look at the data
+
+
+def _index_plan(
+    layout: tuple[Any, ...], t0: int, n_tokens: int, n_blocks: int, select_block_size: int, size: int, group: int
+) -> _IndexPlan:
+    """Plan for tiles of at most `size` rows, of the queries from t0 on; by the layout of their block indices."""
+    (B, T, K, S), strides, *_ = layout
     Z, n_pairs, run = B * K, n_tokens * S, _RUN
     while run < 16384 and 4 * Z * n_blocks * _cdiv(n_pairs, run) > _COUNT_BYTES:
         run *= 2
     n_runs, n_tiles = _cdiv(n_pairs, run), n_pairs * group // size + n_blocks
-    counts = torch.zeros(Z * n_blocks * n_runs, dtype=torch.int32, device=device)
-    pairs = torch.zeros(Z * n_pairs, dtype=torch.int32, device=device)  # free slots are no pairs; what is left stays 0
-    table, block = (torch.empty(Z, n, dtype=torch.int32, device=device) for n in (4 * n_blocks, n_tiles))
-    of_token, *_ = _token_tables(segments)
-    arguments = (of_token, first, T, n_pairs, n_blocks, n_runs, t0, block_indices.stride())
+    numbers = (T, n_pairs, n_blocks, n_runs, t0, strides)
     constants = {"K": K, "S": S, "SELECT": select_block_size, "RUN": run}
-    _count_pairs_kernel[(n_runs, Z)](block_indices, counts, *arguments, **constants, num_warps=4)
+    step = {"TILE": 32, "num_warps": 1, "num_stages": 1}
+    sizes = {"GROUP": group, "SIZE": size, "NP": min(_power_of_2(n_blocks), _CUT)}
+    return _IndexPlan(
+        _Launch(_count_pairs_kernel, (n_runs, Z), numbers, **constants, num_warps=4),
+        _Launch(_place_pairs_kernel, (n_runs, Z), numbers, **constants, **step),
+        _Launch(_cut_tiles_kernel, (Z,), (n_blocks, n_runs, n_tiles), **sizes),
+        Z * n_blocks * n_runs, Z * n_pairs, (Z, 4 * n_blocks), (Z, n_tiles),
+    )  # fmt: skip
+
+
+def _index_pairs(
+    plan: _IndexPlan, block_indices: Tensor, of_token: Tensor | None, first: Tensor | None = None
+) -> _PairIndex:
+    """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place."""
+    options = {"dtype": torch.int32, "device": block_indices.device}
+    counts = torch.zeros(plan.counts, **options)
+    pairs = torch.zeros(plan.pairs, **options)  # free slots are no pairs; what is left stays 0
+    table, block = torch.empty(plan.table, **options), torch.empty(plan.block, **options)
+    plan.count(block_indices, counts, of_token, first)
     ends = counts.cumsum(0, dtype=torch.int32)
-    _place_pairs_kernel[(n_runs, Z)](
-        block_indices, counts, ends, pairs, *arguments, **constants, TILE=32, num_warps=1, num_stages=1
-    )
-    _cut_tiles_kernel[(Z,)](
-        ends, table, block, n_blocks, n_runs, n_tiles, GROUP=group, SIZE=size, NP=min(_power_of_2(n_blocks), _CUT)
-    )
+    plan.place(block_indices, counts, ends, pairs, of_token, first)
+    plan.cut(ends, table, block)
     return _PairIndex(pairs, table, block)
 
 
@@ -4230,8 +4332,8 @@ def _rows_of_tile(entry_ptr, tile, GROUP: tl.constexpr, SIZE: tl.constexpr):
 
 @_kernel(do_not_specialize=["n_segments", "T_keys", "n_blocks", "n_tiles", "n_pairs", "t0"])
 def _selected_by_block_kernel(
-    q_ptr, k_ptr, v_ptr, pairs_ptr, table_ptr, block_ptr, o_part, lse_part, cu_seqlens, n_segments,
-    first_ptr, T_keys, n_blocks, n_tiles, n_pairs, t0, scale, q_strides, k_strides, v_strides,
+    q_ptr, k_ptr, v_ptr, pairs_ptr, table_ptr, block_ptr, o_part, lse_part, cu_seqlens, first_ptr,
+    n_segments, T_keys, n_blocks, n_tiles, n_pairs, t0, scale, q_strides, k_strides, v_strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -4406,25 +4508,17 @@ def _selected_by_query_kernel(
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _selected_plan(
-    kernel: str, q_shape: torch.Size, K: int, S: int, select_block_size: int, dtype: torch.dtype, precision: str
-) -> _Plan:
-    """Plan of the selected branch: `chunk` queries at a time, `splits` tiles of keys in a block."""
-    B, T, H, D = q_shape
-    if kernel == "selected_backward" and H // K >= _LARGE_GROUP:
-        kernel = "selected_backward_large_group"
+def _selected_constants(
+    kernel: str, H: int, K: int, D: int, S: int, select_block_size: int, dtype: torch.dtype, precision: str
+) -> dict[str, Any]:
     constants = _constants(kernel, H, K, D, dtype, precision) | {"S": S, "SELECT": select_block_size}
     constants["BLOCK_N"] = min(constants["BLOCK_N"], max(_power_of_2(select_block_size), 16))
-    if kernel == "selected_by_query":
-        heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
-        constants |= {"BLOCK_M": heads, "STAGES": constants.pop("num_stages")}
-        constants["num_warps"] *= heads // 16
-        return _Plan((T, B * K, _cdiv(H // K, heads)), constants)
-    splits = _cdiv(select_block_size, constants["BLOCK_N"]) if kernel.startswith("selected_backward") else 1
-    bytes_per_token = B * H * S * splits * D * dtype.itemsize
-    chunk = min(max(_PARTIAL_BYTES // bytes_per_token // 64, 1) * 64, T)
-    return _Plan((), constants, splits, chunk)
+    return constants
+
+
+def _query_chunk(B: int, T: int, row_values: int, dtype: torch.dtype) -> int:
+    """Queries whose partial results, so many numbers for each, are in memory at a time."""
+    return min(max(_PARTIAL_BYTES // (B * row_values * dtype.itemsize) // 64, 1) * 64, T)
 
 
 def _by_mask(direction: str, q: Tensor, K: int, S: int, select_block_size: int) -> bool:
@@ -4444,47 +4538,72 @@ def _block_count(T: int, select_block_size: int, segments: int) -> int:
     return T // select_block_size + segments if segments else _selection_count(T, select_block_size)
 
 
+@functools.lru_cache(maxsize=4096)
+def _by_query_plan(
+    layout: tuple[Any, ...], gated: bool, select_block_size: int, scale: float, precision: str
+) -> _Launch:
+    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides, *_), (_, v_strides, *_), indices, *_ = layout
+    (_, _, K, S), strides, *_ = indices
+    constants = _selected_constants("selected_by_query", H, K, D, S, select_block_size, dtype, precision)
+    heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
+    constants |= {"BLOCK_M": heads, "STAGES": constants.pop("num_stages")}
+    constants["num_warps"] *= heads // 16
+    numbers = (k_shape[1], scale, q_strides, k_strides, v_strides, strides)
+    return _Launch(_selected_by_query_kernel, (T, B * K, _cdiv(H // K, heads)), numbers, **constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_block_plan(
+    layout: tuple[Any, ...], segments: int, gated: bool, select_block_size: int, scale: float, precision: str
+) -> tuple[int, list[tuple[_IndexPlan, _Launch, _Launch]]]:
+    """Rows of a chunk of queries; and for each chunk the index, the launch for partial results and their merger."""
+    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides, *_), (_, v_strides, *_), indices, *_ = layout
+    (_, _, K, S), strides, *_ = indices
+    T_keys, G = k_shape[1], H // K
+    constants = _selected_constants("selected_by_block", H, K, D, S, select_block_size, dtype, precision)
+    sizes = {name: constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
+    sizes |= {"SP": _power_of_2(S), "BLOCK_M": _merge_rows(D), "UNROLL": _unroll(S)}
+    n_blocks, chunk = _block_count(T_keys, select_block_size, segments), _query_chunk(B, T, H * S * D, dtype)
+    chunks = []
+    for t0 in range(0, T, chunk):
+        n_tokens = min(chunk, T - t0)
+        index = _index_plan(indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, G)
+        n_tiles = index.block[1]
+        numbers = (segments, T_keys, n_blocks, n_tiles, n_tokens * S, t0, scale, q_strides, k_strides, v_strides)
+        attend = _Launch(_selected_by_block_kernel, (n_tiles, B * K), numbers, SIZE=_FORWARD_ROWS, **constants)
+        grid = (_cdiv(n_tokens * G, _merge_rows(D)), B * K)
+        merge = _Launch(_merge_slots_kernel, grid, (T, T_keys, n_tokens, t0, strides), **sizes)
+        chunks.append((index, attend, merge))
+    return B * H * chunk * S, chunks
+
+
 def _triton_selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
     gated: tuple[Tensor, ...] = (), segments: _Segments | None = None, first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
-    (B, T, H, D), T_keys, (K, S) = q.shape, k.shape[1], block_indices.shape[2:]
+    K, S = block_indices.shape[2:]
     if _by_mask("forward", q, K, S, select_block_size) and first is None:
         return _span_forward(q, k, v, _Span(0), scale, segments, None, block_indices, select_block_size, gated)
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
-    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((B, T, H), dtype=torch.float32)
+    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
     mixed = torch.empty_like(o) if gated else o
     outputs = (o, lse, mixed, *((x.contiguous() for x in gated) if gated else (None, None, None)))
-    settings = (q.shape, K, S, select_block_size, q.dtype, _precision())
     of_token, cu_seqlens, n = _token_tables(segments)
-    if H // K >= _LARGE_GROUP and q.dtype.itemsize == 2 and _addressable(k) and _addressable(v):
-        plan = _selected_plan("selected_by_query", *settings)
-        keys = plan.constants["BLOCK_N"]
-        _selected_by_query_kernel[plan.grid](
-            q, _key_descriptor(k, keys), _key_descriptor(v, keys), k, v, block_indices, *outputs, of_token, cu_seqlens,
-            first, T_keys, scale, q.stride(), k.stride(), v.stride(), block_indices.stride(), **plan.constants,
-        )  # fmt: skip
+    layout, settings = _layout(q, k, v, block_indices, of_token, first), (select_block_size, scale, _precision())
+    large_group = q.shape[2] // k.shape[2] >= _LARGE_GROUP and q.dtype.itemsize == 2
+    if large_group and _addressable(k) and _addressable(v):
+        launch = _by_query_plan(layout, bool(gated), *settings)
+        keys = launch.constants["BLOCK_N"]
+        descriptors = (_key_descriptor(k, keys), _key_descriptor(v, keys))
+        launch(q, *descriptors, k, v, block_indices, *outputs, of_token, cu_seqlens, first)
         return o, lse, mixed
-    plan = _selected_plan("selected_by_block", *settings)
-    n_blocks, merge_rows = _block_count(T_keys, select_block_size, n), _merge_rows(D)
-    o_part = q.new_empty((B * H * plan.chunk * S, D))
-    lse_part = q.new_empty(len(o_part), dtype=torch.float32)
-    sizes = {name: plan.constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
-    for t0 in range(0, T, plan.chunk):
-        n_tokens = min(plan.chunk, T - t0)
-        index = _index_pairs(
-            block_indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, H // K, segments, first
-        )
-        n_tiles = index.block.shape[1]
-        _selected_by_block_kernel[(n_tiles, B * K)](
-            q, k, v, *index, o_part, lse_part, cu_seqlens, n, first, T_keys, n_blocks, n_tiles, n_tokens * S, t0, scale,
-            q.stride(), k.stride(), v.stride(), SIZE=_FORWARD_ROWS, **plan.constants,
-        )  # fmt: skip
-        _merge_slots_kernel[(_cdiv(n_tokens * H // K, merge_rows), B * K)](
-            o_part, lse_part, block_indices, *outputs, of_token, first, T, T_keys, n_tokens, t0, block_indices.stride(),
-            **sizes, SP=_power_of_2(S), BLOCK_M=merge_rows, UNROLL=_unroll(S),
-        )  # fmt: skip
+    rows, chunks = _by_block_plan(layout, n, bool(gated), *settings)
+    o_part, lse_part = q.new_empty((rows, q.shape[3])), q.new_empty(rows, dtype=torch.float32)
+    for index_plan, attend, merge in chunks:
+        index = _index_pairs(index_plan, block_indices, of_token, first)
+        attend(q, k, v, *index, o_part, lse_part, cu_seqlens, first)
+        merge(o_part, lse_part, block_indices, *outputs, of_token, first)
     return o, lse, mixed
 
 
@@ -4601,47 +4720,66 @@ def _sum_slots_kernel(
     _store_rows(dq_ptr, out, dq, exists, D, BLOCK_D)
 
 
+@functools.lru_cache(maxsize=4096)
+def _selected_backward_plan(
+    layout: tuple[Any, ...], segments: int, select_block_size: int, scale: float, add_dq: bool, add_dk: bool,
+    precision: str,
+) -> tuple[int, list[tuple[_IndexPlan, int, _Launch, _Launch, _Launch]]]:  # fmt: skip
+    """Rows of dq of a chunk of queries; and for each chunk the index, rows of dk, launches for parts and their sums."""
+    ((B, T, H, D), q_strides, dtype, _), (_, k_strides, *_), (_, v_strides, *_), *others = layout
+    ((_, _, K, S), strides, *_), (_, do_strides, *_), _ = others
+    G = H // K
+    kernel = "selected_backward_large_group" if G >= _LARGE_GROUP else "selected_backward"
+    constants = _selected_constants(kernel, H, K, D, S, select_block_size, dtype, precision)
+    keys, size, merge_rows = constants["BLOCK_N"], _SUM_ROWS[dtype.itemsize], _merge_rows(D)
+    splits = _cdiv(select_block_size, keys)
+    n_blocks, chunk = _block_count(T, select_block_size, segments), _query_chunk(B, T, H * S * splits * D, dtype)
+    sizes = {name: constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
+    constants |= {"GROUP_PAD": _power_of_2(G), "SIZE": size, "SPLITS": splits}
+    slot_sizes = sizes | {"GROUP": G, "S": S, "BLOCK_M": merge_rows, "ADD": add_dq, "UNROLL": _unroll(S * splits)}
+    chunks = []
+    for t0 in range(0, T, chunk):
+        n_tokens = min(chunk, T - t0)
+        index = _index_plan(others[0], t0, n_tokens, n_blocks, select_block_size, size, G)
+        n_tiles = index.block[1]
+        numbers = (segments, T, n_blocks, n_tiles)
+        more = (n_tokens * S, _padded_rows(T, G), t0, scale, do_strides, q_strides, k_strides, v_strides)
+        grid, merge_grid = (n_tiles, splits, B * K), (_cdiv(n_tokens * G, merge_rows), B * K)
+        gradient = _Launch(_selected_gradient_kernel, grid, (*numbers, *more), **constants)
+        add = {"BLOCK_N": keys, "ADD": add_dk or t0 > 0}
+        sum_tiles = _Launch(_sum_tiles_kernel, (n_blocks, splits, B * K), numbers, **sizes, **add)
+        sum_slots = _Launch(_sum_slots_kernel, merge_grid, (T, n_tokens, t0, strides), **slot_sizes)
+        chunks.append((index, B * K * n_tiles * splits * keys, gradient, sum_tiles, sum_slots))
+    return B * H * chunk * S * splits, chunks
+
+
 def _triton_selected_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
     scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
     segments: _Segments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given. A block's sums are made by its own programs, in a fixed order."""
-    (B, T, H, D), (K, S), G = q.shape, block_indices.shape[2:], q.shape[2] // k.shape[2]
+    K, S = block_indices.shape[2:]
     if _by_mask("backward", q, K, S, select_block_size):
         sums = {"dq": dq, "dk": dk, "dv": dv}
         masked = {"segments": segments, "block_indices": block_indices, "select_block_size": select_block_size}
         return _triton_span_backward(do, terms, q, k, v, _Span(0), scale, **sums, **masked)
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
-    plan = _selected_plan("selected_backward", q.shape, K, S, select_block_size, q.dtype, _precision())
-    chunk, splits, keys, size = plan.chunk, plan.splits, plan.constants["BLOCK_N"], _SUM_ROWS[q.dtype.itemsize]
-    add_dq, add_dk = dq is not None, dk is not None
-    dq = dq if add_dq else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sum_dtype = k.dtype if chunk == T else torch.float32  # a sum over several chunks stays in float32 until the last
-    empty = (torch.empty(B, T, K, D, dtype=sum_dtype, device=q.device) for _ in range(2))
-    dk, dv = (x.to(sum_dtype).contiguous() for x in (dk, dv)) if add_dk else empty
-    dq_part = q.new_empty((B * H * chunk * S * splits, D))
     of_token, cu_seqlens, n = _token_tables(segments)
-    n_blocks, merge_rows = _block_count(T, select_block_size, n), _merge_rows(D)
-    sizes = {name: plan.constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
-    for t0 in range(0, T, chunk):
-        n_tokens = min(chunk, T - t0)
-        index = _index_pairs(block_indices, t0, n_tokens, n_blocks, select_block_size, size, G, segments)
-        n_tiles = index.block.shape[1]
-        dk_part, dv_part = torch.empty(2, B * K * n_tiles * splits * keys, D, dtype=torch.float32, device=q.device)
-        _selected_gradient_kernel[(n_tiles, splits, B * K)](
-            do, q, k, v, *terms, *index, dq_part, dk_part, dv_part, cu_seqlens, n, T, n_blocks, n_tiles, n_tokens * S,
-            terms.lse.shape[-1], t0, scale, do.stride(), q.stride(), k.stride(), v.stride(),
-            GROUP_PAD=_power_of_2(G), SIZE=size, SPLITS=splits, **plan.constants,
-        )  # fmt: skip
-        _sum_tiles_kernel[(n_blocks, splits, B * K)](
-            dk_part, dv_part, index.table, dk, dv, cu_seqlens, n, T, n_blocks, n_tiles,
-            **sizes, BLOCK_N=keys, ADD=add_dk or t0 > 0,
-        )  # fmt: skip
-        _sum_slots_kernel[(_cdiv(n_tokens * G, merge_rows), B * K)](
-            dq_part, block_indices, dq, of_token, T, n_tokens, t0, block_indices.stride(),
-            **sizes, GROUP=G, S=S, BLOCK_M=merge_rows, ADD=add_dq, UNROLL=_unroll(S * splits),
-        )  # fmt: skip
+    add = (dq is not None, dk is not None)
+    layout = _layout(q, k, v, block_indices, do, of_token)
+    dq_rows, chunks = _selected_backward_plan(layout, n, select_block_size, scale, *add, _precision())
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
+    sum_dtype = k.dtype if len(chunks) == 1 else torch.float32  # a sum over several chunks: until the last
+    empty = (torch.empty(k.shape, dtype=sum_dtype, device=q.device) for _ in range(2))
+    dk, dv = empty if dk is None else (x.to(sum_dtype).contiguous() for x in (dk, dv))
+    dq_part = q.new_empty((dq_rows, q.shape[3]))
+    for index_plan, dk_rows, gradient, sum_tiles, sum_slots in chunks:
+        index = _index_pairs(index_plan, block_indices, of_token)
+        dk_part, dv_part = torch.empty((2, dk_rows, q.shape[3]), dtype=torch.float32, device=q.device).unbind()
+        gradient(do, q, k, v, *terms, *index, dq_part, dk_part, dv_part, cu_seqlens)
+        sum_tiles(dk_part, dv_part, index.table, dk, dv, cu_seqlens)
+        sum_slots(dq_part, block_indices, dq, of_token)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

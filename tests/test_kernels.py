@@ -198,7 +198,9 @@ def test_pairs_in_order_of_their_block(
     case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
     chosen = random.block_indices(case)  # (B, T, K, S)
     N = -(-case.T // case.select_block_size)
-    index = nsa._index_pairs(chosen, t0, n_tokens, N, case.select_block_size, size, group)
+    (layout,) = nsa._layout(chosen)
+    plan = nsa._index_plan(layout, t0, n_tokens, N, case.select_block_size, size, group)
+    index = nsa._index_pairs(plan, chosen, None)
     first_pair = 0
     for z in range(case.B * case.K):
         of_head = chosen[z // case.K, t0 : t0 + n_tokens, z % case.K].flatten()  # by pair, t·S + s

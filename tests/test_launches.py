@@ -1,0 +1,145 @@
+"""Launches: a plan remembers what Triton would find anew in each launch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Random, needs_triton
+from torch import Tensor
+
+import native_sparse_attention as nsa
+
+HEADS, LENGTHS = [(2, 2), (6, 2), (16, 1)], [17, 100, 256]
+SIZES = [(32, 16, 64), (16, 16, 16), (8, 4, 8)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def tensors(random: Random, T: int, H: int, K: int, D: int, C: int, dtype: torch.dtype, layout: str) -> list[Tensor]:
+    """q, k, v, k_cmp, v_cmp and gates, which want gradients."""
+    made = []
+    for rows, heads, width in ((T, H, D), (T, K, D), (T, K, D), (C, K, D), (C, K, D), (T, H, 3)):
+        x = random((1, rows, heads, 2 * width), dtype)[..., :width]
+        if layout != "strided":
+            x = x.contiguous()
+        if layout == "misaligned":
+            x = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+        made.append(x.requires_grad_())
+    return made
+
+
+def check_launches() -> None:
+    """Each launch of a compiled kernel is of the one that Triton would choose, with the arguments that it would pass.
+
+    Nothing is compiled: instead of a kernel there is Triton's own description of what it would compile.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Hopper:
+        """All that Triton asks about a device."""
+
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    class Compiled:
+        function = packed_metadata = None
+
+        def __init__(self, kind: tuple[str, ...]) -> None:
+            self.kind = kind
+
+        def run(self, *arguments: Any) -> None:
+            launches.append((self.kind, arguments[9:]))  # behind grid, stream, function, two of metadata, two hooks
+
+    def kind_of(kernel: JITFunction, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[str, ...]:
+        _, kind, options = kernel.device_caches[0][-1](*arguments, **constants)
+        return kernel.fn.__name__, str(kind), str(sorted(options.items()))
+
+    def look_up(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Compiled:
+        counts["looked up"] += 1
+        return Compiled(kind_of(self, arguments, constants))
+
+    def launch(self: nsa._Launch, *pointers: Any) -> None:
+        launches.clear()
+        before(self, *pointers)
+        if launches:
+            ((kind, given),) = launches
+            expected = (*pointers, *self.numbers)
+            assert kind == kind_of(self.kernel, expected, self.constants)
+            names = self.kernel.arg_names[len(expected) :]
+            expected = (*expected, *(self.constants[name] for name in names))
+            addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in expected]
+            assert list(given) == addresses, kind[0]
+            counts["direct"] += 1
+            kernels.add(kind[0])
+
+    launches, kernels, counts, before = [], set(), {"looked up": 0, "direct": 0}, nsa._Launch.__call__
+    driver.set_active(Hopper())
+    JITFunction.run, nsa._Launch.__call__ = look_up, launch
+    nsa._num_sms = lambda device: 132
+    nsa._BACKENDS["triton"] = nsa._BACKENDS["triton"]._replace(obstacle=lambda *_, **__: None)
+    random, results = Random(seed=1), {}
+
+    def run(dtype: torch.dtype, T: int, heads: tuple[int, int], sizes: tuple[int, ...], layout: str) -> dict[str, int]:
+        block, stride, select = sizes
+        edges = [0, T // 3, T] if layout == "packed" else [0, T]
+        C = sum(max(0, (n - block) // stride + 1) for n in (b - a for a, b in itertools.pairwise(edges)))
+        x = tensors(random, T, *heads, 40 if layout == "strided" else 64, C, dtype, layout)
+        given = {"local_window": 20, "block_size": block, "stride": stride, "select_block_size": select}
+        given |= {"topk_blocks": 3, "cu_seqlens": torch.tensor(edges) if layout == "packed" else None}
+        for name in counts:
+            counts[name] = 0
+        for _ in range(2):
+            o = nsa.nsa_attention(*x, **given, backend="triton")
+            torch.autograd.grad(o, x, torch.ones_like(o))
+        return dict(counts)
+
+    for masked in (nsa._MASKED_KEYS, {"forward": -(2**40), "backward": -(2**40)}):
+        nsa._MASKED_KEYS = masked
+        for T, heads, sizes, layout in itertools.product(LENGTHS, HEADS, SIZES, ("plain", "strided", "packed")):
+            for dtype in DTYPES:
+                run(dtype, T, heads, sizes, layout)
+    again = (torch.bfloat16, 100, (2, 2), SIZES[0])
+    results["again"] = run(*again, "plain")
+    results["misaligned"] = run(*again, "misaligned")
+    nsa.triton.knobs.runtime.launch_enter_hook.add(print)
+    results["with a hook"] = run(*again, "plain")
+    nsa.triton.knobs.runtime.launch_enter_hook.remove(print)
+    nsa._DIRECT_LAUNCH = False
+    results["switched off"] = run(*again, "plain")
+    print(json.dumps(results | {"kernels": sorted(kernels)}))
+
+
+@needs_triton
+def test_launches_are_those_that_triton_would_choose() -> None:
+    """In a process of its own: in this one, kernels belong to the interpreter."""
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    script = "import test_launches; test_launches.check_launches()"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    attention = {name for name in vars(nsa) if name.endswith("_kernel")} - {"_kernel"}
+    assert not [x for x in attention - set(results["kernels"]) if not x.startswith(("_decode", "_segments"))]
+    assert results["again"]["looked up"] == 0 < results["again"]["direct"]
+    assert results["misaligned"]["looked up"] > 0 < results["misaligned"]["direct"]
+    for case in ("with a hook", "switched off"):
+        assert results[case]["direct"] == 0 < results[case]["looked up"]
+
+
+@needs_triton
+@pytest.mark.parametrize("version, direct", [("3.3.1", False), ("3.4.0", True), ("3.6.0+git1", True), ("4.0.0", False)])
+def test_versions(version: str, direct: bool) -> None:
+    assert nsa._launches_directly(version) is direct
