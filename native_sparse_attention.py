@@ -3207,7 +3207,8 @@ def _segments_kernel(
 
     Offset s is the running maximum of what was given, clamped to [0, T]; the first is 0 and the last is T.
     """
-    t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)  # a token, and a compressed block
+    t0 = tl.program_id(0) * SIZE
+    t = t0 + tl.arange(0, SIZE)  # a token, and a compressed block
     segment, start, key_token, key_position = t * 0, t * 0, t * 0, t * 0
     highest, keys = 0, 0  # of the offsets so far, and the number of their compressed blocks
     for first in range(0, n_segments + 1, CHUNK):
@@ -3225,15 +3226,22 @@ def _segments_kernel(
             tl.store(cu_keys + s, tl.minimum(key_end, C), mask=s <= n_segments)
 
         # (CHUNK, SIZE): offsets up to the token; the segment from `last` to `offset` that has the compressed block
-        begun = inner[:, None] & (offset[:, None] <= t[None, :])
-        segment += tl.sum(begun.to(tl.int32), 0)
-        start = tl.maximum(start, tl.max(tl.where(begun, offset[:, None], 0), 0))
-        if tl.program_id(0) * SIZE < C:
+        lowest, highest = tl.min(tl.where(inner, offset, T), 0), tl.max(last, 0)
+        top = tl.max(tl.where(inner, offset, 0), 0)
+        if top <= t0:  # all, for every token
+            segment += tl.sum(inner.to(tl.int32), 0)
+            start = tl.maximum(start, top)
+        elif lowest < t0 + SIZE:
+            begun = inner[:, None] & (offset[:, None] <= t[None, :])
+            segment += tl.sum(begun.to(tl.int32), 0)
+            start = tl.maximum(start, tl.max(tl.where(begun, offset[:, None], 0), 0))
+        more_keys = tl.sum(blocks, 0)
+        if (keys < t0 + SIZE) & (keys + more_keys > t0):
             index = t[None, :] - (key_end - blocks)[:, None]
             inside = (index >= 0) & (index < blocks[:, None])
             key_token += tl.sum(tl.where(inside, last[:, None] + index * STRIDE, 0), 0)
             key_position += tl.sum(tl.where(inside, index * STRIDE, 0), 0)
-        highest, keys = tl.max(last, 0), keys + tl.sum(blocks, 0)
+        keys += more_keys
     tl.store(of_token + t, segment, mask=t < T)
     tl.store(of_token + T + t, t - start, mask=t < T)
     tl.store(of_key + t, key_token, mask=t < C)
@@ -3247,7 +3255,7 @@ def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int,
     tables = _Segments(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
     _segments_kernel[(_cdiv(max(total, keys, 1), 128),)](
         cu_seqlens.contiguous(), *tables, n, total, keys, BLOCK=block_size, STRIDE=stride, SIZE=128,
-        CHUNK=min(_power_of_2(n + 1), 128),
+        CHUNK=min(_power_of_2(n + 1), 64),
     )  # fmt: skip
     return tables
 
