@@ -3248,15 +3248,19 @@ def _segments_kernel(
     tl.store(of_key + C + t, key_position, mask=t < C)
 
 
+@functools.lru_cache(maxsize=4096)
+def _segments_plan(layout: tuple[Any, ...], total: int, keys: int, block_size: int, stride: int) -> _Launch:
+    n, constants = layout[0][0][0] - 1, {"BLOCK": block_size, "STRIDE": stride, "SIZE": 128}
+    grid = (_cdiv(max(total, keys, 1), constants["SIZE"]),)
+    return _Launch(_segments_kernel, grid, (n, total, keys), **constants, CHUNK=min(_power_of_2(n + 1), 64))
+
+
 def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int, stride: int) -> _Segments:
     """Tables of the sequences packed in `total` tokens and in `keys` rows of compressed keys."""
-    n, device = len(cu_seqlens) - 1, cu_seqlens.device
-    shapes = ((n + 1,), (n + 1,), (2, total), (2, keys))
-    tables = _Segments(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
-    _segments_kernel[(_cdiv(max(total, keys, 1), 128),)](
-        cu_seqlens.contiguous(), *tables, n, total, keys, BLOCK=block_size, STRIDE=stride, SIZE=128,
-        CHUNK=min(_power_of_2(n + 1), 64),
-    )  # fmt: skip
+    cu_seqlens = cu_seqlens.contiguous()
+    shapes = (cu_seqlens.shape, cu_seqlens.shape, (2, total), (2, keys))
+    tables = _Segments(*(torch.empty(shape, dtype=torch.int32, device=cu_seqlens.device) for shape in shapes))
+    _segments_plan(_layout(cu_seqlens), total, keys, block_size, stride)(cu_seqlens, *tables)
     return tables
 
 
