@@ -3125,8 +3125,12 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def _addressable(x: Tensor) -> bool:
     """Whether a tensor descriptor can address x: unit stride last; start and other strides multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in x.stride()[:-1])
+    return x.data_ptr() % 16 == 0 and _addressable_strides(x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _addressable_strides(strides: tuple[int, ...], size: int) -> bool:
+    return strides[-1] == 1 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -3139,16 +3143,34 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _key_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """(B, T, K, D) as (B, K, T, D), in tiles of (rows, D)."""
-    (B, T, K, D), (sb, st, sk, sd) = x.shape, x.stride()
-    return TensorDescriptor(x, [B, K, T, D], [sb, sk, st, sd], [1, 1, rows, _block_d(D)])
+    return _descriptor(x, *_key_view(x.shape, x.stride(), rows))
 
 
 def _query_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
     """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
-    (B, T, H, D), (sb, st, sh, sd) = x.shape, x.stride()
+    return _descriptor(x, *_query_view(x.shape, x.stride(), K, rows))
+
+
+def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
+    """TensorDescriptor(x, shape, strides, box) of an addressable x, without the time that its own checks take."""
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides, descriptor.block_shape = x, shape, strides, box
+    return descriptor
+
+
+@functools.lru_cache(maxsize=4096)
+def _key_view(shape: torch.Size, strides: tuple[int, ...], rows: int) -> tuple[list[int], list[int], list[int]]:
+    (B, T, K, D), (sb, st, sk, sd) = shape, strides
+    return [B, K, T, D], [sb, sk, st, sd], [1, 1, rows, _block_d(D)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _query_view(
+    shape: torch.Size, strides: tuple[int, ...], K: int, rows: int
+) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
+    (B, T, H, D), (sb, st, sh, sd) = shape, strides
     G, pad = H // K, _power_of_2(H // K)
-    box = [1, 1, max(1, rows // pad), min(rows, pad), _block_d(D)]
-    return TensorDescriptor(x, [B, K, T, G, D], [sb, G * sh, st, sh, sd], box)
+    return [B, K, T, G, D], [sb, G * sh, st, sh, sd], [1, 1, max(1, rows // pad), min(rows, pad), _block_d(D)]
 
 
 # Rows and tiles ───────────────────────────────────────────────────────────────────────────────────────────────────────
