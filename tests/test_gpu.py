@@ -305,6 +305,17 @@ def test_memory_layout_does_not_matter(layout: str, compiled: None) -> None:
     assert_as_exact_as_plain(whole, LAYOUT_CASE, x, run(whole, TRITON, LAYOUT_CASE, x, layout))
 
 
+@pytest.mark.parametrize("case, dtype", SWEEP, ids=str)
+def test_direct_launches(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
+    """To the bit what Triton's own launches give."""
+    x = draw(case, dtype)
+    run(whole, TRITON, case, x)
+    direct = run(whole, TRITON, case, x)
+    monkeypatch.setattr(nsa, "_DIRECT_LAUNCH", False)
+    for name, value in run(whole, TRITON, case, x).items():
+        assert torch.equal(value, direct[name]), f"{name} differs"
+
+
 MEMCHECK = (*CASES, real(1, 64, T=200), real(3, 80, T=200), real(16, 128, T=200))
 
 
