@@ -42,8 +42,8 @@ Contents, callers above callees.
              3 the model: NSABlock, attention, compressors         11 choice of blocks
              4 functions                                           12 selected attention
              5 batches: packed, padded, NSACache                   13 decoding
-             6 operators and autograd                              14 registration
-             7 block rules, PyTorch backend
+             6 operators and autograd                              14 compression
+             7 block rules, PyTorch backend                        15 registration
              8 self-tests
 
 Part I is complete by itself: without Part II the library is pure PyTorch.
@@ -68,7 +68,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = [
@@ -395,6 +394,9 @@ class NativeSparseAttention(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.compress_k = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
         self.compress_v = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
+        for compressor in (self.compress_k.method, self.compress_v.method):
+            if isinstance(compressor, _LearnedCompressor):
+                compressor.config = cfg
         # Plain parameters, so that a model's own `apply(init_weights)` leaves gate_init in place.
         self.gate_bias = nn.Parameter(torch.empty(cfg.heads, 3))
         self.gate_weight = nn.Parameter(torch.empty(cfg.heads * 3, cfg.dim)) if cfg.gate_mode == "q_cond" else None
@@ -501,8 +503,9 @@ class NativeSparseAttention(nn.Module):
         queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
         rope = None if cfg.rope_theta is None else _rope(batch.positions(x), cfg.rope_theta, queries)
         rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
-        keys = heads(self.to_k(x), -1, cfg.kv_heads).unbind(2)  # 1 or 3 of (B, T, K, D): local, compressed, selective
-        values = heads(self.to_v(x), -1, cfg.kv_heads).unbind(2)
+        # 1 or 3 of (B, T, K, D): local, compressed, selective. To unbind a single one would copy its gradient.
+        sets = lambda y: heads(y, 3, cfg.kv_heads).unbind(2) if cfg.separate_kv else (heads(y, cfg.kv_heads),)  # noqa: E731
+        keys, values = sets(self.to_k(x)), sets(self.to_v(x))
         k_local = rotated(keys[0])
         return _Projections(
             q=rotated(queries),
@@ -537,11 +540,7 @@ class NativeSparseAttention(nn.Module):
 
     def _compress_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) → (B, C, K, D), before rotation."""
-        compressed = []
-        for compressor, x in ((self.compress_k, k), (self.compress_v, v)):
-            y = compressor(rearrange(x, "b t k d -> (b k) t d"))
-            compressed.append(rearrange(y, "(b k) c d -> b c k d", k=x.shape[2]))
-        return compressed[0], compressed[1]
+        return self.compress_k(k, heads=True), self.compress_v(v, heads=True)
 
     def _finish_blocks(self, cache: NSACache, batch: _Batch, tokens: int) -> None:
         """Compresses the blocks that the new tokens of each row complete, from the tokens in the cache."""
@@ -634,12 +633,39 @@ class AvgPoolCompressor(_Compressor):
 class _LearnedCompressor(_Compressor):
     """Adds the learned position embedding inside the block, of shape (l, dim)."""
 
+    config: NSAConfig | None = None  # of the attention that it is a part of, which may do without kernels
+
     def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
         super().__init__(dim, block, stride)
         self.position = nn.Parameter(torch.empty(block, dim))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.position, std=0.02)
+
+    def _layers(
+        self, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None = None, b_out: Tensor | None = None
+    ) -> Tensor:
+        """y = w_in·(flattened block + position) + b_in of each block; with a second layer, w_out·GELU(y) + b_out."""
+        heads = x.ndim == 4
+        if heads or self.has_kernels(x):
+            tensors = (x if heads else x.unsqueeze(2), self.position, w_in, b_in, w_out, b_out)
+            x, *weights = _autocast(*tensors) if _autocast_enabled(x.device.type) else tensors
+            weights = (w if w is None else w.contiguous() for w in weights)
+            y = _CompressionFunction.apply(self.stride, x, *weights)
+            return y if heads else y.squeeze(2)
+        y = self._linear(x, w_in, b_in)
+        return y if w_out is None else F.linear(F.gelu(y), w_out, b_out)
+
+    def has_kernels(self, x: Tensor) -> bool:
+        """Whether kernels serve x, (b, T, dim) or with heads (B, T, K, dim), which the forward then takes as it stands.
+
+        They are for eager calls: torch.compile, torch.func and dispatch modes look at plain operations.
+        """
+        kernels = _BACKENDS.get("triton")
+        if kernels is None or _traced() or type(x) is not Tensor:
+            return False
+        allowed = self.config is None or self.config.use_flash
+        return allowed and x.numel() > 0 and x.shape[1] >= self.block and kernels.compresses(x, self.position)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """weight·(flattened block + position) + bias of each block: (b, T, dim) and (out, l·dim) → (b, C, out).
@@ -686,7 +712,7 @@ class GroupedMLPCompressor(_LearnedCompressor):
         nn.init.zeros_(self.b_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.gelu(self._linear(x, self.w_in, self.b_in)), self.w_out, self.b_out)
+        return self._layers(x, self.w_in, self.b_in, self.w_out, self.b_out)
 
 
 class Conv1dCompressor(_LearnedCompressor):
@@ -711,7 +737,7 @@ class Conv1dCompressor(_LearnedCompressor):
     def forward(self, x: Tensor) -> Tensor:
         # The embedding belongs to places in the block, not in the sequence, so that overlapping blocks disagree on it:
         # the convolution is the product of each block with the kernel, (l·dim) × (dim, l·dim).
-        return self._linear(x, self.weight.transpose(1, 2).flatten(1), self.bias)
+        return self._layers(x, self.weight.transpose(1, 2).flatten(1), self.bias)
 
 
 _COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
@@ -759,15 +785,21 @@ class TokenCompressor(nn.Module):
         self.method = method(dim, block, stride) if takes_stride else method(dim, block)
         _check(isinstance(self.method, nn.Module), "compression", method, "must build a torch.nn.Module", TypeError)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_tensor("x", x, 3, "(b, T, dim)")
-        _check(x.shape[2] == self.dim, "x.shape", tuple(x.shape), f"must have dim = {self.dim} in dimension 2")
+    def forward(self, x: Tensor, *, heads: bool = False) -> Tensor:
+        """(b, T, dim) → (b, C, dim); with heads, (B, T, K, dim) → (B, C, K, dim)."""
+        _check_tensor("x", x, 4 if heads else 3, "(B, T, K, dim)" if heads else "(b, T, dim)")
+        _check(x.shape[-1] == self.dim, "x.shape", tuple(x.shape), f"must have dim = {self.dim} as its last dimension")
         count = _compressed_count(x.shape[1], self.block, self.stride)
-        if count == 0 or x.shape[0] == 0:  # the parameters take part all the same: DDP waits for all gradients
-            none = [parameter.flatten()[:0].sum().to(x.dtype) for parameter in self.method.parameters()]
-            return sum(none, x.new_empty(x.shape[0], count, self.dim))
-        out = self.method(x[:, : (count - 1) * self.stride + self.block])
-        expected, name = (x.shape[0], count, self.dim), type(self.method).__name__
+        expected, method = (x.shape[0], count, *x.shape[2:]), self.method
+        if 0 in expected:  # the parameters take part all the same: DDP waits for all gradients
+            none = [parameter.flatten()[:0].sum().to(x.dtype) for parameter in method.parameters()]
+            return sum(none, x.new_empty(expected))
+        if type(method) in (GroupedMLPCompressor, Conv1dCompressor) and method.has_kernels(x):
+            return method(x)  # a class of their own may not know heads
+        if heads:
+            y = self.forward(x.transpose(1, 2).flatten(0, 1))  # (B, T, K, dim) → (B·K, T, dim) → (B·K, C, dim)
+            return y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
+        out, name = method(x[:, : (count - 1) * self.stride + self.block]), type(method).__name__
         _check(isinstance(out, Tensor), f"output of {name}", type(out).__name__, "must be a tensor", TypeError)
         _check(tuple(out.shape) == expected, f"output of {name}", tuple(out.shape), f"must have shape {expected}")
         return out
@@ -1700,6 +1732,11 @@ class _Backend(NamedTuple):
     append(tokens, values, first, of_token)
     obstacle(q, k, scale, choice, decoding) → why it cannot run, or None
     preferred(device) → whether "auto" takes it
+
+    Where it has kernels for the learned compressors, it brings three more:
+    compresses(x, weight) → whether they serve such an input and such weights
+    compress(x, position, w_in, b_in, w_out, b_out, stride) → y, and what backward needs of the hidden units
+    compress_backward(dy, x, position, w_in, w_out, hidden, stride, of_x, of_weights) → dx and those of the weights
     """
 
     span_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -1713,6 +1750,9 @@ class _Backend(NamedTuple):
     append: Callable[..., None]
     obstacle: Callable[..., str | None]
     preferred: Callable[[torch.device], bool]
+    compresses: Callable[[Tensor, Tensor], bool] = lambda *_: False
+    compress: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    compress_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
 
 
 _BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton" by section 14
@@ -2091,6 +2131,31 @@ class _AttentionFunction(torch.autograd.Function):
         return *(None,) * 4, *gradients[:6], *(gradients[6:] if own_keys else (None, None))
 
 
+class _CompressionFunction(torch.autograd.Function):
+    """Layers of a learned compressor, as in `_LearnedCompressor._layers`, by kernels: (b, T, dim) → (b, C, dim).
+
+    Once differentiable, and without a context for torch.func, whose transforms take the plain composition.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, stride: int, x: Tensor, position: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None,
+        b_out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        y, hidden = _BACKENDS["triton"].compress(x, position, w_in, b_in, w_out, b_out, stride)
+        ctx.stride = stride
+        ctx.save_for_backward(x, position, w_in, w_out, hidden)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved, (_, of_x, *of_weights) = ctx.saved_tensors, ctx.needs_input_grad
+        with torch.no_grad():
+            settings = (ctx.stride, of_x, any(of_weights))
+            gradients = _BACKENDS["triton"].compress_backward(dy, *saved, *settings)
+        return None, *_first_gradients(gradients, dy, *saved)
+
+
 class _FirstGradients(torch.autograd.Function):
     """The gradients as they are, and an error for whoever differentiates them.
 
@@ -2099,8 +2164,8 @@ class _FirstGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -2111,7 +2176,14 @@ class _FirstGradients(torch.autograd.Function):
         raise RuntimeError("Native Sparse Attention has first derivatives only: this needs the gradient of a gradient")
 
 
-def _first_gradients(gradients: Sequence[Tensor], *inputs: Tensor | None) -> Sequence[Tensor]:
+def _traced() -> bool:
+    """Whether others look at each operation: torch.compile, a transform of torch.func, or a dispatch mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _first_gradients(gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of a backward that read these inputs; where a graph of it is recorded, to be differentiated once.
 
     Compiled code has no second derivatives, and says so itself.
@@ -2982,6 +3054,10 @@ _TILES = {
 }
 _LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
 _MAX_ROWS = 128  # the most query rows in a tile; where a row keeps a number, rows are padded by that many
+
+# Compression: rows of blocks whose gradient of the weights one program sums up, 32 at a time; tokens of a block that
+# one program gives their gradient.
+_COMPRESS_ROWS, _COMPRESS_TILE, _COMPRESS_TOKENS = 1024, 32, 4
 
 # Bytes of memory that the intermediate results of one chunk of queries may take.
 _SCORE_BYTES = 256 << 20  # importance of selection blocks
@@ -5176,7 +5252,243 @@ def _triton_decode(
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 14  Registration: what ties this part to the first
+# 14  Compression (eq. 7): the layers of a learned compressor
+#
+# Row r is head r % K of block c = r // K // B of sequence b, so that neighbours in a tile are the heads of one token,
+# which lie side by side. N hidden units, rounded up to BLOCK_N; where there is one layer only, they are the D outputs.
+# A block is read token by token where it stands: no copy, with overlap neither. The gradient of a token has one summand
+# for each of the l/d blocks that it is in. Types of 16 bits only: of float32, the products are better left to cuBLAS.
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@_kernel
+def _block_offsets(row, B, strides, K: tl.constexpr, UNIT: tl.constexpr):
+    """Offsets of rows in a tensor (B, tokens or blocks, K, ...) of these strides, where a block begins all UNIT."""
+    return _offsets(strides, row // K % B, row // (K * B) * UNIT, row % K)
+
+
+@_kernel
+def _load_positioned(x_ptr, position_ptr, offsets, s, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Token s of each block, with its position added."""
+    d = tl.arange(0, BLOCK_D)
+    position = tl.load(position_ptr + s * D + d, mask=d < D, other=0.0).to(tl.float32)
+    x = _load_rows(x_ptr, offsets, exists, D, BLOCK_D)
+    return (x.to(tl.float32) + position[None, :]).to(x.dtype)
+
+
+@_kernel
+def _gelu_cdf(x):
+    """Φ(x) of GELU(x) = x·Φ(x)."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@_kernel(do_not_specialize=["n_rows", "B"])
+def _compress_kernel(
+    x_ptr, position_ptr, w_in_ptr, b_in_ptr, w_out_ptr, b_out_ptr, hidden_ptr, y_ptr, n_rows, B, x_strides, y_strides,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """hidden = w_in·(x + position) + b_in; y = w_out·GELU(hidden) + b_out, or hidden itself."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, exists = tl.arange(0, BLOCK_N), row < n_rows
+    first = _block_offsets(row, B, x_strides, K, STRIDE)
+    hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for s in range(BLOCK):
+        x = _load_positioned(x_ptr, position_ptr, first + s * x_strides[1], s, exists, D, BLOCK_D)
+        w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D)
+        hidden += tl.dot(x, tl.trans(w))
+    hidden += tl.load(b_in_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    y_rows = _block_offsets(row, B, y_strides, K, 1)
+    if w_out_ptr is None:
+        _store_rows(y_ptr, y_rows, hidden, exists, D, BLOCK_D)
+    else:
+        _store_rows(hidden_ptr, row.to(tl.int64) * N, hidden, exists, N, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
+        w = _load_rows(w_out_ptr, d * N, d < D, N, BLOCK_N)
+        active = (hidden * _gelu_cdf(hidden)).to(w.dtype)
+        y = tl.dot(active, tl.trans(w))
+        y += tl.load(b_out_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        _store_rows(y_ptr, y_rows, y, exists, D, BLOCK_D)
+
+
+@_kernel(do_not_specialize=["n_rows", "B"])
+def _compress_dhidden_kernel(
+    dy_ptr, w_out_ptr, hidden_ptr, dhidden_ptr, n_rows, B, dy_strides,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dhidden = (w_outᵀ·dy)·GELU'(hidden), where GELU'(x) = Φ(x) + x·exp(−x²/2)/√(2π)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d, exists = tl.arange(0, BLOCK_D), row < n_rows
+    dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), exists, D, BLOCK_D)
+    w = _load_rows(w_out_ptr, d * N, d < D, N, BLOCK_N)
+    h = _load_rows(hidden_ptr, row.to(tl.int64) * N, exists, N, BLOCK_N).to(tl.float32)
+    slope = _gelu_cdf(h) + h * tl.exp2(h * h * (-0.5 * _TL_LOG2E)) * 0.3989422804014327
+    dh = tl.dot(dy, w) * slope
+    _store_rows(dhidden_ptr, row.to(tl.int64) * N, dh, exists, N, BLOCK_N)
+
+
+@_kernel(do_not_specialize=["n_blocks", "B", "T"])
+def _compress_dx_kernel(
+    dh_ptr, w_in_ptr, dx_ptr, n_blocks, B, T, dh_strides, dx_strides,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dx[t] = Σ over the blocks c of token t of w_in[:, t − c·d]ᵀ·dhidden[c]; a row is d tokens, a program TOKENS."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, last = tl.arange(0, BLOCK_N), row // (B * K)  # the last block that its tokens may be in
+    first = _block_offsets(row, B, dx_strides, K, STRIDE)
+    parts: tl.constexpr = BLOCK // STRIDE
+    dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in range(TOKENS * parts):  # one loop, which is pipelined, for tokens and their blocks
+        s, part = tl.program_id(1) * TOKENS + step // parts, step % parts
+        holds = (last >= part) & (last - part < n_blocks)
+        dh = _load_rows(dh_ptr, _block_offsets(row - part * B * K, B, dh_strides, K, 1), holds, N, BLOCK_N)
+        w = _load_rows(w_in_ptr, (n * BLOCK + part * STRIDE + s) * D, n < N, D, BLOCK_D)
+        dx = tl.dot(dh, w, tl.where(part == 0, 0.0, dx))
+        complete = last * STRIDE + s < tl.where(part == parts - 1, T, 0)
+        _store_rows(dx_ptr, first + s * dx_strides[1], dx, complete, D, BLOCK_D)
+
+
+@_kernel(do_not_specialize=["n_rows", "B", "rows_per_split"])
+def _compress_dw_kernel(
+    dh_ptr, x_ptr, position_ptr, w_in_ptr, dy_ptr, hidden_ptr, out_ptr, n_rows, B, rows_per_split,
+    dh_strides, x_strides, dy_strides,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dw_in[:, s] = Σ dhiddenᵀ·(x + position)[s], db_in = Σ dhidden, dposition[s] = w_in[:, s]ᵀ·db_in; one s a program.
+
+    One more program: dw_out = Σ dyᵀ·GELU(hidden), db_out = Σ dy. All in a buffer, as the wrapper cuts it.
+    """
+    s = tl.program_id(0)
+    start = tl.program_id(1) * rows_per_split
+    end = tl.minimum(start + rows_per_split, n_rows)
+    d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    dposition = out_ptr + tl.program_id(1) * (BLOCK * D * (N + 1) + N + D * (N + 1))
+    dw_in = dposition + BLOCK * D
+    db_in = dw_in + N * BLOCK * D
+    if s < BLOCK:
+        dw, db = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        for r in range(start, end, BLOCK_M):
+            row = r + tl.arange(0, BLOCK_M)
+            exists = row < end
+            dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), exists, N, BLOCK_N)
+            rows = _block_offsets(row, B, x_strides, K, STRIDE) + s * x_strides[1]
+            x = _load_positioned(x_ptr, position_ptr, rows, s, exists, D, BLOCK_D)
+            dw += tl.dot(tl.trans(dh), x)
+            db += tl.sum(dh.to(tl.float32), axis=0)
+        _store_rows(dw_in, (n * BLOCK + s) * D, dw, n < N, D, BLOCK_D)
+        w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D).to(tl.float32)
+        dp = tl.sum(w * db[:, None], axis=0)
+        tl.store(dposition + s * D + d, dp.to(out_ptr.dtype.element_ty), mask=d < D)
+        if s == 0:
+            tl.store(db_in + n, db.to(out_ptr.dtype.element_ty), mask=n < N)
+    elif hidden_ptr is not None:
+        dw_2, db_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        for r in range(start, end, BLOCK_M):
+            row = r + tl.arange(0, BLOCK_M)
+            exists = row < end
+            dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), exists, D, BLOCK_D)
+            h = _load_rows(hidden_ptr, row.to(tl.int64) * N, exists, N, BLOCK_N).to(tl.float32)
+            dw_2 += tl.dot(tl.trans(dy), (h * _gelu_cdf(h)).to(dy.dtype))
+            db_2 += tl.sum(dy.to(tl.float32), axis=0)
+        _store_rows(db_in + N, d * N, dw_2, d < D, N, BLOCK_N)
+        tl.store(db_in + N + D * N + d, db_2.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def _compress_constants(
+    rows: int, K: int, D: int, N: int, block: int, stride: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants of the kernels that know blocks, and of the one that does not. Few rows are cut into smaller tiles."""
+    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": _block_d(N)}
+    layer |= {"BLOCK_M": 32 if rows > 2048 else 16}
+    layer |= {"num_warps": 4, "num_stages": 3} if N <= 128 else {"num_warps": 8, "num_stages": 2}
+    return layer | {"BLOCK": block, "STRIDE": stride}, layer
+
+
+@functools.lru_cache(maxsize=4096)
+def _compress_plan(
+    shape: torch.Size, strides: tuple[int, ...], N: int, block: int, stride: int, dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[_Launch, int]:  # fmt: skip
+    """The forward of x of that layout, and the number of its blocks."""
+    (B, _, K, D), C = shape, _compressed_count(shape[1], block, stride)
+    constants, _ = _compress_constants(C * B * K, K, D, N, block, stride)
+    grid, numbers = (_cdiv(C * B * K, constants["BLOCK_M"]),), (C * B * K, B, strides, (C * K * D, K * D, D, 1))
+    return _Launch(_compress_kernel, grid, numbers, **constants), C
+
+
+def _triton_compress(
+    x: Tensor, position: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None, b_out: Tensor | None, stride: int
+) -> tuple[Tensor, Tensor | None]:
+    """y (B, C, K, D), and where there is a second layer the hidden units (C·B·K, N)."""
+    x, N = _unit_stride(x), w_in.shape[0]
+    B, _, K, D = x.shape
+    launch, C = _compress_plan(x.shape, x.stride(), N, len(position), stride, x.dtype, x.device)
+    y = torch.empty((B, C, K, D), dtype=x.dtype, device=x.device)
+    hidden = None if w_out is None else torch.empty((C * B * K, N), dtype=x.dtype, device=x.device)
+    launch(x, position, w_in, b_in, w_out, b_out, hidden, y)
+    return y, hidden
+
+
+class _CompressBackwardPlan(NamedTuple):
+    dhidden: _Launch
+    dx: _Launch
+    dw: _Launch
+    sizes: tuple[int, ...]  # of the gradients of position, w_in, b_in, w_out and b_out, which share a buffer
+    splits: int  # parts that the rows are split into, whose gradients are added
+
+
+@functools.lru_cache(maxsize=4096)
+def _compress_backward_plan(
+    shape: torch.Size, strides: tuple[int, ...], dy_strides: tuple[int, ...], N: int, layers: int, block: int,
+    stride: int, dtype: torch.dtype, device: torch.device,
+) -> _CompressBackwardPlan:  # fmt: skip
+    (B, T, K, D), C = shape, _compressed_count(shape[1], block, stride)
+    rows, tokens = C * B * K, math.gcd(stride, _COMPRESS_TOKENS)
+    constants, layer = _compress_constants(rows, K, D, N, block, stride)
+    dh_strides = dy_strides if layers == 1 else (K * N, B * K * N, N, 1)
+    splits = min(max(rows // _COMPRESS_ROWS, 1), 16)
+    grid = (_cdiv(rows, layer["BLOCK_M"]),)
+    dhidden = _Launch(_compress_dhidden_kernel, grid, (rows, B, dy_strides), **layer)
+    grid = (_cdiv(_cdiv(T, stride) * B * K, layer["BLOCK_M"]), stride // tokens)
+    numbers = (C, B, T, dh_strides, (T * K * D, K * D, D, 1))
+    dx = _Launch(_compress_dx_kernel, grid, numbers, **constants, TOKENS=tokens)
+    numbers = (rows, B, _cdiv(rows, splits), dh_strides, strides, dy_strides)
+    grid, constants = (block + layers - 1, splits), constants | {"BLOCK_M": _COMPRESS_TILE}
+    dw = _Launch(_compress_dw_kernel, grid, numbers, **constants)
+    return _CompressBackwardPlan(dhidden, dx, dw, (block * D, N * block * D, N, D * N, D), splits)
+
+
+def _triton_compress_backward(
+    dy: Tensor, x: Tensor, position: Tensor, w_in: Tensor, w_out: Tensor | None, hidden: Tensor | None, stride: int,
+    of_x: bool, of_weights: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, where they are wanted; of position, w_in, b_in, w_out and b_out, likewise."""
+    dy, x, (N, block), layers = _unit_stride(dy), _unit_stride(x), (len(w_in), len(position)), 1 + (w_out is not None)
+    layout = (x.shape, x.stride(), dy.stride(), N, layers, block, stride, x.dtype, x.device)
+    plan = _compress_backward_plan(*layout)
+    dh, dx, of_layers = dy, None, (None,) * 5
+    if layers == 2:
+        dh = torch.empty_like(hidden)
+        plan.dhidden(dy, w_out, hidden, dh)
+    if of_x:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        plan.dx(dh, w_in, dx)
+    if of_weights:
+        dtype = torch.float32 if plan.splits > 1 else x.dtype
+        dw = torch.empty((plan.splits, sum(plan.sizes)), dtype=dtype, device=x.device)
+        plan.dw(dh, x, position, w_in, dy, hidden, dw)
+        dw = dw.sum(0).to(x.dtype) if plan.splits > 1 else dw[0]
+        dposition, dw_in, db_in, dw_out, db_out = dw.split(plan.sizes)
+        of_second = (dw_out.view_as(w_out), db_out) if layers == 2 else (None, None)
+        of_layers = dposition.view_as(position), dw_in.view_as(w_in), db_in, *of_second
+    return dx, *of_layers
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 15  Registration: what ties this part to the first
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -5218,6 +5530,13 @@ def _triton_obstacle(
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
 
 
+def _triton_compresses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels of compression serve x (..., dim) and weights like that one."""
+    cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    fits = cast or x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return fits and x.shape[-1] <= 128 and triton is not None and _triton_preferred(x.device)
+
+
 _BACKENDS["triton"] = _Backend(
     _triton_span_forward,
     _triton_span_backward,
@@ -5230,6 +5549,9 @@ _BACKENDS["triton"] = _Backend(
     _torch_append,
     _triton_obstacle,
     _triton_preferred,
+    _triton_compresses,
+    _triton_compress,
+    _triton_compress_backward,
 )
 
 

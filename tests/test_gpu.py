@@ -418,6 +418,35 @@ def assert_trains_alike(tokens: int) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("method", ["grouped_mlp", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [417, 33_001])
+@pytest.mark.parametrize("D, block_size, stride", [(64, 32, 32), (128, 32, 16), (80, 24, 4)])
+def test_compression(
+    D: int, block_size: int, stride: int, tokens: int, dtype: torch.dtype, method: str, random: Random
+) -> None:
+    """Few and many rows, which differ in tiles and splits; twice the same bits."""
+    with torch.device(DEVICE):
+        compressor = nsa.TokenCompressor(D, block_size, stride, method).to(dtype)
+    for parameter in compressor.parameters():
+        parameter.data = random(parameter.shape, dtype) * 0.1
+    x, upstream = random((2, tokens, 4, D), dtype), random((2, (tokens - block_size) // stride + 1, 4, D), dtype)
+
+    def step(compressor: nn.Module, x: Tensor, kernels: bool) -> list[Tensor]:
+        y = compressor(x.requires_grad_(), heads=True)
+        assert ("Compression" in y.grad_fn.name()) == kernels
+        return [y, *torch.autograd.grad(y, [x, *compressor.parameters()], upstream.to(y.dtype))]
+
+    actual, again = (step(compressor, x, True) for _ in range(2))
+    compressor.method.config = nsa.NSAConfig(use_flash=False)
+    plain, exact = step(compressor, x, False), step(compressor.double(), x.detach().double(), False)
+    names = ["y", "dx", *dict(compressor.named_parameters())]
+    for name, a, b, *others in zip(names, actual, again, plain, exact, strict=True):
+        assert torch.equal(a, b), name
+        assert_within_budget(a, *others, name, terms=block_size * D + 2 * tokens)
+
+
+@on_hopper
 def test_ten_steps_of_training() -> None:
     q = torch.empty(1, 1, 1, 32)
     assert nsa._choose_backend("auto", q, q, 1.0) == "triton"

@@ -562,7 +562,7 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # differ in the selective branch. Decoding knows nothing of packing, and it is head dim 128 that leaves the fewest
 # registers for it.
 BRANCHES_AND_CHOICE = ("local", "compressed", "selective", "select")
-EVERYTHING = (*BRANCHES_AND_CHOICE, "masked", "whole", "decode")
+EVERYTHING = (*BRANCHES_AND_CHOICE, "masked", "whole", "decode", "compress")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
     "4_heads_a_group_of_128": (4, 128, ("selective", "whole"), [1024]),
@@ -589,6 +589,8 @@ def with_products(name: str) -> list[str]:
         kernels += MASKED
     if "compressed" in launched or "whole" in launched:
         kernels += [*COMPRESSED, "block_scores"]
+    if "compress" in launched:  # forward and dx take 32 rows at most, of mma.sync
+        kernels.append("compress_dw")
     return kernels
 
 
@@ -644,6 +646,11 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
     if "decode" in launched:
         keys, first = (k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
         on.decode(q[:, :1], *keys, gates[:, :1], first, None, 512, choice, scale)
+    if "compress" in launched:
+        w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
+        for layers in ((w_in[:D], bias[:D], None, None), (w_in, bias, w_out, bias[:D])):
+            y, hidden = on.compress(k, w_in[:32, :D].contiguous(), *layers, 16)
+            on.compress_backward(y, k, w_in[:32, :D].contiguous(), layers[0], layers[2], hidden, 16, True, True)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -717,7 +724,8 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    everything = {"choose", "preprocess", *(f"decode_{kernel}" for kernel in STEP)}
+    everything = {"choose", "preprocess", "compress", "compress_dhidden", "compress_dx"}
+    everything |= {f"decode_{kernel}" for kernel in STEP}
     rest = everything if BUILDS[name][2] == EVERYTHING else {"sum_slots"}
     assert set(with_products(name)) | rest <= set(kernels), f"only these were built: {list(kernels)}"
     for kernel in with_products(name):

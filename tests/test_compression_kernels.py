@@ -1,0 +1,206 @@
+"""The kernels of the learned compressors, in Triton's interpreter, against the plain composition of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Random, interpreted
+from conftest import assert_within_budget
+from torch import Tensor, nn
+
+import native_sparse_attention as nsa
+from native_sparse_attention import GroupedMLPCompressor, NativeSparseAttention, NSAConfig, TokenCompressor
+
+# NaN on its way, as on a GPU; NumPy, the engine of the interpreter, warns of it.
+pytestmark = [interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+
+LEARNED = ("grouped_mlp", "conv1d")
+every_method = pytest.mark.parametrize("method", LEARNED)
+
+# head dim D, block l, stride d, tokens T, B, K
+SIZES = [
+    (16, 4, 4, 16, 2, 1),
+    (5, 4, 4, 18, 2, 3),
+    (3, 8, 2, 27, 1, 2),
+    (24, 8, 4, 37, 1, 4),
+    (4, 6, 3, 20, 3, 1),
+    (6, 1, 1, 5, 1, 2),
+    (70, 3, 1, 11, 1, 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Kernels wherever they can run; the names of those backend functions that were called."""
+    called: list[str] = []
+    triton = nsa._BACKENDS["triton"]
+
+    def counted(name: str) -> object:
+        def function(*arguments: object) -> object:
+            called.append(name)
+            return getattr(triton, name)(*arguments)
+
+        return function
+
+    names = ("compress", "compress_backward")
+    monkeypatch.setattr(nsa, "_triton_preferred", lambda device: True)
+    monkeypatch.setitem(nsa._BACKENDS, "triton", triton._replace(**{name: counted(name) for name in names}))
+    yield called
+
+
+def build(method: str, dim: int, block: int, stride: int, random: Random, dtype: torch.dtype) -> TokenCompressor:
+    compressor = TokenCompressor(dim, block, stride, method)
+    with torch.no_grad():
+        for parameter in compressor.parameters():
+            parameter.copy_(random(parameter.shape) * 0.3)
+    return compressor.to(dtype)
+
+
+def blocks(tokens: int, block: int, stride: int) -> int:
+    return max((tokens - block) // stride + 1, 0)
+
+
+def plainly(compressor: TokenCompressor, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(nsa, "_triton_preferred", lambda device: False)
+        return compressor(x, heads=True)
+
+
+def with_gradients(y: Tensor, x: Tensor, compressor: nn.Module, upstream: Tensor) -> list[Tensor]:
+    return [y, *torch.autograd.grad(y, [x, *compressor.parameters()], upstream.to(y.dtype))]
+
+
+@every_method
+@pytest.mark.parametrize("dim, block, stride, tokens, batch, heads", SIZES)
+@pytest.mark.parametrize("rows", [1024, 4], ids=["whole", "split"])
+def test_values_and_gradients(
+    method: str, dim: int, block: int, stride: int, tokens: int, batch: int, heads: int, rows: int, random: Random,
+    monkeypatch: pytest.MonkeyPatch, kernels: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(nsa, "_COMPRESS_ROWS", rows)
+    dtype = torch.float16
+    compressor = build(method, dim, block, stride, random, dtype)
+    # Keys of one branch among three, as with separate_kv: strided.
+    x = random((batch, tokens, 3, heads, dim), dtype)[:, :, 1].requires_grad_()
+    upstream = random((batch, blocks(tokens, block, stride), heads, dim), dtype)
+    actual = with_gradients(compressor(x, heads=True), x, compressor, upstream)
+    assert kernels == ["compress", "compress_backward"]
+    plain = with_gradients(plainly(compressor, x, monkeypatch), x, compressor, upstream)
+    compressor, x = compressor.double(), x.detach().double().requires_grad_()
+    exact = with_gradients(compressor(x, heads=True), x, compressor, upstream)
+    for name, *three in zip(("y", "x", *dict(compressor.named_parameters())), actual, plain, exact, strict=True):
+        assert three[0].dtype == dtype
+        assert_within_budget(*three, name, terms=block * dim + batch * tokens * heads)
+
+
+@every_method
+def test_folded_heads_are_a_batch(method: str, random: Random, kernels: list[str]) -> None:
+    compressor, x = build(method, 8, 4, 2, random, torch.float16), random((2, 13, 3, 8), torch.float16)
+    y = compressor(x.transpose(1, 2).flatten(0, 1))
+    assert torch.equal(y.unflatten(0, (2, 3)).transpose(1, 2), compressor(x, heads=True))
+    assert kernels == ["compress"] * 2
+
+
+@every_method
+def test_what_is_not_finite_stays_in_its_blocks(method: str, random: Random) -> None:
+    """NaN in one token reaches the blocks that hold it, and through them the gradients of weights, nothing else."""
+    compressor, x = build(method, 4, 4, 2, random, torch.float16), random((2, 12, 2, 4), torch.float16)
+    x[0, 5, 1] = torch.nan  # in the blocks that begin with tokens 2 and 4
+    x.requires_grad_()
+    y = compressor(x, heads=True)
+    expected = torch.zeros(2, 5, 2, 4, dtype=torch.bool)
+    expected[0, 1:3, 1] = True
+    assert torch.equal(y.isnan(), expected)
+    (dx,) = torch.autograd.grad(y[1].sum() + y[0, 4].sum(), x)
+    assert bool(dx[1].isfinite().all()) and bool(dx[0, :, 0].isfinite().all())
+
+
+@every_method
+@pytest.mark.parametrize("learns", ["x", "weights"])
+def test_gradients_that_nobody_wants_are_not_made(
+    method: str, learns: str, random: Random, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor, x = build(method, 8, 4, 4, random, torch.float16), random((1, 9, 2, 8), torch.float16)
+    compressor.requires_grad_(learns == "weights")
+    leaves = [x.requires_grad_()] if learns == "x" else list(compressor.parameters())
+    actual = torch.autograd.grad(compressor(x, heads=True).sum(), leaves)
+    plain = torch.autograd.grad(plainly(compressor, x, monkeypatch).sum(), leaves)
+    assert kernels == ["compress", "compress_backward"]
+    for pair in zip(actual, plain, strict=True):
+        torch.testing.assert_close(*pair, rtol=0.01, atol=0.01)
+
+
+def test_gradients_of_gradients_raise(random: Random) -> None:
+    compressor, x = build("grouped_mlp", 8, 4, 4, random, torch.float16), random((1, 9, 2, 8), torch.float16)
+    (dx,) = torch.autograd.grad(compressor(x.requires_grad_(), heads=True).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        dx.square().sum().backward()
+
+
+@every_method
+def test_transforms_and_modes_take_the_plain_operations(method: str, random: Random, kernels: list[str]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    compressor, x = build(method, 8, 4, 4, random, torch.float16), random((1, 9, 2, 8), torch.float16)
+    torch.func.grad(lambda x: compressor(x, heads=True).sum())(x)
+    torch.func.vmap(lambda x: compressor(x[None], heads=True))(x)
+    with FlopCounterMode(display=False) as counter:
+        compressor(x, heads=True)
+    assert counter.get_total_flops() > 0 and kernels == []
+
+
+@pytest.mark.parametrize("dim, dtype", [(129, torch.float16), (8, torch.float32)], ids=str)
+def test_what_the_kernels_do_not_take(dim: int, dtype: torch.dtype, random: Random, kernels: list[str]) -> None:
+    compressor = build("grouped_mlp", dim, 4, 4, random, dtype)
+    assert compressor(random((1, 9, 2, dim), dtype), heads=True).shape == (1, 2, 2, dim)
+    assert kernels == []
+
+
+def test_autocast(random: Random, kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and tokens go through the autocast dtype; gradients come back in that of the leaves."""
+    compressor, x = build("grouped_mlp", 8, 4, 2, random, torch.float32), random((1, 9, 2, 8), torch.float32)
+    x.requires_grad_()
+    upstream = random((1, 3, 2, 8), torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        actual, plain = compressor(x, heads=True), plainly(compressor, x, monkeypatch)
+    assert actual.dtype == plain.dtype == torch.float16 and kernels == ["compress"]
+    pairs = zip(*(with_gradients(y, x, compressor, upstream) for y in (actual, plain)), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+class Doubled(GroupedMLPCompressor):
+    """A user's variant, which knows no heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 3
+        return 2 * super().forward(x)
+
+
+def test_variants_of_a_user_and_hooks(random: Random, kernels: list[str]) -> None:
+    cfg = NSAConfig(dim=8, heads=2, seq_len=32, block_size=4, compression=Doubled)
+    attention, seen = NativeSparseAttention(cfg).half(), []
+    for compressor in (attention.compress_k, attention.compress_v):
+        compressor.register_forward_hook(lambda *call: seen.append(call[2].shape))
+    attention(random((1, 14, 8), torch.float16))
+    assert seen == [(1, 3, 2, 4)] * 2 and kernels == ["compress"] * 2
+
+
+@every_method
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_attention(method: str, packed: bool, random: Random, kernels: list[str]) -> None:
+    """use_flash=False is plain PyTorch, and computes the same; all blocks are chosen."""
+    cfg = NSAConfig(dim=16, heads=2, seq_len=64, block_size=4, stride=2, topk_blocks=8, compression=method)
+    attention, x = NativeSparseAttention(cfg).half(), random((1, 29, 16), torch.float16).requires_grad_()
+    options = {"cu_seqlens": torch.tensor([0, 11, 13, 29], dtype=torch.int32)} if packed else {}
+    results = []
+    for use_flash in (True, False):
+        attention.cfg.use_flash = use_flash
+        y = attention(x, **options)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
+        assert len(kernels) == 4, "two compressors, forward and backward, and none without use_flash"
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair, rtol=0.02, atol=0.01)
