@@ -453,21 +453,77 @@ class NativeSparseAttention(nn.Module):
     def _attend(self, x: Tensor, batch: _Batch) -> Tensor:
         """One flow for whole rows, for packed sequences, and for either going on from a cache."""
         cfg, cache, segments = self.cfg, batch.cache, batch.segments
-        p = self._project(x, batch)
-        if cache is not None:
-            cache._check_owner(self, p.k)
-            cache._append(p, segments)
-        if cache is None or cache._is_new():
+        if cache is not None and not cache._is_new():
+            o = self._attend_past(x, batch)
+        else:
+            p = self._project(x, batch)
             k_cmp, v_cmp = self._compress(p, segments)
             if cache is not None:
+                cache._check_owner(self, p.k)
+                cache._append(p, segments)
                 cache._fill_blocks(k_cmp, v_cmp, segments)
             own_keys = (p.k_local, p.v_local) if cfg.separate_kv else (None, None)
             tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
             o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, segments=segments)
-        else:
-            self._finish_blocks(cache, batch, x.shape[1])
-            o = _cached_attention(p.q, cache, p.gates, segments, **self._settings)
         return self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
+
+    def _attend_past(self, x: Tensor, batch: _Batch) -> Tensor:
+        """Attention of the next tokens over a cache, which takes their keys first: (B, T, H, D)."""
+        cfg, cache, settings, of_token = self.cfg, batch.cache, self._settings, batch.segments.of_token
+        layers = self._plain_projections(x) if cfg.use_flash and x.shape[0] * x.shape[1] <= _FEW else None
+        if layers is None:
+            q, k, v, logits = self.to_q(x), self.to_k(x), self.to_v(x), self._gate_logits(x)
+        else:
+            q, k, v, logits = _project_few(x, *layers, "triton")
+            logits = self._gate_logits(x) if self.gate_weight is None else torch.unflatten(logits, -1, (cfg.heads, 3))
+        q, k, v = (torch.unflatten(y, -1, (-1, cfg.dim_head)) for y in (q, k, v))
+        cache._check_owner(self, k)
+        if q.numel() == 0:
+            return q
+        choice, scale = settings["choice"], cfg.dim_head**-0.5
+        on = _choose_backend(settings["backend"], q, k, scale, choice, decoding=True)
+        few = on == "triton" and of_token is None and x.shape[1] <= _FEW
+        weights = self._compressor_weights(k) if few else None
+        sizes = (0, 1, [None] * 10) if weights is None else (cfg.block_size, cfg.stride, weights)
+        theta = cfg.rope_theta
+        rotated = _cache_extend(q, k, v, cache.tokens, cache.blocks, cache.seqlens, of_token, on, theta, *sizes)
+        if weights is None:
+            self._finish_blocks(cache, batch, x.shape[1])
+        others = (cache.tokens, cache.blocks, logits, cache.seqlens, of_token, on)
+        return _cached_forward(q if theta is None else rotated, *others, settings["local_window"], *choice, scale)
+
+    def _plain_projections(self, x: Tensor) -> list[Tensor | None] | None:
+        """Weights and biases of q, k, v and gates, where calling the layers would do nothing but multiply by them."""
+        on, cast = _device_backend("auto", x.device), _autocast_enabled(x.device.type)
+        if on != "triton" or cast or x.dtype == torch.float64:
+            return None
+        tensors = []
+        for layer in (self.to_q, self.to_k, self.to_v):
+            if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+                return None
+            tensors += [layer.weight, layer.bias]
+        if self.gate_weight is not None:
+            tensors += [self.gate_weight, self.gate_bias]
+        given = [y for y in tensors if y is not None]
+        if any(type(y) is not nn.Parameter or y.dtype != x.dtype or not y.is_contiguous() for y in given):
+            return None
+        return [*tensors, *[None] * (8 - len(tensors))]
+
+    def _compressor_weights(self, k: Tensor) -> list[Tensor | None] | None:
+        """Parameters for the kernel that finishes blocks; None where it cannot do what the compressors would."""
+        weights: list[Tensor | None] = []
+        for compressor in (self.compress_k, self.compress_v):
+            method = getattr(compressor, "method", None)
+            plain = type(compressor) is TokenCompressor and type(method) in _COMPRESSOR_CLASSES.values()
+            hooked = plain and (compressor._forward_hooks or compressor._forward_pre_hooks)
+            if not plain or hooked or method._forward_hooks or method._forward_pre_hooks:
+                return None
+            of = list(method._parameters.values())  # in the order of the kernel's arguments
+            fits = not of or len(of[2]) * k.shape[3] * k.element_size() <= _FUSED_BYTES
+            if not fits or any(x.dtype != k.dtype or not x.is_contiguous() for x in of):
+                return None
+            weights += of + [None] * (5 - len(of))
+        return weights
 
     @torch.no_grad()
     def attention_patterns(self, x: Tensor) -> AttentionPatterns:
@@ -563,8 +619,13 @@ class NativeSparseAttention(nn.Module):
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
         if self.gate_weight is None:
             return self.gate_bias.sigmoid().to(x.dtype).expand(*x.shape[:2], -1, -1)
-        gates = F.linear(x, self.gate_weight, self.gate_bias.flatten()).sigmoid()
-        return torch.unflatten(gates, -1, (self.cfg.heads, 3))
+        return self._gate_logits(x).sigmoid()
+
+    def _gate_logits(self, x: Tensor) -> Tensor:
+        """(B, T, H, 3), before the sigmoid; static ones without a copy for each token."""
+        if self.gate_weight is None:
+            return self.gate_bias.expand(*x.shape[:2], -1, -1)
+        return torch.unflatten(F.linear(x, self.gate_weight, self.gate_bias.flatten()), -1, (self.cfg.heads, 3))
 
 
 class _Projections(NamedTuple):
@@ -1100,23 +1161,6 @@ def _branch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse of one branch on a backend: over spans of keys, or over the blocks that are chosen."""
     return _BranchFunction.apply((on, *span, scale), *segments[:3], *_apart(q, k, v), block_indices)
-
-
-@torch.no_grad()
-def _cached_attention(
-    q: Tensor, cache: NSACache, gates: Tensor, segments: _Segments, local_window: int, choice: _Choice, backend: str
-) -> Tensor:
-    """`nsa_attention` of the next tokens over the keys of a cache, which holds theirs already but does not count them.
-
-    q, gates: (B, M, ...), the next M tokens of each row; or (1, total, ...) of packed sequences, one for each row.
-    """
-    q, gates = _autocast(q, gates)
-    if q.numel() == 0:
-        return q
-    scale = q.shape[3] ** -0.5
-    on = _choose_backend(backend, q, cache.k, scale, choice, decoding=True)
-    keys = (cache.k, cache.v, cache.k_local, cache.v_local, cache.k_cmp, cache.v_cmp)
-    return _cached_forward(q, *keys, gates, cache.seqlens, segments.of_token, on, local_window, *choice, scale)
 
 
 def _choose_backend(
@@ -1727,9 +1771,11 @@ class _Backend(NamedTuple):
         where `gated` is (gates, o_local, o_compressed)
     selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments) → dq, dk, dv; likewise
     preprocess(do, outputs, lses, kv_heads, gates, dlse) → the terms of each branch, dgates
-    decode(q, k, v, k_local, v_local, k_cmp, v_cmp, gates, first, of_token, window, choice, scale) → o
+    decode(q, tokens, blocks, logits, first, of_token, window, choice, scale) → o
     segments(cu_seqlens, total, keys, block_size, stride) → `_Segments`
     append(tokens, values, first, of_token)
+    project(x, weights, biases) → x·weight + bias of each
+    extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights) → q, rotated
     obstacle(q, k, scale, choice, decoding) → why it cannot run, or None
     preferred(device) → whether "auto" takes it
 
@@ -1748,6 +1794,8 @@ class _Backend(NamedTuple):
     decode: Callable[..., Tensor]
     segments: Callable[..., _Segments]
     append: Callable[..., None]
+    project: Callable[..., tuple[Tensor, ...]]
+    extend: Callable[..., Tensor]
     obstacle: Callable[..., str | None]
     preferred: Callable[[torch.device], bool]
     compresses: Callable[[Tensor, Tensor], bool] = lambda *_: False
@@ -1872,21 +1920,59 @@ def _(*_: Any) -> None: ...
 
 
 @_operator
-def _cached_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
-    first: Tensor, of_token: Tensor | None, backend: str, local_window: int,
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float,
+def _project_few(
+    x: Tensor, q: Tensor, q_bias: Tensor | None, k: Tensor, k_bias: Tensor | None, v: Tensor, v_bias: Tensor | None,
+    gates: Tensor | None, gate_bias: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Linear layers of a few tokens x (B, M, dim) by these weights and biases; the last empty without a weight."""
+    return _BACKENDS[backend].project(x, (q, k, v, gates), (q_bias, k_bias, v_bias, gate_bias))
+
+
+@_fake_of(_project_few)
+def _(x: Tensor, q: Tensor, q_bias: Tensor | None, k: Tensor, k_bias: Tensor | None, v: Tensor, v_bias: Tensor | None,
+      gates: Tensor | None, gate_bias: Tensor | None, backend: str) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(x.new_empty((*x.shape[:2], 0 if w is None else w.shape[0])) for w in (q, k, v, gates))
+
+
+@_operator(mutates=("tokens", "blocks"))
+def _cache_extend(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
+    backend: str, theta: float | None, block_size: int, stride: int, weights: list[Tensor | None],
 ) -> Tensor:  # fmt: skip
-    """o of queries that stand behind the first tokens of their rows, over the keys of a cache."""
+    """Takes projections of new tokens into a cache, behind the first ones of each row → q rotated; empty if it is not.
+
+    With a block size, the compressors with these weights are applied to the blocks that the tokens complete.
+    """
+    return _BACKENDS[backend].extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights)
+
+
+@_fake_of(_cache_extend)
+def _(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
+      backend: str, theta: float | None, *_: Any) -> Tensor:  # fmt: skip
+    return q.new_empty(0 if theta is None else q.shape)
+
+
+@_operator
+def _cached_forward(
+    q: Tensor, tokens: Tensor, blocks: Tensor, logits: Tensor, first: Tensor, of_token: Tensor | None, backend: str,
+    local_window: int, block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int,
+    local_blocks: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """o of queries that stand behind the first tokens of their rows, over the keys of a cache, which has theirs."""
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    keys = (k, v, k_local, v_local, k_cmp, v_cmp)
-    return _BACKENDS[backend].decode(q, *keys, gates, first, of_token, local_window, choice, scale)
+    return _BACKENDS[backend].decode(q, tokens, blocks, logits, first, of_token, local_window, choice, scale)
 
 
 @_fake_of(_cached_forward)
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _cache_keys(tokens: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
+    """k, v, k_local, v_local (B, max_len, K, D), k_cmp and v_cmp of a cache."""
+    streams = [*tokens[:, :, :-1], *blocks[:, :, :-1]]
+    local = 2 if len(tokens) == 6 else 0
+    return *streams[:2], *streams[local : local + 2], *streams[-2:]
 
 
 def _fake_output(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -2338,6 +2424,8 @@ def _choose_blocks(importance: Tensor, query: Tensor, choice: _Choice) -> Tensor
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
 _PARTIAL_VALUES = 2**24  # numbers in the partial outputs of a chunk of rows, 64 MiB; short chunks half-fill tiles
+_FEW = 16  # tokens that are a step rather than a prompt
+_FUSED_BYTES = 2**16  # the most that the weights of one token may take there
 _LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
 
@@ -2732,15 +2820,16 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
 
 
 def _torch_decode(
-    q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
-    first: Tensor, of_token: Tensor | None, local_window: int, choice: _Choice, scale: float,
+    q: Tensor, tokens: Tensor, blocks: Tensor, logits: Tensor, first: Tensor, of_token: Tensor | None,
+    local_window: int, choice: _Choice, scale: float,
 ) -> Tensor:  # fmt: skip
-    """The gated sum of the branches for queries q (B, M, H, D) over many keys: (B, M, H, D).
+    """The gated sum of the branches for queries q (B, M, H, D) over the keys of a cache: (B, M, H, D).
 
-    The keys (B, T, K, D) and (B, C, K, D) start at position 0 and may go on behind the last query, with anything that
-    is finite. The queries of row b stand at first[b] and behind; of packed sequences, (1, total, H, D), each has a row.
+    Behind the last query there may be anything that is finite. The queries of row b stand at first[b] and behind; of
+    packed sequences, (1, total, H, D), each has a row. Gates (B, M, H, 3) come before the sigmoid.
     """
-    o, starts = torch.zeros_like(q), first.tolist()
+    k, v, k_local, v_local, k_cmp, v_cmp = _cache_keys(tokens, blocks)
+    o, starts, gates = torch.zeros_like(q), first.tolist(), logits.sigmoid().to(q.dtype)
     room = lambda start: max(0, k.shape[1] - start)  # noqa: E731
     if of_token is None:  # neighbouring rows that begin at the same position, together
         groups = ((start, list(same)) for start, same in itertools.groupby(range(len(starts)), starts.__getitem__))
@@ -2753,16 +2842,16 @@ def _torch_decode(
             (start, slice(row, row + 1), slice(None), slice(begin, min(end, begin + room(start))))
             for row, (start, begin, end) in rows
         ]
-    for start, keys, batch, tokens in pieces:
-        queries, blocks = q[batch, tokens], k_cmp[keys]
+    for start, keys, batch, new in pieces:
+        queries, blocks = q[batch, new], k_cmp[keys]
         if queries.numel() == 0:
             continue
         o_local, _ = _torch_span_forward(queries, k_local[keys], v_local[keys], _Span(local_window), scale, start)
         o_compressed, lse = _torch_span_forward(queries, blocks, v_cmp[keys], choice.span, scale, start)
         chosen = _torch_select(queries, blocks, lse, choice, scale, start)
-        others = (gates[batch, tokens], o_local, o_compressed)
+        others = (gates[batch, new], o_local, o_compressed)
         selected = (queries, k[keys], v[keys], chosen, choice.select_block_size, scale, others, start)
-        _, _, o[batch, tokens] = _torch_selected_forward(*selected)
+        _, _, o[batch, new] = _torch_selected_forward(*selected)
     return o
 
 
@@ -2777,6 +2866,37 @@ def _torch_append(tokens: Tensor, values: list[Tensor], first: Tensor, of_token:
     place = (row * room + position.clamp(max=room - 1)).flatten().long()
     for stream, x in zip(tokens, values, strict=True):
         stream.flatten(0, 1).index_copy_(0, place, x.flatten(0, 1).to(stream.dtype))
+
+
+def _torch_project(
+    x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    layers = ((w, None if b is None else b.flatten()) for w, b in zip(weights, biases, strict=True))
+    return tuple(x.new_empty((*x.shape[:2], 0)) if w is None else F.linear(x, w, b) for w, b in layers)
+
+
+def _torch_extend(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
+    theta: float | None, *_: object,
+) -> Tensor:  # fmt: skip
+    """Keys and values into the streams of a cache, rotated → q, rotated. The blocks are left to the module."""
+    rotated = lambda x: x  # noqa: E731
+    if theta is not None:
+        if of_token is None:
+            positions = first[:, None] + torch.arange(q.shape[1], device=q.device)
+        else:
+            positions = (first[of_token[0]] + of_token[1])[None]
+        rope = _rope_cos_sin(positions, q.shape[3] // 2, theta, q.dtype).unsqueeze(-2)
+        rotated = lambda x: _apply_rope(x, rope)  # noqa: E731
+    K = tokens.shape[3]
+    (*_, k_last), (*_, v_last) = keys, values = k.split(K, 2), v.split(K, 2)  # local, compressed, selective; or one
+    streams = [rotated(k_last), v_last]
+    if len(tokens) == 6:
+        streams += [rotated(keys[0]), values[0], keys[1], values[1]]
+    elif len(tokens) == 3:
+        streams += [k_last]
+    _torch_append(tokens, streams, first, of_token)
+    return q.new_empty(0) if theta is None else rotated(q)
 
 
 # Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2808,6 +2928,8 @@ _BACKENDS["torch"] = _Backend(
     _torch_decode,
     _torch_segments,
     _torch_append,
+    _torch_project,
+    _torch_extend,
     obstacle=lambda *_: None,
     preferred=lambda _: True,
 )
@@ -3047,9 +3169,8 @@ _TILES = {
     "selected_by_block": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
     "selected_backward": ((64, 64, 4, 2), (32, 64, 4, 4), (16, 32, 8, 1)),
     "selected_backward_large_group": ((64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 8, 1)),
-    "decode_compressed": ((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
-    "decode_local": ((64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2)),
-    "decode_selected": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    "decode_scan": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    "decode_attend": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
     "float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
@@ -3074,6 +3195,7 @@ _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
 _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
 _DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
+_MERGED = 16384  # numbers of partial outputs that are merged at once
 _FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
 
 
@@ -3091,6 +3213,8 @@ def _constexpr(value: float) -> Any:
 _TL_LOG2E = _constexpr(_LOG2E)  # exp(x) = exp2(x·log2 e), and exp2 is the instruction that the GPU has
 _TL_LN2 = _constexpr(math.log(2.0))
 _TL_FORCED = _constexpr(0x7F800000)  # the bits of infinity
+_TL_TURN, _TL_PER_TURN = _constexpr(2 * math.pi), _constexpr(1 / (2 * math.pi))
+_TL_SQRT_HALF = _constexpr(math.sqrt(0.5))
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -3118,9 +3242,10 @@ def _unroll(slots: int) -> int:
     return max(n for n in range(1, 8) if slots % n == 0)
 
 
-def _precision() -> str:
+def _precision(x: Tensor | None = None) -> str:
     """Precision of float32 products: exact unless torch's own switch allows tf32. 16-bit types do not care."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    narrow = x is not None and x.element_size() == 2  # to look at the switch takes longer
+    return "tf32" if not narrow and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @functools.cache
@@ -4896,32 +5021,336 @@ def _triton_selected_backward(
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 13  Decoding
 #
-# A step of M new tokens, mostly 1, is bound by reading keys. A row is one new token and one key head, numbered
-# (b·M + m)·K + k; the heads of its group are a tile. Its keys are split so often that all multiprocessors read, and a
-# split writes an output and a log-sum-exp of its own:
+# A step of M new tokens a row, mostly 1, takes three kernels:
 #
-#     compressed  splits of the visible blocks, and from the same scores the importance of the selection blocks
-#     choose      the S blocks of each row; beside it, splits of the local window, which wait for no choice
-#     attend      splits of the S slots; each merges the other branches' splits while its blocks are on their way, and
-#                 the one of a row that ends last adds those of the slots: a softmax in each branch, and the gates
+#     append      keys and values into the cache, rotated; the compressed blocks that they finish; the rotated queries
+#     scan        splits of the visible compressed blocks, with the importance of the selection blocks from the same
+#                 scores; beside them, splits of the local window
+#     attend      splits of the S slots: each chooses the row's blocks for itself, merges what the scan has left, and
+#                 reads its slots; the split of a row that ends last adds those of the others
 #
-# The number of splits depends on shapes alone, their length on the row's position, which only the GPU knows. A row of
-# position −1 sees nothing: each split has lse = −inf, and o = 0.
+# Attention is bound by reading keys. A row is one new token and one key head, numbered (b·M + m)·K + k; the heads of
+# its group are a tile. Its keys are split so often that all multiprocessors read, and a split writes an output and a
+# log-sum-exp of its own. The number of splits depends on shapes alone, their length on the row's position, which only
+# the GPU knows.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-_DECODE_COUNTS = ["m0", "n_tokens", "n_compressed", "first_split", "n_splits"]  # no new kernel for each number of rows
+
+# Projections ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @_kernel
-def _decode_row(row, positions, strides, m0, n_tokens, K: tl.constexpr):
-    """(sequence, token, key head, position) of a row."""
-    b, m = (row // K // n_tokens).to(tl.int64), (m0 + row // K % n_tokens).to(tl.int64)
-    return b, m, row % K, tl.load(positions + b * strides[0] + m * strides[1])
+def _project_tile(
+    x_ptr, w_ptr, bias_ptr, y_ptr, tile, rows, N: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[:, n] = x·w[n] + bias[n] for BLOCK_N columns n."""
+    m, n = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, DIM, BLOCK_D, num_stages=STAGES):
+        d = first + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + m[:, None] * DIM + d[None, :], mask=(m < rows)[:, None] & (d < DIM)[None, :], other=0.0)
+        w = tl.load(w_ptr + n[None, :] * DIM + d[:, None], mask=(n < N)[None, :] & (d < DIM)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=(m < rows)[:, None] & (n < N)[None, :])
+
+
+@_kernel(do_not_specialize=["rows"])
+def _project_kernel(
+    x, q_weight, k_weight, v_weight, gate_weight, q_bias, k_bias, v_bias, gate_bias, q, k, v, gates, rows,
+    Q: tl.constexpr, KV: tl.constexpr, GATES: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries, keys, values and gates of a few rows: a read of the weights, a few columns in each program."""
+    tile = tl.program_id(0)
+    q_tiles: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N
+    k_tiles: tl.constexpr = q_tiles + (KV + BLOCK_N - 1) // BLOCK_N
+    v_tiles: tl.constexpr = k_tiles + (KV + BLOCK_N - 1) // BLOCK_N
+    if tile < q_tiles:
+        _project_tile(x, q_weight, q_bias, q, tile, rows, Q, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)
+    elif tile < k_tiles:
+        tile -= q_tiles
+        _project_tile(x, k_weight, k_bias, k, tile, rows, KV, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)
+    elif tile < v_tiles:
+        tile -= k_tiles
+        _project_tile(x, v_weight, v_bias, v, tile, rows, KV, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)
+    elif GATES > 0:
+        tile -= v_tiles
+        _project_tile(
+            x, gate_weight, gate_bias, gates, tile, rows, GATES, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _project_plan(
+    rows: int, dim: int, sizes: tuple[int, ...], biased: tuple[bool, ...], dtype: torch.dtype, device: torch.device,
+    precision: str,
+) -> _Launch:  # fmt: skip
+    constants = {"Q": sizes[0], "KV": sizes[1], "GATES": sizes[3], "DIM": dim, "BLOCK_M": _FEW, "BLOCK_N": 16}
+    constants |= {"BLOCK_D": 512 // dtype.itemsize, "STAGES": 4, "PRECISION": precision, "num_warps": 4}
+    grid = (sum(_cdiv(size, constants["BLOCK_N"]) for size in sizes),)
+    return _Launch(_project_kernel, grid, (rows,), **constants)
+
+
+def _triton_project(
+    x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Linear layers of a few rows x (B, M, dim), at most _FEW in all."""
+    (B, M, dim), dtype, device = x.shape, x.dtype, x.device
+    sizes = tuple([0 if w is None else w.shape[0] for w in weights])
+    outputs = tuple([torch.empty((B, M, size), dtype=dtype, device=device) for size in sizes])
+    biased = tuple([bias is not None for bias in biases])
+    plan = _project_plan(B * M, dim, sizes, biased, dtype, device, _precision(x))
+    plan(x.contiguous(), *weights, *biases, *outputs)
+    return outputs
+
+
+# Append ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_kernel
+def _stream_size(B, room, K: tl.constexpr, D: tl.constexpr):
+    """Numbers in one stream of a cache, (B, room, K, D), whose last row is a spare one."""
+    return tl.cast(B, tl.int64) * room * (K * D)
+
+
+@_kernel
+def _rotate(x, partner, position, d, TURNS: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr):
+    """Rotary embedding of rows x at their positions; partner[d] = x[d ± D/2], and theta = 2^(−HALF·TURNS).
+
+    Angles are float64 until whole turns are gone: a position may be a million. cos and sin are rounded to the dtype, as
+    in a forward.
+    """
+    turns = position.to(tl.float64)[:, None] * tl.exp2((d % HALF).to(tl.float64) * TURNS)[None, :] * _TL_PER_TURN
+    angle = ((turns - tl.floor(turns)) * _TL_TURN).to(tl.float32)
+    cos, sin = tl.cos(angle).to(dtype).to(tl.float32), tl.sin(angle).to(dtype).to(tl.float32)
+    return x * cos + tl.where((d < HALF)[None, :], -partner, partner) * sin
+
+
+@_kernel
+def _append_rows(
+    x_ptr, out_ptr, first, of_token, tile, n_tokens, M, B, room,
+    VALUES: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of the heads of new tokens: queries to rows like theirs, keys and values into the streams of a cache.
+
+    Sets of heads are in the order of the projections (local, compressed, selective), or there is one for all.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    SETS: tl.constexpr = HEADS // K
+    n, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    token, head = n // HEADS, n % HEADS
+    exists = token < n_tokens
+    if of_token is None:
+        b, m = token // M, token % M
+    else:
+        b = tl.load(of_token + token, mask=exists, other=0)
+        m = tl.load(of_token + n_tokens + token, mask=exists, other=0)
+    position = tl.load(first + b, mask=exists, other=0) + m
+    row = n.to(tl.int64) * D
+    x = _load_rows(x_ptr, row, exists, D, BLOCK_D).to(tl.float32)
+    rotated = x
+    if TURNS is not None and VALUES != 1:
+        partner = x_ptr + row[:, None] + ((d + D // 2) % D)[None, :]
+        partner = tl.load(partner, mask=exists[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        rotated = _rotate(x, partner, position, d, TURNS, D // 2, dtype)
+    if VALUES is None:
+        _store_rows(out_ptr, row, rotated, exists, D, BLOCK_D)
+    else:
+        exists &= (position >= 0) & (position < room - 1)
+        stream = _stream_size(B, room, K, D)
+        out = (b.to(tl.int64) * room + position) * (K * D) + head % K * D
+        if SETS == 3:  # k, v of the selective branch are the streams 0, 1; of the local 2, 3; of the compressed 4, 5
+            part = (head // K + 1) % 3
+            x = tl.where((part == 2)[:, None], x, rotated)
+            _store_rows(out_ptr, (part * 2 + VALUES) * stream + out, x, exists, D, BLOCK_D)
+        else:
+            _store_rows(out_ptr, VALUES * stream + out, rotated, exists, D, BLOCK_D)
+            if TURNS is not None and VALUES == 0:
+                _store_rows(out_ptr, 2 * stream + out, x, exists, D, BLOCK_D)
+
+
+@_kernel
+def _finish_blocks(
+    x_ptr, tokens, blocks, first, position_ptr, w_in, b_in, w_out, b_out, chunk, M, B, room, C_room,
+    VALUES: tl.constexpr, SETS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr, TURNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compressed keys (or values) of the blocks that the new tokens finish: nothing to do in most steps.
+
+    Rows are blocks, and the last one is the position embedding, which the products thereby meet in its own precision:
+    W·(x + position) + b, and with an output layer W_out·gelu(that) + b_out. Without weights it is the mean. Tokens
+    that are new come from the projections, as their way into the cache may not have ended.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    RAW: tl.constexpr = 4 if SETS == 3 else 2 if TURNS is not None and VALUES == 0 else 0
+    # the weight of a convolution is (out, in, token), the first of an MLP (units, token, in)
+    TOKENS: tl.constexpr = max(128 // BLOCK_D, 1) if w_in is not None else 1
+    UNIT: tl.constexpr = 128 // dtype.primitive_bitwidth  # numbers in the 16 bytes that are copied at once
+    TOKEN_STEP: tl.constexpr = D if w_out is not None else 1
+    DIM_STEP: tl.constexpr = 1 if w_out is not None else BLOCK
+    r, d, unit = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, UNITS_PAD)
+    each = tl.cdiv(M, STRIDE) * K  # M tokens finish no more blocks, of each key head
+    n = chunk * (BLOCK_M - 1) + r
+    b, i, k = (n // each).to(tl.int64), (n % each // K).to(tl.int64), n % K
+    exists = (r < BLOCK_M - 1) & (b < B)
+    begin = tl.maximum(tl.load(first + b, mask=exists, other=0), 0)
+    i += _span(begin - 1, 0, BLOCK, STRIDE)[1]
+    exists &= i < _span(tl.minimum(begin + M, room - 1) - 1, 0, BLOCK, STRIDE)[1]
+    if tl.max(exists.to(tl.int32), axis=0) > 0:
+        s = i * STRIDE
+        cached = tokens + (RAW + VALUES) * _stream_size(B, room, K, D) + ((b * room + s) * K + k)[:, None] * D
+        new = x_ptr + ((b * M + s - begin) * (SETS * K) + SETS // 2 * K + k)[:, None] * D
+        of_position = (r == BLOCK_M - 1)[:, None]
+        column = tl.arange(0, TOKENS * BLOCK_D)  # several tokens at a time: rounds wait for each other
+        acc = tl.zeros([BLOCK_M, UNITS_PAD], tl.float32)
+        for first_token in tl.range(0, BLOCK, TOKENS, num_stages=STAGES):
+            u, c = first_token + column // BLOCK_D, column % BLOCK_D
+            inside, step = (u < BLOCK) & (c < D), u[None, :].to(tl.int64)
+            row = tl.where(s[:, None] + step < begin[:, None], cached + step * (K * D), new + step * (SETS * K * D))
+            mask = exists[:, None] & inside[None, :]
+            if w_in is None:
+                acc += tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            else:
+                row = tl.where(of_position, position_ptr + step * D, row)
+                row += c[None, :]
+                if D % UNIT == 0:
+                    row = tl.max_contiguous(tl.multiple_of(row, [1, 16]), [1, UNIT])
+                x = tl.load(row, mask=mask | (of_position & inside[None, :]), other=0.0)
+                w = w_in + unit[None, :] * (BLOCK * D) + u[:, None] * TOKEN_STEP + c[:, None] * DIM_STEP
+                w = tl.load(w, mask=(unit < UNITS)[None, :] & inside[:, None], other=0.0)
+                acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if w_in is None:
+            acc /= BLOCK
+        else:
+            of_position = tl.sum(tl.where(of_position, acc, 0.0), axis=0)
+            acc += (of_position + tl.load(b_in + unit, mask=unit < UNITS, other=0.0))[None, :]
+        if w_out is not None:
+            hidden = (0.5 * acc * (1 + tl.erf(acc * _TL_SQRT_HALF))).to(dtype)
+            w = w_out + d[None, :] * UNITS + unit[:, None]
+            w = tl.load(w, mask=(unit < UNITS)[:, None] & (d < D)[None, :], other=0.0)
+            acc = tl.dot(hidden, w, input_precision=PRECISION)
+            acc += tl.load(b_out + d, mask=d < D, other=0.0)[None, :]
+        y = acc.to(dtype).to(tl.float32)
+        if TURNS is not None and VALUES == 0:
+            partner = tl.gather(y, tl.broadcast_to(((d + D // 2) % D)[None, :], [BLOCK_M, BLOCK_D]), axis=1)
+            y = _rotate(y, partner, s, d, TURNS, D // 2, dtype)
+        _store_rows(blocks, (((VALUES * B + b) * C_room + i) * K + k) * D, y, exists, D, BLOCK_D)
+
+
+@_kernel(do_not_specialize=["n_tokens", "M", "B", "room", "C_room"])
+def _append_kernel(
+    q_ptr, k_ptr, v_ptr, q_out, tokens, blocks, first, of_token,
+    k_position, k_in, k_in_bias, k_out, k_out_bias, v_position, v_in, v_in_bias, v_out, v_out_bias,
+    n_tokens, M, B, room, C_room,
+    H: tl.constexpr, K: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    TURNS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr,
+    UNITS_PAD: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs for the heads of keys, of values and, if they turn, of queries; then those for finished blocks."""
+    program, tiles = tl.program_id(0), tl.cdiv(n_tokens * (SETS * K), ROWS)
+    query_tiles = tl.cdiv(n_tokens * H, ROWS) if TURNS is not None else 0
+    if program < tiles:
+        _append_rows(
+            k_ptr, tokens, first, of_token, program, n_tokens, M, B, room,
+            0, SETS * K, K, D, BLOCK_D, ROWS, TURNS,
+        )  # fmt: skip
+    elif program < 2 * tiles:
+        _append_rows(
+            v_ptr, tokens, first, of_token, program - tiles, n_tokens, M, B, room,
+            1, SETS * K, K, D, BLOCK_D, ROWS, TURNS,
+        )  # fmt: skip
+    elif program < 2 * tiles + query_tiles:
+        _append_rows(
+            q_ptr, q_out, first, of_token, program - 2 * tiles, n_tokens, M, B, room,
+            None, H, K, D, BLOCK_D, ROWS, TURNS,
+        )  # fmt: skip
+    elif BLOCK > 0:
+        chunk = program - 2 * tiles - query_tiles
+        if chunk % 2 == 0:
+            _finish_blocks(
+                k_ptr, tokens, blocks, first, k_position, k_in, k_in_bias, k_out, k_out_bias,
+                chunk // 2, M, B, room, C_room, 0, SETS, K, D, BLOCK_D, BLOCK, STRIDE, UNITS, UNITS_PAD, BLOCK_M,
+                STAGES, TURNS, PRECISION,
+            )  # fmt: skip
+        else:
+            _finish_blocks(
+                v_ptr, tokens, blocks, first, v_position, v_in, v_in_bias, v_out, v_out_bias,
+                chunk // 2, M, B, room, C_room, 1, SETS, K, D, BLOCK_D, BLOCK, STRIDE, UNITS, UNITS_PAD, BLOCK_M,
+                STAGES, TURNS, PRECISION,
+            )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _append_plan(
+    q: torch.Size, heads: int, tokens: torch.Size, C_room: int, packed: bool, given: tuple[bool, ...], units: int,
+    theta: float | None, block_size: int, stride: int, dtype: torch.dtype, device: torch.device, precision: str,
+) -> _Launch:  # fmt: skip
+    (rows, M, H, D), (_, B, room, K, _) = q, tokens
+    n_tokens = rows * M
+    size = 8 if n_tokens <= 64 else _merge_rows(D)  # a step waits for the latency of one program
+    turns = None if theta is None else -2 * math.log2(theta) / D
+    constants = {"H": H, "K": K, "SETS": heads // K, "D": D, "BLOCK_D": _block_d(D), "ROWS": size, "TURNS": turns}
+    constants |= {"BLOCK": block_size, "STRIDE": stride, "UNITS": units, "UNITS_PAD": max(_power_of_2(units), 16)}
+    stage_bytes = max(_block_d(D), 128) * constants["UNITS_PAD"] * dtype.itemsize
+    constants |= {"BLOCK_M": 16, "STAGES": 1 + min(2**17 // stage_bytes, 4), "PRECISION": precision}
+    constants |= {"num_warps": 8 if block_size else 4}
+    programs = 2 * _cdiv(n_tokens * heads, size) + (0 if theta is None else _cdiv(n_tokens * H, size))
+    chunks = _cdiv(B * _cdiv(M, stride) * K, constants["BLOCK_M"] - 1) if block_size else 0
+    return _Launch(_append_kernel, (programs + 2 * chunks,), (n_tokens, M, B, room, C_room), **constants)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x itself where it is contiguous from a multiple of 16 bytes on, else such a copy."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _triton_extend(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
+    theta: float | None, block_size: int, stride: int, weights: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """k and v (B, M, sets·K, D) of new tokens into a cache; q (B, M, H, D) rotated, or nothing if it does not turn.
+
+    `weights` of the compressors are position, weight, bias, weight and bias of the output layer, for keys and then for
+    values; None where there are none. With a block size of 0 the blocks are not touched.
+    """
+    q, k, v = _whole(q), _whole(k), _whole(v)
+    weights = [None if w is None else _whole(w) for w in weights]
+    units, given = q.shape[3] if weights[1] is None else len(weights[1]), tuple([w is not None for w in weights])
+    shape = (q.shape, k.shape[2], tokens.shape, blocks.shape[2], of_token is not None, given, units)
+    plan = _append_plan(*shape, theta, block_size, stride, q.dtype, q.device, _precision(q))
+    rotated = torch.empty(0 if theta is None else q.shape, dtype=q.dtype, device=q.device)
+    plan(q, k, v, rotated, tokens, blocks, first, of_token, *weights)
+    return rotated
+
+
+# Attention ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# One float32 buffer takes the partial outputs: row (split·rows + row)·GROUP + g has D numbers of o and, behind them,
+# lse. Another takes the importance that the scan hands on, and counters of the kernel that attends.
+
+_PART_PAD = _constexpr(4)  # a row of a partial output is D + 4 numbers, so that each begins at a multiple of 16 bytes
+
+
+@_kernel
+def _decode_row(row, first, of_token, M, room, K: tl.constexpr):
+    """(row of q, row of the cache, key head, position within the room) of a row."""
+    n, k = row // K, row % K
+    b, m = n // M, n % M
+    if of_token is not None:
+        b, m = tl.load(of_token + n), tl.load(of_token + M + n)
+    t = tl.load(first + b) + m
+    return n.to(tl.int64), b.to(tl.int64), k, tl.minimum(tl.maximum(t, 0), room - 2)
 
 
 @_kernel
 def _decode_begin(
-    q_ptr, q_strides, b, m, k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    q_ptr, n, k, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Heads of the group, their queries, and an empty softmax: g, q, acc, m_i, l_i.
@@ -4929,19 +5358,20 @@ def _decode_begin(
     l_i stays apart by the keys of a tile, as a sum over them would make the warps wait for each other.
     """
     g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr, _offsets(q_strides, b, m, k * GROUP + g), g < GROUP, D, BLOCK_D)
+    q = _load_rows(q_ptr, ((n * K + k) * GROUP + g) * D, g < GROUP, D, BLOCK_D)
     acc, l_i = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     return g, q, acc, tl.full([BLOCK_M], float("-inf"), tl.float32), l_i
 
 
 @_kernel
 def _decode_tile(
-    acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, i, seen, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, offset, i, seen, scale,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys i of the online softmax; p too."""
-    k_t = tl.trans(_load_rows(k_ptr, _offsets(k_strides, b, i, k), seen, D, BLOCK_D))
-    v = _load_rows(v_ptr, _offsets(v_strides, b, i, k), seen, D, BLOCK_D)
+    """One tile of keys i, rows of K·D numbers that begin at the offset, of the online softmax; p too."""
+    rows = offset + i.to(tl.int64) * (K * D)
+    k_t = tl.trans(_load_rows(k_ptr, rows, seen, D, BLOCK_D))
+    v = _load_rows(v_ptr, rows, seen, D, BLOCK_D)
     acc, m_i, alpha, p = _softmax_step(acc, m_i, q, k_t, v, seen[None, :], scale * _TL_LOG2E, PRECISION)
     return acc, m_i, l_i * alpha[:, None] + p, p
 
@@ -4953,15 +5383,28 @@ def _split_bounds(tiles, split, splits):
 
 
 @_kernel
+def _part_row(row, split, g, GROUP: tl.constexpr):
+    """Row of a partial output."""
+    return (tl.cast(split, tl.int64) * tl.num_programs(0) + row) * GROUP + g
+
+
+@_kernel
 def _decode_end(
-    acc, m_i, l_i, o_part, lse_part, row, split, n_splits, g,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m_i, l_i, parts, row, split, g, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """o_part[row, split, g] = acc / l, lse_part[row, split, g] = m_i + log2 l, l = sum l_i; without a key 0, -inf."""
+    """A partial output: acc / l and its m_i + log2 l, where l = sum l_i; without a key 0 and -inf."""
     l_i = tl.sum(l_i, axis=1)
-    out = (row.to(tl.int64) * n_splits + split) * GROUP + g
-    _store_rows(o_part, out * D, acc / tl.where(l_i > 0, l_i, 1.0)[:, None], g < GROUP, D, BLOCK_D)
-    tl.store(lse_part + out, m_i + tl.log2(l_i), mask=g < GROUP)
+    out = _part_row(row, split, g, GROUP) * (D + _PART_PAD)
+    _store_rows(parts, out, acc / tl.where(l_i > 0, l_i, 1.0)[:, None], g < GROUP, D, BLOCK_D)
+    tl.store(parts + out + D, m_i + tl.log2(l_i), mask=g < GROUP)
+
+
+@_kernel
+def _behind_scores(scores, n_scores, GROUP: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr):
+    """What follows the scores in their buffer: carries of tiles, and counters."""
+    heads = tl.num_programs(0).to(tl.int64) * GROUP
+    carries = scores + heads * n_scores
+    return carries, (carries + heads * (n_scores // BLOCKS) * CARRY).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @_kernel
@@ -4972,45 +5415,62 @@ def _carried(
     return carries + ((row.to(tl.int64) * (n_scores // BLOCKS) + tile) * CARRY + right) * GROUP + g
 
 
-@_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_compressed_kernel(
-    q_ptr, k_ptr, v_ptr, positions, o_part, lse_part, scores, carries, arrived, m0, n_tokens, n_splits, n_scores, scale,
-    q_strides, k_strides, v_strides, position_strides,
+@_kernel(do_not_specialize=["M", "B", "room", "C_room", "n_compressed", "n_scores"])
+def _decode_scan_kernel(
+    q_ptr, tokens, blocks, first, of_token, parts, scores, M, B, room, C_room, n_compressed, n_scores, scale,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, CARRY: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, WINDOW: tl.constexpr, LOCAL_STREAM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, PART: tl.constexpr, CARRY: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A split of softmax(scale·q·k) v, and scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale·q[g]·k[i]).
+    """A split of softmax(scale·q·k) v over compressed blocks, or over the local window.
 
-    A tile has the keys of BLOCKS selection blocks; its carry to the next tile's first CARRY blocks is kept too. It also
-    sets arrived to 0, where the last kernel counts.
+    Of the former also scores[row, g, j] = log2 sum_i overlap(i, j) exp2(scale·q[g]·k[i]). A tile has the keys of BLOCKS
+    selection blocks; its carry to the next tile's first CARRY blocks is kept too. The counters of the kernel that
+    attends are set to 0 here.
     """
     r: tl.constexpr = SELECT // STRIDE
     row, split = tl.program_id(0), tl.program_id(1)
+    n_scores = n_scores // BLOCKS * BLOCKS  # which it is: the compiler sees that rows are aligned
+    carries, arrived = _behind_scores(scores, n_scores, GROUP, BLOCKS, CARRY)
     if split == 0:
         tl.store(arrived + row * tl.num_programs(2) + tl.program_id(2), 0)
-    b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, GROUP, D, BLOCK_D, BLOCK_M, BLOCKS * PART)
-    _, end = _span(t, 0, BLOCK, STRIDE)
-    begin_tile, end_tile = _split_bounds(tl.cdiv(end, BLOCKS * r), split, tl.num_programs(1))
-    column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
-    score_rows = ((row.to(tl.int64) * GROUP + g) * n_scores)[:, None]
-    for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        i = (tile * BLOCKS + column // PART) * r + column % PART
-        seen = (column % PART < r) & (i < end)
-        acc, m_i, l_i, p = _decode_tile(
-            acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, i, seen, scale, D, BLOCK_D, PRECISION
-        )
-        score, carry = _fold_importance(p, 0, BLOCK // STRIDE, r, BLOCK_M, BLOCKS, PART, CARRY)
-        score = m_i[:, None] + tl.log2(score)  # to stay in the L2 for the next kernel while keys pass by
-        out = scores + score_rows + (tile * BLOCKS + jj)[None, :]
-        tl.store(out, score, mask=(g < GROUP)[:, None], eviction_policy="evict_last")
-        if CARRY > 0:
-            out = _carried(carries, row, tile, jj[None, :], g[:, None], n_scores, GROUP, BLOCKS, CARRY)
-            mask = (g < GROUP)[:, None] & (jj < CARRY)[None, :]
-            tl.store(out, m_i[:, None] + tl.log2(carry), mask=mask, eviction_policy="evict_last")
-    _decode_end(acc, m_i, l_i, o_part, lse_part, row, split, n_splits, g, GROUP, D, BLOCK_D)
+    n, b, k, t = _decode_row(row, first, of_token, M, room, K)
+    if split >= n_compressed:
+        g, q, acc, m_i, l_i = _decode_begin(q_ptr, n, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
+        k_local = tokens + LOCAL_STREAM * _stream_size(B, room, K, D)
+        v_local, offset = k_local + _stream_size(B, room, K, D), (b * room * K + k) * D
+        first_key, end = _span(t, WINDOW, 1, 1)
+        tiles, n_local = tl.cdiv(end - first_key, BLOCK_N), tl.num_programs(1) - n_compressed
+        begin_tile, end_tile = _split_bounds(tiles, split - n_compressed, n_local)
+        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+            s = first_key + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc, m_i, l_i, _ = _decode_tile(
+                acc, m_i, l_i, q, k_local, v_local, offset, s, s < end, scale, K, D, BLOCK_D, PRECISION
+            )
+        _decode_end(acc, m_i, l_i, parts, row, split, g, GROUP, D, BLOCK_D)
+    else:
+        g, q, acc, m_i, l_i = _decode_begin(q_ptr, n, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCKS * PART)
+        v_cmp, offset = blocks + _stream_size(B, C_room, K, D), (b * C_room * K + k) * D
+        _, end = _span(t, 0, BLOCK, STRIDE)
+        begin_tile, end_tile = _split_bounds(tl.cdiv(end, BLOCKS * r), split, n_compressed)
+        column, jj = tl.arange(0, BLOCKS * PART), tl.arange(0, BLOCKS)
+        score_rows = ((row.to(tl.int64) * GROUP + g) * n_scores)[:, None]
+        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
+            i = (tile * BLOCKS + column // PART) * r + column % PART
+            seen = (column % PART < r) & (i < end)
+            acc, m_i, l_i, p = _decode_tile(
+                acc, m_i, l_i, q, blocks, v_cmp, offset, i, seen, scale, K, D, BLOCK_D, PRECISION
+            )
+            score, carry = _fold_importance(p, 0, BLOCK // STRIDE, r, BLOCK_M, BLOCKS, PART, CARRY)
+            score = m_i[:, None] + tl.log2(score)  # to stay in the L2 for the next kernel while keys pass by
+            out = scores + score_rows + (tile * BLOCKS + jj)[None, :]
+            tl.store(out, score, mask=(g < GROUP)[:, None], eviction_policy="evict_last")
+            if CARRY > 0:
+                out = _carried(carries, row, tile, jj[None, :], g[:, None], n_scores, GROUP, BLOCKS, CARRY)
+                mask = (g < GROUP)[:, None] & (jj < CARRY)[None, :]
+                tl.store(out, m_i[:, None] + tl.log2(carry), mask=mask, eviction_policy="evict_last")
+        _decode_end(acc, m_i, l_i, parts, row, split, g, GROUP, D, BLOCK_D)
 
 
 @_kernel
@@ -5021,7 +5481,7 @@ def _sum_exp2(x, lse):
 
 @_kernel
 def _decode_score(
-    lse_part, scores, carries, row, tiles, n_compressed, n_splits, n_scores, GROUP: tl.constexpr,
+    parts, scores, carries, row, tiles, n_compressed, n_scores, GROUP: tl.constexpr, D: tl.constexpr,
     SPLITS_PAD: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """score[j] = sum_g exp2(scores[row, g, j] − lse[g]), and the same of the carries; lse over the splits: (NP,)."""
@@ -5029,12 +5489,12 @@ def _decode_score(
     NT: tl.constexpr = NP // BLOCKS  # tiles; nothing is carried to the first one
     tile, jj = tl.arange(0, max(NT, 1))[None, :], tl.arange(0, BLOCKS)[None, :]
     score = tl.zeros([NP], tl.float32)
-    for first in range(0, GROUP, HEADS):
-        g = first + tl.arange(0, HEADS)[:, None]
+    for first_head in range(0, GROUP, HEADS):
+        g = first_head + tl.arange(0, HEADS)[:, None]
         own = scores + (row.to(tl.int64) * GROUP + g) * n_scores + j
         mask = (g < GROUP) & (j < tiles * BLOCKS)
         own = tl.load(own, mask=mask, other=float("-inf"), eviction_policy="evict_first")  # before it waits for lse
-        lse = lse_part + (row.to(tl.int64) * n_splits + split) * GROUP + g
+        lse = parts + _part_row(row, split, g, GROUP) * (D + _PART_PAD) + D
         lse = tl.load(lse, mask=(g < GROUP) & (split < n_compressed), other=float("-inf"))
         m_i = tl.max(lse, axis=1)
         m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
@@ -5048,207 +5508,209 @@ def _decode_score(
     return score
 
 
-@_kernel(do_not_specialize=_DECODE_COUNTS)
-def _decode_choose_kernel(
-    q_ptr, k_ptr, v_ptr, positions, o_part, lse_part, scores, carries, chosen,
-    m0, n_tokens, n_compressed, n_splits, n_scores, scale, q_strides, k_strides, v_strides, position_strides,
-    K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr, HEADS: tl.constexpr,
-    WINDOW: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+@_kernel
+def _choose_slots(
+    score, own, end_slot, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr
 ):  # fmt: skip
-    """Program 0 of a row: chosen[row] = its S highest blocks. The others: a split of softmax(q·k) v in its window."""
-    row, split = tl.program_id(0), tl.program_id(1) - 1
-    b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    if split >= 0:
-        g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
-        first, end = _span(t, WINDOW, 1, 1)
-        begin_tile, end_tile = _split_bounds(tl.cdiv(end - first, BLOCK_N), split, tl.num_programs(1) - 1)
-        for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-            s = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc, m_i, l_i, _ = _decode_tile(
-                acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, s, s < end, scale, D, BLOCK_D, PRECISION
-            )
-        _decode_end(acc, m_i, l_i, o_part, lse_part, row, n_compressed + split, n_splits, g, GROUP, D, BLOCK_D)
-    elif tl.program_id(2) == 0:
-        _, end = _span(t, 0, BLOCK, STRIDE)
-        tiles = tl.cdiv(end, BLOCKS * (SELECT // STRIDE))
-        score = _decode_score(
-            lse_part, scores, carries, row, tiles, n_compressed, n_splits, n_scores,
-            GROUP, SPLITS_PAD, BLOCKS, CARRY, HEADS, NP,
-        )  # fmt: skip
-        one = tl.arange(0, 1)
-        out = chosen + (one + row).to(tl.int64) * S
-        _store_highest(score[None, :], one + t // SELECT, one + t >= 0, out, S, SP, INIT, LOCAL, 1, NP)
+    """Slots of one row, up to end_slot: forced blocks, then the highest of score[: own + 1], ties to the lower index.
+
+    Slots hold -1 where nothing is left. A few maxima take less time than the bisection of `_store_highest`. A score
+    that is not negative orders by its bits, and below them a key has the index, so that no two are equal.
+    """
+    j, slot = tl.arange(0, NP), tl.arange(0, SP)
+    local, init = own - slot, slot - LOCAL
+    chosen = tl.where(slot < LOCAL, tl.maximum(local, -1), tl.where((init < INIT) & (init <= own - LOCAL), init, -1))
+    score = tl.where((score >= 0) & (score < float("inf")), score, 0.0)
+    key = score.to(tl.int32, bitcast=True).to(tl.int64) * NP + (NP - 1 - j)
+    key = tl.where((j >= INIT) & (j <= own - LOCAL), key, -1)
+    for s in range(LOCAL + INIT, end_slot):
+        highest = tl.max(key, axis=0)
+        chosen = tl.where((slot == s) & (highest >= 0), NP - 1 - (highest % NP).to(tl.int32), chosen)
+        key = tl.where(key == highest, -1, key)
+    return chosen
 
 
 @_kernel
-def _split_weights(lse_part, rows, first, end, gate, exists, GROUP: tl.constexpr, SPLITS_PAD: tl.constexpr):
-    """weight[g, n] = gate·exp2(lse_part[n] − lse), lse the log-sum, for the splits [first, end) of a branch; else 0."""
-    split = tl.arange(0, SPLITS_PAD)[None, :]
-    mask = exists[:, None] & (split >= first) & (split < end)
-    lse = tl.load(lse_part + rows[:, None] + split * GROUP, mask=mask, other=float("-inf"))
-    m_i = tl.max(lse, axis=1)
-    weight = tl.exp2(lse - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
+def _branch_weight(lse, of_branch, logit):
+    """gate·exp2(lse[n] − lse) over the splits n of a branch, lse their log-sum; 0 for the others."""
+    lse = tl.where(of_branch[:, None], lse, float("-inf"))
+    m_i = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(m_i == float("-inf"), 0.0, m_i)[None, :])
     # the sum is 0 or, as its largest term is 1, at least 1
-    return weight * (gate / tl.maximum(tl.sum(weight, axis=1), 1.0))[:, None]
+    return weight * (tl.sigmoid(logit.to(tl.float32)) / tl.maximum(tl.sum(weight, axis=0), 1.0))[None, :]
 
 
 @_kernel
 def _merge_splits(
-    acc, o_part, weight, rows, first, end, exists,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    parts, logits, o_ptr, row, h, n_compressed, n_others, n_parts,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum_n weight[g, n]·o_part[n] over the splits [first, end)."""
-    for n in tl.range(first, end, loop_unroll_factor=4):
-        of_split = tl.sum(tl.where(tl.arange(0, SPLITS_PAD)[None, :] == n, weight, 0.0), axis=1)
-        acc += of_split[:, None] * _load_rows(o_part, (rows + n * GROUP) * D, exists, D, BLOCK_D)
-    return acc
+    """o[g] = sum over the branches of gate·sum_n exp2(lse[n] − lse)·o[n], HEADS heads at a time."""
+    split, d = tl.arange(0, SPLITS_PAD), tl.arange(0, BLOCK_D)
+    for first_head in range(0, min(GROUP, BLOCK_M), HEADS):
+        g = tl.program_id(2) * BLOCK_M + first_head + tl.arange(0, HEADS)
+        exists = (split < n_parts)[:, None] & (g < GROUP)[None, :]
+        out = _part_row(row, split[:, None], g[None, :], GROUP) * (D + _PART_PAD)
+        lse = tl.load(parts + out + D, mask=exists, other=float("-inf"))
+        mask = exists[:, :, None] & (d < D)[None, None, :]
+        o = tl.load(parts + out[:, :, None] + d[None, None, :], mask=mask, other=0.0)
+        logit = logits + g * 3
+        local = tl.load(logit, mask=g < GROUP, other=0.0)
+        compressed = tl.load(logit + 1, mask=g < GROUP, other=0.0)
+        selective = tl.load(logit + 2, mask=g < GROUP, other=0.0)
+        weight = _branch_weight(lse, split < n_compressed, compressed)
+        weight += _branch_weight(lse, (split >= n_compressed) & (split < n_others), local)
+        weight += _branch_weight(lse, split >= n_others, selective)
+        o = tl.sum(o * weight[:, :, None], axis=0)
+        _store_rows(o_ptr, (h + g) * D, o, g < GROUP, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=_DECODE_COUNTS)
+@_kernel(do_not_specialize=["M", "B", "room", "logit_stride", "n_compressed", "n_others", "n_scores"])
 def _decode_attend_kernel(
-    q_ptr, k_ptr, v_ptr, positions, o_part, lse_part, chosen, arrived, gates_ptr, o_ptr,
-    m0, n_tokens, n_compressed, first_split, n_splits, scale,
-    q_strides, k_strides, v_strides, position_strides, gate_strides, o_strides,
+    q_ptr, tokens, logits, o_ptr, first, of_token, parts, scores, M, B, room, logit_stride, n_compressed, n_others,
+    n_scores, scale,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr, HEADS: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, NP: tl.constexpr,
+    SELECT: tl.constexpr, SELECT_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, SCORE_SPLITS: tl.constexpr,
+    MERGE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A split of softmax(q·k) v over the tokens up to t of the chosen blocks; a slot is SELECT_PAD keys long.
+    """The S blocks of a row, and a split of softmax(q·k) v over their tokens up to t; a slot is SELECT_PAD keys long.
 
-    The split of a row that ends last writes o[row], all branches merged.
+    Splits [0, n_compressed) are of the compressed branch, those up to n_others of the local one. The split of a row
+    that ends last writes o[row], all branches merged.
     """
-    row, split = tl.program_id(0), tl.program_id(1)
-    b, m, k, t = _decode_row(row, positions, position_strides, m0, n_tokens, K)
-    g, q, acc, m_i, l_i = _decode_begin(q_ptr, q_strides, b, m, k, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
-    slot = tl.arange(0, SP)
+    row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    n, b, k, t = _decode_row(row, first, of_token, M, room, K)
+    g, q, acc, m_i, l_i = _decode_begin(q_ptr, n, k, K, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N)
+    n_scores = n_scores // BLOCKS * BLOCKS  # which it is: the compiler sees that rows are aligned
+    carries, arrived = _behind_scores(scores, n_scores, GROUP, BLOCKS, CARRY)
+    tiles = tl.cdiv(_span(t, 0, BLOCK, STRIDE)[1], BLOCKS * (SELECT // STRIDE))
+    score = _decode_score(
+        parts, scores, carries, row, tiles, n_compressed, n_scores, GROUP, D, SCORE_SPLITS, BLOCKS, CARRY, HEADS, NP
+    )
     taken = tl.minimum((t + SELECT) // SELECT, S)  # slots that hold a block: as many blocks as have begun
-    blocks = tl.load(chosen + row.to(tl.int64) * S + slot, mask=slot < taken, other=-1)
-    begin_tile, end_tile = _split_bounds(tl.cdiv(taken * SELECT_PAD, BLOCK_N), split, tl.num_programs(1))
-    # the other branches meanwhile
-    rows, exists = row.to(tl.int64) * n_splits * GROUP + g, g < GROUP  # of split 0; the next one is GROUP further
-    gates = gates_ptr + _offsets(gate_strides, b, m, k * GROUP + g)
-    local, compressed = _load_gate(gates, exists), _load_gate(gates + gate_strides[3], exists)
-    gate = _load_gate(gates + 2 * gate_strides[3], exists)
-    weight = _split_weights(lse_part, rows, 0, n_compressed, compressed, exists, GROUP, SPLITS_PAD)
-    weight += _split_weights(lse_part, rows, n_compressed, first_split, local, exists, GROUP, SPLITS_PAD)
-    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    o = _merge_splits(o, o_part, weight, rows, 0, first_split, exists, GROUP, D, BLOCK_D, SPLITS_PAD)
+    begin_tile, end_tile = _split_bounds(tl.cdiv(taken * SELECT_PAD, BLOCK_N), split, splits)
+    end_slot = tl.minimum(tl.cdiv(end_tile * BLOCK_N, SELECT_PAD), taken)
+    blocks, slot = _choose_slots(score, t // SELECT, end_slot, SP, INIT, LOCAL, NP), tl.arange(0, SP)
+    v_ptr, offset = tokens + _stream_size(B, room, K, D), (b * room * K + k) * D
     for tile in tl.range(begin_tile, end_tile, num_stages=STAGES):
-        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        of_slot = (n // SELECT_PAD)[:, None] == slot[None, :]
+        c = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        of_slot = (c // SELECT_PAD)[:, None] == slot[None, :]
         j = tl.max(tl.where(of_slot, blocks[None, :], -1), axis=1)  # no load, so that those of keys can run far ahead
-        s = j * SELECT + n % SELECT_PAD
-        seen = (j >= 0) & (n % SELECT_PAD < SELECT) & (s <= t)
+        s = j * SELECT + c % SELECT_PAD
+        seen = (j >= 0) & (c % SELECT_PAD < SELECT) & (s <= t)
         acc, m_i, l_i, _ = _decode_tile(
-            acc, m_i, l_i, q, k_ptr, v_ptr, k_strides, v_strides, b, k, s, seen, scale, D, BLOCK_D, PRECISION
+            acc, m_i, l_i, q, tokens, v_ptr, offset, s, seen, scale, K, D, BLOCK_D, PRECISION
         )
-    out = _offsets(o_strides, b, m, k * GROUP + g)
-    splits = tl.num_programs(1)
-    if splits == 1:
-        l_sum = tl.sum(l_i, axis=1)
-        _store_rows(o_ptr, out, o + acc * (gate / tl.where(l_sum > 0, l_sum, 1.0))[:, None], exists, D, BLOCK_D)
-    else:
-        _decode_end(acc, m_i, l_i, o_part, lse_part, row, first_split + split, n_splits, g, GROUP, D, BLOCK_D)
-        tl.debug_barrier()  # every thread has written
-        place = arrived + row * tl.num_programs(2) + tl.program_id(2)
-        if tl.atomic_add(place, 1, sem="acq_rel", scope="gpu") == splits - 1:  # what the others wrote can be read
-            weight = _split_weights(lse_part, rows, first_split, n_splits, gate, exists, GROUP, SPLITS_PAD)
-            o = _merge_splits(o, o_part, weight, rows, first_split, n_splits, exists, GROUP, D, BLOCK_D, SPLITS_PAD)
-            _store_rows(o_ptr, out, o, exists, D, BLOCK_D)
+    _decode_end(acc, m_i, l_i, parts, row, n_others + split, g, GROUP, D, BLOCK_D)
+    tl.debug_barrier()  # every thread has written
+    ended = 1
+    if splits > 1:  # what the others wrote before they arrived can be read
+        ended += tl.atomic_add(arrived + row * tl.num_programs(2) + tl.program_id(2), 1, sem="acq_rel", scope="gpu")
+    if ended == splits:
+        h = n * (K * GROUP) + k * GROUP
+        logits += n * logit_stride + k * GROUP * 3
+        _merge_splits(
+            parts, logits, o_ptr, row, h, n_compressed, n_others, n_others + splits,
+            GROUP, D, BLOCK_D, BLOCK_M, SPLITS_PAD, MERGE_HEADS,
+        )  # fmt: skip
 
 
 class _DecodePlan(NamedTuple):
-    """Plan of the three kernels of a step, and the sizes of what they hand on."""
+    """Launches of a step, and the numbers in the two buffers by which one hands on to the other."""
 
     chunk: int  # new tokens of a row at a time
-    splits: tuple[int, int, int]  # of the compressed, the local and the selected keys
-    head_tiles: int
-    n_scores: int
-    carries: int  # numbers for each row and head
-    compressed: dict[str, Any]
-    choose: dict[str, Any]
-    attend: dict[str, Any]
+    parts_size: int
+    scores_size: int
+    scan: _Launch
+    attend: _Launch
 
 
 @functools.lru_cache(maxsize=4096)
 def _decode_plan(
-    q_shape: torch.Size, k_shape: torch.Size, C: int, dtype: torch.dtype, device: torch.device, local_window: int,
-    choice: _Choice, precision: str,
+    q: torch.Size, tokens: torch.Size, C_room: int, packed: bool, static: bool, logits: torch.dtype,
+    local_window: int, choice: _Choice, scale: float, dtype: torch.dtype, device: torch.device, precision: str,
 ) -> _DecodePlan:  # fmt: skip
-    (B, M, H, D), (T, K), S, l_ = q_shape, k_shape[1:3], choice.topk_blocks, choice.select_block_size
+    (B, M, H, D), S, l_ = q, choice.topk_blocks, choice.select_block_size
+    streams, cache_rows, room, K, _ = tokens
+    T, C = room - 1, C_room - 1
     ratio, carry = _carry(choice)
-    compressed, choose, attend = (
-        _constants(f"decode_{kernel}", H, K, D, dtype, precision) for kernel in ("compressed", "local", "selected")
-    )
-    for constants in (compressed, choose, attend):
+    scan, attend = (_constants(f"decode_{kernel}", H, K, D, dtype, precision) for kernel in ("scan", "attend"))
+    for constants in (scan, attend):
         constants["STAGES"] = constants.pop("num_stages")
         constants["BLOCK_M"] = heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
-    part, select_pad = _power_of_2(ratio), _power_of_2(l_)
-    blocks = max(compressed.pop("BLOCK_N") // part, _power_of_2(max(carry, 1)))
+    part, select_pad, head_tiles = _power_of_2(ratio), _power_of_2(l_), _cdiv(H // K, heads)
+    blocks = max(scan["BLOCK_N"] // part, _power_of_2(max(carry, 1)))
     score_tiles = _cdiv(C, blocks * ratio)
     n_scores, NP = score_tiles * blocks, _power_of_2(max(_cdiv(T, l_), S))
-    most = (
-        score_tiles,
-        _cdiv(min(local_window, T), choose["BLOCK_N"]),
-        _cdiv(S * select_pad, attend["BLOCK_N"]),
-    )
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
-    programs = _num_sms(device) // (B * chunk * K * _cdiv(H // K, heads))
-    splits = tuple(max(min(programs, n, _DECODE_MAX_SPLITS), 1) for n in most)
+    rows = B * chunk * K
+    programs = _num_sms(device) // (rows * head_tiles)
+    tiles = (score_tiles, _cdiv(min(local_window, T), scan["BLOCK_N"]), _cdiv(S * select_pad, attend["BLOCK_N"]))
+    n_compressed, n_local, n_selected = (max(min(programs, n, _DECODE_MAX_SPLITS), 1) for n in tiles)
     sizes = {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": l_, "BLOCKS": blocks, "CARRY": carry}
-    slots = {"S": S, "SP": _power_of_2(S)}
-    compressed |= {**sizes, "PART": part}
-    choose |= {**sizes, **slots, "INIT": choice.init_blocks, "LOCAL": choice.local_blocks, "NP": NP}
-    choose |= {"HEADS": max(min(_power_of_2(H // K), 16384 // NP), 1), "SPLITS_PAD": _power_of_2(splits[0])}
-    choose |= {"WINDOW": min(local_window, _FAR), "num_warps": max(choose["num_warps"], min(NP // 512, 16))}
-    attend |= {**slots, "SELECT": l_, "SELECT_PAD": select_pad, "SPLITS_PAD": _power_of_2(sum(splits))}
+    scan |= {**sizes, "PART": part, "WINDOW": min(local_window, _FAR), "LOCAL_STREAM": 2 if streams == 6 else 0}
+    attend |= {**sizes, "S": S, "SP": _power_of_2(S), "INIT": choice.init_blocks, "LOCAL": choice.local_blocks}
+    attend |= {"NP": NP, "HEADS": max(min(_power_of_2(H // K), 16384 // NP), 1), "SELECT_PAD": select_pad}
+    attend |= {"num_warps": max(attend["num_warps"], min(NP // 512, 16))}
+    n_parts = n_compressed + n_local + n_selected
+    merged = max(min(_MERGED // (_power_of_2(n_parts) * _block_d(D)), _power_of_2(H // K), heads), 1)
+    attend |= {"SPLITS_PAD": _power_of_2(n_parts), "SCORE_SPLITS": _power_of_2(n_compressed), "MERGE_HEADS": merged}
+    scores_size = rows * H // K * (n_scores + score_tiles * carry) + rows * head_tiles
+    n_others, numbers = n_compressed + n_local, (M, cache_rows, room)
+    scan_numbers = (*numbers, C_room, n_compressed, n_scores, scale)
+    attend_numbers = (*numbers, 0 if static else H * 3, n_compressed, n_others, n_scores, scale)
     return _DecodePlan(
-        chunk, splits, _cdiv(H // K, heads), n_scores, score_tiles * carry, compressed, choose, attend
+        chunk, rows * n_parts * H // K * (D + 4), scores_size,
+        _Launch(_decode_scan_kernel, (rows, n_others, head_tiles), scan_numbers, **scan),
+        _Launch(_decode_attend_kernel, (rows, n_selected, head_tiles), attend_numbers, **attend),
     )  # fmt: skip
 
 
 def _triton_decode(
-    q: Tensor, k: Tensor, v: Tensor, k_local: Tensor, v_local: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
-    first: Tensor, of_token: Tensor | None, local_window: int, choice: _Choice, scale: float,
+    q: Tensor, tokens: Tensor, blocks: Tensor, logits: Tensor, first: Tensor, of_token: Tensor | None,
+    local_window: int, choice: _Choice, scale: float,
 ) -> Tensor:  # fmt: skip
-    """o (B, M, H, D): all branches and gates, for M new tokens a row over buffers that hold their keys already."""
-    assert of_token is None
-    positions = first[:, None] + torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
-    positions = positions.clamp(max=k.shape[1] - 1)
-    (B, M, H, D), K = q.shape, k.shape[2]
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if o.numel() == 0:
-        return o
-    q, k, v, k_local, v_local, k_cmp, v_cmp = map(_unit_stride, (q, k, v, k_local, v_local, k_cmp, v_cmp))
-    shape = (q.shape, k.shape, k_cmp.shape[1], q.dtype, q.device, local_window, choice, _precision())
-    plan = _decode_plan(*shape)
-    (n_compressed, n_local, n_selected), n_splits, heads = plan.splits, sum(plan.splits), plan.head_tiles
-    rows = B * plan.chunk * K
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    o_part, lse_part = empty(rows * n_splits * H // K * D), empty(rows * n_splits * H // K)
-    scores, carries = empty(rows * H // K * plan.n_scores), empty(rows * H // K * plan.carries)
-    chosen, arrived = (empty(rows * n, dtype=torch.int32) for n in (choice.topk_blocks, heads))
-    for m0 in range(0, M, plan.chunk):
-        n_tokens = min(plan.chunk, M - m0)
-        rows = B * n_tokens * K
-        _decode_compressed_kernel[(rows, n_compressed, heads)](
-            q, k_cmp, v_cmp, positions, o_part, lse_part, scores, carries, arrived, m0, n_tokens, n_splits,
-            plan.n_scores, scale, q.stride(), k_cmp.stride(), v_cmp.stride(), positions.stride(), **plan.compressed,
-        )  # fmt: skip
-        _decode_choose_kernel[(rows, 1 + n_local, heads)](
-            q, k_local, v_local, positions, o_part, lse_part, scores, carries, chosen, m0, n_tokens, n_compressed,
-            n_splits, plan.n_scores, scale, q.stride(), k_local.stride(), v_local.stride(), positions.stride(),
-            **plan.choose,
-        )  # fmt: skip
-        _decode_attend_kernel[(rows, n_selected, heads)](
-            q, k, v, positions, o_part, lse_part, chosen, arrived, gates, o, m0, n_tokens, n_compressed,
-            n_compressed + n_local, n_splits, scale, q.stride(), k.stride(), v.stride(), positions.stride(),
-            gates.stride(), o.stride(), **plan.attend,
-        )  # fmt: skip
+    """o (B, M, H, D): all branches and gates, for M new tokens a row over a cache that holds their keys already.
+
+    Row b's stand at the positions first[b] + 0, 1, ...; packed ones, (1, total, H, D), at first[row] + m over the keys
+    of that row, where of_token is (2, total): row and m. Positions behind the room for keys count as its last.
+    """
+    M, static, device = q.shape[1], logits.stride() == (0, 0, 3, 1), q.device
+    kinds = (of_token is not None, static, logits.dtype, local_window, choice, scale, q.dtype, device, _precision(q))
+    plan = _decode_plan(q.shape, tokens.shape, blocks.shape[2], *kinds)
+    if plan.chunk < M:
+        outputs = []
+        for m in range(0, M, plan.chunk):
+            new = slice(m, m + plan.chunk)
+            own = (first + m, None) if of_token is None else (first, of_token[:, new].contiguous())
+            settings = (*own, local_window, choice, scale)
+            outputs.append(_triton_decode(q[:, new], tokens, blocks, logits[:, new], *settings))
+        return torch.cat(outputs, dim=1)
+    q, logits = q.contiguous(), logits if static else logits.contiguous()
+    o = torch.empty_like(q)
+    parts, scores = (torch.empty(size, dtype=torch.float32, device=device) for size in plan[1:3])
+    plan.scan(q, tokens, blocks, first, of_token, parts, scores)
+    plan.attend(q, tokens, logits, o, first, of_token, parts, scores)
     return o
+
+
+def _triton_cached(
+    q: Tensor, tokens: Tensor, blocks: Tensor, logits: Tensor, first: Tensor, of_token: Tensor | None,
+    local_window: int, choice: _Choice, scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention over a cache: a piece of a prompt by the kernels of a forward, a step by those above."""
+    if of_token is not None or q.shape[1] <= _FEW:
+        return _triton_decode(q, tokens, blocks, logits, first, of_token, local_window, choice, scale)
+    k, v, k_local, v_local, k_cmp, v_cmp = _cache_keys(tokens, blocks)
+    o_local, _ = _triton_span_forward(q, k_local, v_local, _Span(local_window), scale, first=first)
+    o_compressed, lse = _triton_span_forward(q, k_cmp, v_cmp, choice.span, scale, first=first)
+    chosen = _triton_select(q, k_cmp, lse, choice, scale, first=first, max_len=k.shape[1])
+    gated, size = (logits.sigmoid().to(q.dtype), o_local, o_compressed), choice.select_block_size
+    return _triton_selected_forward(q, k, v, chosen, size, scale, gated, first=first)[2]
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -5544,9 +6006,11 @@ _BACKENDS["triton"] = _Backend(
     _triton_selected_forward,
     _triton_selected_backward,
     _triton_preprocess,
-    _triton_decode,
+    _triton_cached,
     _triton_segments,
     _torch_append,
+    _triton_project,
+    _triton_extend,
     _triton_obstacle,
     _triton_preferred,
     _triton_compresses,

@@ -491,6 +491,13 @@ def sizes(case: Case) -> nsa._Choice:
     return nsa._Choice(**case.choice)
 
 
+def as_cache(*keys: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens and blocks of a cache with these k, v, k_local, v_local, k_cmp, v_cmp; NaN where nothing is to be read."""
+    spare = [torch.cat([x, torch.full_like(x[:, :1], torch.nan)], dim=1) for x in keys]
+    raw = torch.full_like(spare[0], torch.nan)
+    return torch.stack([*spare[:4], raw, raw]), torch.stack(spare[4:])
+
+
 def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The kernels' output (B, M, H, D)."""
     layout = layout or (lambda x: x)
@@ -498,8 +505,9 @@ def decode(case: Case, step: Step, x: dict[str, Tensor], layout: Callable[[Tenso
     count = lambda tokens: oracle.compressed_count(tokens, case.block_size, case.stride)  # noqa: E731
     tokens = [buffer(x[name], list(step.lengths), size) for name in ("k", "v", "k_local", "v_local")]
     blocks = [buffer(x[name], [count(n) for n in step.lengths], count(size)) for name in ("k_cmp", "v_cmp")]
-    tensors = (at(x["q"], positions), *tokens, *blocks, at(x["gates"], positions))
-    o = nsa._triton_decode(*map(layout, tensors), step.first(), None, case.window, sizes(case), case.D**-0.5)
+    q, logits = layout(at(x["q"], positions)), layout(torch.logit(at(x["gates"], positions).float()))
+    cache = as_cache(*tokens, *blocks)
+    o = nsa._triton_decode(q, *cache, logits, step.first(), None, case.window, sizes(case), case.D**-0.5)
     return o.masked_fill((positions < 0)[..., None, None], 0.0)  # what stands behind a row's tokens is anybody's
 
 

@@ -36,6 +36,7 @@ from cases import (
     Packing,
     Random,
     Step,
+    as_cache,
     at,
     choice,
     decode,
@@ -559,7 +560,8 @@ def test_cuda_graph_of_a_step(random: Random) -> None:
     x = inputs(case, steps[0], random, dtype)
     positions = steps[0].positions()
     first = steps[0].first()
-    arguments = [*(x[name] for name in ("k", "v", "k_local", "v_local", "k_cmp", "v_cmp")), at(x["gates"], positions)]
+    cache = as_cache(*(x[name] for name in ("k", "v", "k_local", "v_local", "k_cmp", "v_cmp")))
+    arguments = (*cache, torch.logit(at(x["gates"], positions)))
     q, settings = at(x["q"], positions), (case.window, sizes(case), case.D**-0.5)
 
     def run_step() -> Tensor:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import Random, interpreted
+from cases import Random, as_cache, interpreted
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -148,13 +148,14 @@ def test_an_earlier_conversation_in_kernels(settings: dict[str, object], random:
     sizes = 12, nsa._Choice(**cfg.selection), 0.25
     row, blocks = (2, 64, cfg.kv_heads, 16), (2, 64 // cfg.stride - 1, cfg.kv_heads, 16)
     keys = [random(shape, torch.float32) for shape in (row, row, row, row, blocks, blocks)]
-    q, gates = random((2, 1, 2, 16), torch.float32), torch.full((2, 1, 2, 3), 0.5)
+    q, logits = random((2, 1, 2, 16), torch.float32), torch.zeros(2, 1, 2, 3)
     first = torch.tensor([20, 33], dtype=torch.int32)
-    expected = nsa._torch_decode(q, *keys, gates, first, None, *sizes)
+    expected = nsa._torch_decode(q, *as_cache(*keys), logits, first, None, *sizes)
     for i, at in enumerate(first.tolist()):
         for x in keys[:4]:
             x[i, at + 1 :] = math.nan
         for x in keys[4:]:
             x[i, nsa._compressed_count(at + 1, cfg.block_size, cfg.stride) :] = math.nan
     for decode in (nsa._torch_decode, nsa._triton_decode):
-        torch.testing.assert_close(decode(q, *keys, gates, first, None, *sizes), expected, rtol=0, atol=1e-5)
+        actual = decode(q, *as_cache(*keys), logits, first, None, *sizes)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

@@ -489,15 +489,14 @@ VARIANTS = {"BLOCK_N": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 
 def caches(batch: int, tokens: int) -> list[dict[str, Tensor]]:
     """The arguments of a step of one new token at the end of full caches, 64 query and 4 key heads of 128."""
     torch.manual_seed(0)
-    make = lambda *shape: torch.randn(batch, *shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    make = lambda *shape: torch.randn(*shape, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     blocks = (tokens - PAPER["block_size"]) // PAPER["stride"] + 1
     steps = []
     for _ in range(CACHES):
-        k, v, k_cmp, v_cmp = make(tokens, 4), make(tokens, 4), make(blocks, 4), make(blocks, 4)
-        gates = torch.rand(batch, 1, 64, 3, device="cuda", dtype=torch.bfloat16)
         first = torch.full((batch,), tokens - 1, device="cuda", dtype=torch.int32)
-        steps.append({"q": make(1, 64), "k": k, "v": v, "k_local": k, "v_local": v, "k_cmp": k_cmp, "v_cmp": v_cmp,
-                      "gates": gates, "first": first, "of_token": None})  # fmt: skip
+        steps.append({"q": make(batch, 1, 64), "tokens": make(2, batch, tokens + 1, 4),
+                      "blocks": make(2, batch, blocks + 1, 4), "logits": make(batch, 1, 64)[..., :3].contiguous(),
+                       "first": first, "of_token": None})  # fmt: skip
     return steps
 
 
@@ -512,7 +511,7 @@ def sparse_step(step: dict[str, Tensor]) -> Tensor:
 
 def dense_step(step: dict[str, Tensor], backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
-        q, k, v = (step[name].transpose(1, 2) for name in ("q", "k", "v"))
+        q, k, v = (x.transpose(1, 2) for x in (step["q"], *step["tokens"][:, :, :-1]))
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
