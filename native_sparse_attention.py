@@ -1762,7 +1762,7 @@ class _RowTerms(NamedTuple):
 
 
 class _Backend(NamedTuple):
-    """All that a backend must bring. `segments` are packed sequences; PyTorch is given one sequence at a time instead.
+    """All that a backend must bring. `segments` are packed sequences; PyTorch is given rows instead.
 
     span_forward(q, k, v, span, scale, segments) → o, lse
     span_backward(do, terms, q, k, v, span, scale, dq, segments) → dq, dk, dv; added to the dq that is given
@@ -1809,6 +1809,9 @@ _BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton"
 # themselves. A module may have a name that is no identifier; its bytes then keep such names apart.
 _LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa_{__name__.encode().hex()}"
 
+# Padding that PyTorch accepts for a call less: about what a call costs beside its tokens.
+_CALL_TOKENS = 256
+
 # Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the fake of an operator
 # tells it the shapes.
 
@@ -1830,7 +1833,7 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
         if "cu_keys" in names and arguments[names.index("cu_keys")] is not None:
             given = dict(zip(names, arguments, strict=True))
             if given["backend"] == "torch":
-                return _each_sequence(function, **given)
+                return _in_rows(function, **given)
         return function(*arguments)
 
     def run(*arguments: Any) -> Any:
@@ -1853,36 +1856,82 @@ def _refuse_gradients(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError("an operator of Native Sparse Attention has its gradients from torch.autograd.Function alone")
 
 
-def _each_sequence(
+def _in_rows(
     function: Callable[..., Any], *, cu_seqlens: Tensor, cu_keys: Tensor, of_token: Tensor, **arguments: Any
 ) -> Any:
-    """`function` of each of some packed sequences alone, its results one after another.
-
-    A tensor (1, rows, ...) has a row for each token or for each compressed block. Their numbers tell which: no sequence
-    has more blocks than tokens, so where there are as many overall, every sequence has as many.
-    """
-    lengths = [n for n in cu_seqlens.diff().tolist() if n > 0]
-    blocks = [_compressed_count(n, arguments["block_size"], arguments["stride"]) for n in lengths]
-    if not lengths:
-        return function(**arguments, cu_seqlens=None, cu_keys=None, of_token=None)
+    """`function` of packed sequences as rows, of those of about equal lengths at a time; its results packed again."""
+    order, shapes = _row_groups(cu_seqlens.diff().tolist())
+    blocks = [(n, _compressed_count(longest, arguments["block_size"], arguments["stride"])) for n, longest in shapes]
+    tokens, keys = _PackedRows.of(cu_seqlens, order, shapes), _PackedRows.of(cu_keys, order, blocks)
     span = arguments.get("window") == 0 and arguments["block_indices"] is None
     of_blocks = {"k", "v"} if span else {"k_cmp", "v_cmp"}
-    keys = next((arguments[name].shape[1] for name in of_blocks if name in arguments), 0)
-    split = lambda name, x: x[:, : sum(blocks)].split(blocks, 1) if name in of_blocks else x.split(lengths, 1)  # noqa: E731
-    pieces = {name: split(name, x) for name, x in arguments.items() if isinstance(x, Tensor)}
+    packing = lambda name: keys if name in of_blocks else tokens  # noqa: E731
+    rows = {name: packing(name).split(x) for name, x in arguments.items() if isinstance(x, Tensor)}
     results = []
-    for i in range(len(lengths)):
-        alone = arguments | {name: x[i] for name, x in pieces.items()}
-        results.append(function(**alone, cu_seqlens=None, cu_keys=None, of_token=None))
-
-    def join(parts: Sequence[Tensor]) -> Tensor:
-        x, rows = torch.cat(parts, dim=1), [part.shape[1] for part in parts]
-        spare = keys - sum(blocks) if rows == blocks != lengths else 0
-        return F.pad(x, (0,) * (2 * x.ndim - 4) + (0, spare)) if spare else x
-
+    for i in range(len(shapes)):
+        group = arguments | {name: x[i] for name, x in rows.items()}
+        results.append(function(**group, cu_seqlens=None, cu_keys=None, of_token=None))
     if isinstance(results[0], Tensor):
-        return join(results)
-    return tuple(map(join, zip(*results, strict=True)))
+        return tokens.join(results, arguments["q"])
+    # A backward returns the gradients of these, and all that a forward returns has the rows of q.
+    inputs = ("q", "k", "v", "k_cmp", "v_cmp", "gates", "k_local", "v_local")
+    names = inputs if "do" in arguments else itertools.repeat("q")
+    each = zip(names, zip(*results, strict=True), strict=False)
+    return tuple(packing(name).join(groups, arguments[name]) for name, groups in each)
+
+
+def _row_groups(lengths: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Sequences that have tokens, the longest first, and the shape (n, longest) of each group of rows."""
+    order = sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: -lengths[i])
+    shapes, padding = [(0, 0)], 0
+    for length in (lengths[i] for i in order):
+        n, longest = shapes[-1]
+        padding += longest - length
+        if n > 0 and (longest <= 1.25 * length or padding <= _CALL_TOKENS):
+            shapes[-1] = (n + 1, longest)
+        else:
+            shapes.append((1, length))
+            padding = 0
+    return order, shapes[1:] or shapes
+
+
+class _PackedRows(NamedTuple):
+    """Packed sequences as groups of rows, which go on with zeros where a sequence is shorter than the longest.
+
+    The zeros change nothing: no token sees what comes behind it, and a query without an upstream gradient adds 0 to the
+    gradients of keys.
+    """
+
+    shapes: list[tuple[int, int]]  # (n, longest) of each group
+    slot: Tensor | None  # (total,) number of each token or key in the rows of all groups; None where it is its own
+
+    @classmethod
+    def of(cls, offsets: Tensor, order: list[int], shapes: list[tuple[int, int]]) -> _PackedRows:
+        size = torch.tensor([longest for n, longest in shapes for _ in range(n)], dtype=torch.int64)
+        start = offsets.new_zeros(len(offsets) - 1, dtype=torch.int64)
+        start[order] = size.cumsum(0) - size
+        number = torch.arange(int(offsets[-1]))
+        slot = number + (start - offsets[:-1]).repeat_interleave(offsets.diff())
+        return cls(shapes, None if len(number) == size.sum() and torch.equal(slot, number) else slot)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Rows of each group; integers go on with −1: (1, total, ...) → (n, longest, ...)."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        if self.slot is None:
+            x = x[0, : sum(sizes)]
+        else:
+            rows = x.new_full((sum(sizes), *x.shape[2:]), 0 if x.is_floating_point() else -1)
+            x = rows.index_copy_(0, self.slot, x[0, : len(self.slot)])
+        return [y.unflatten(0, shape) for y, shape in zip(x.split(sizes), self.shapes, strict=True)]
+
+    def join(self, rows: Sequence[Tensor], like: Tensor | None) -> Tensor:
+        """The reverse: (n, longest, ...) of each group → (1, total, ...), and zeros up to the rows of `like`."""
+        if like is None:  # a gradient that was not asked for
+            return rows[0][:1]
+        x = rows[0].flatten(0, 1) if len(rows) == 1 else torch.cat([y.flatten(0, 1) for y in rows])
+        x = x if self.slot is None else x.index_select(0, self.slot)
+        more = like.shape[1] - len(x)
+        return (F.pad(x, (0, 0) * (x.dim() - 1) + (0, more)) if more else x)[None]
 
 
 def _backend(

@@ -70,7 +70,11 @@ def test_rows_whose_partial_outputs_share_memory(value: float, random: Random) -
 
 @BROKEN
 @with_each_group
-def test_packed_sequences(heads: int, kv_heads: int, value: float, random: Random) -> None:
+@pytest.mark.parametrize("call_tokens", [0, 256], ids=["in_groups", "together"])
+def test_packed_sequences(
+    heads: int, kv_heads: int, call_tokens: int, value: float, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nsa, "_CALL_TOKENS", call_tokens)
     edges, block_edges = [0, 37, 57, 66, 130], [0, 3, 4, 4, 11]
     tensors = inputs(random, 1, 130, 11, heads, kv_heads, 16)
     cu_seqlens = torch.tensor(edges, dtype=torch.int32)

@@ -4,6 +4,7 @@
     python tests/benchmarks/cpu.py parts     # where NSA's time goes
     python tests/benchmarks/cpu.py memory    # peak above the inputs, against eager dense attention
     python tests/benchmarks/cpu.py model     # a training step of the example's full-size model, NSA against dense
+    python tests/benchmarks/cpu.py packed    # short sequences, packed and padded, against a plain batch
     python tests/benchmarks/cpu.py decode    # a new token after 2048, with a cache against running all tokens again
     python tests/benchmarks/cpu.py peer      # a module's forward + backward against native-sparse-attention-pytorch
 
@@ -185,6 +186,44 @@ def decode(repeats: int, prompt: int = 2048, layers: int = 6) -> None:
     print(f"all tokens again: {whole:.3f} s, {whole / step:.1f}×")
 
 
+def packed(shapes: list[tuple[int, int]], repeats: int) -> None:
+    """Forward + backward of a block of dim 256, and of `nsa_attention` with as many heads, which takes no padding.
+
+    Ragged sequences are 1 to twice the mean long, and as many tokens in all. Padded rows hold 1 to all of their tokens.
+    """
+    cfg = nsa.NSAConfig(dim=256, heads=4)
+    block, names = nsa.NSABlock(cfg), ("packed, equal", "packed, ragged", "padded")
+    print("| | sequences × mean | plain |" + "".join(f" {name} | ratio |" for name in names) + "\n|" + "---|" * 9)
+
+    def attention(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        lengths = torch.tensor([x.shape[1]]) if cu_seqlens is None else cu_seqlens.diff()
+        blocks = int(((lengths - cfg.block_size) // cfg.stride + 1).clamp(min=0).sum())
+        x_cmp = torch.randn(len(x), blocks, cfg.heads, cfg.dim_head, requires_grad=True)
+        x, gates = x.unflatten(2, (cfg.heads, -1)), torch.full((*x.shape[:2], cfg.heads, 3), 0.5)
+        return nsa.nsa_attention(x, x, x, x_cmp, x_cmp, gates, local_window=cfg.local_window, **cfg.selection,
+                                 cu_seqlens=cu_seqlens)  # fmt: skip
+
+    def seconds(function: Callable[..., Tensor], x: Tensor, **batch: Tensor) -> float:
+        begin = time.perf_counter()
+        function(x.requires_grad_(), **batch).square().mean().backward()
+        return time.perf_counter() - begin
+
+    for count, mean in shapes:
+        torch.manual_seed(0)
+        more = torch.randint(mean, (count // 2,))  # tokens that one has more than the mean, and another less
+        packings = torch.full((count,), mean), torch.cat([mean + more, mean - more])
+        mask = torch.arange(mean) <= torch.randint(mean, (count, 1))
+        x = torch.randn(count, mean, cfg.dim)
+        calls = [(x, {}), *((x.view(1, -1, cfg.dim), {"cu_seqlens": F.pad(n.cumsum(0), (1, 0))}) for n in packings)]
+        calls = {block: [*calls, (x, {"key_padding_mask": mask})], attention: calls}
+        for function, each in calls.items():
+            run = lambda f=function, each=each: [seconds(f, x, **batch) for x, batch in each]  # noqa: E731
+            plain, *others = median(run, repeats)
+            name = "nsa_attention" if function is attention else "NSABlock"
+            cells = "".join(f" {other:.3f} s | {other / plain:.2f} |" for other in others)
+            print(f"| {name} | {count} × {mean} | {plain:.3f} s |{cells}", flush=True)
+
+
 def peer(lengths: list[int], repeats: int) -> None:
     """Whole modules of equal sizes in turns: projections, RoPE, compression MLPs, gates from the input.
 
@@ -225,7 +264,7 @@ def peer(lengths: list[int], repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "parts", "memory", "model", "decode", "peer"))
+    parser.add_argument("what", choices=("speed", "parts", "memory", "model", "packed", "decode", "peer"))
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; not given: 2k to 32k, for peer 512 to 2k")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64, help="sequences in a step of the model")
@@ -244,6 +283,8 @@ def main() -> None:
         memory([n for n in args.lengths if n <= 16384], args.eager_most)
     elif args.what == "model":
         model(args.batch, args.repeats)
+    elif args.what == "packed":
+        packed([(64, 128), (4096, 4)], args.repeats)
     elif args.what == "peer":
         peer(args.lengths, args.repeats)
     else:
