@@ -1907,10 +1907,11 @@ class _PackedRows(NamedTuple):
 
     @classmethod
     def of(cls, offsets: Tensor, order: list[int], shapes: list[tuple[int, int]]) -> _PackedRows:
-        size = torch.tensor([longest for n, longest in shapes for _ in range(n)], dtype=torch.int64)
-        start = offsets.new_zeros(len(offsets) - 1, dtype=torch.int64)
+        offsets = offsets.long()
+        size = offsets.new_tensor([longest for n, longest in shapes for _ in range(n)])
+        start = offsets.new_zeros(len(offsets) - 1)
         start[order] = size.cumsum(0) - size
-        number = torch.arange(int(offsets[-1]))
+        number = torch.arange(int(offsets[-1]), device=offsets.device)
         slot = number + (start - offsets[:-1]).repeat_interleave(offsets.diff())
         return cls(shapes, None if len(number) == size.sum() and torch.equal(slot, number) else slot)
 
