@@ -1762,7 +1762,7 @@ class _RowTerms(NamedTuple):
 
 
 class _Backend(NamedTuple):
-    """All that a backend must bring. `segments` are packed sequences; PyTorch is given rows instead.
+    """All that a backend must bring. `segments` are packed sequences; PyTorch on a CPU is given rows instead.
 
     span_forward(q, k, v, span, scale, segments) → o, lse
     span_backward(do, terms, q, k, v, span, scale, dq, segments) → dq, dk, dv; added to the dq that is given
@@ -1832,7 +1832,7 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
     def body(*arguments: Any) -> Any:
         if "cu_keys" in names and arguments[names.index("cu_keys")] is not None:
             given = dict(zip(names, arguments, strict=True))
-            if given["backend"] == "torch":
+            if given["backend"] == "torch" and _on_host(given["cu_keys"]):
                 return _in_rows(function, **given)
         return function(*arguments)
 
@@ -2433,6 +2433,9 @@ def _trailing_sums(x: Tensor, count: int) -> Tensor:
 
 def _highest(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores of each row, ascending. Of equal scores the lower index wins."""
+    if not _on_host(scores):
+        highest = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        return highest.sort(dim=-1).values
     # On a CPU topk partitions rows as a whole, up to 64·count numbers; longer ones it sorts in part, twice as fast.
     spare = 64 * count - scores.shape[-1]
     worth = scores.device.type == "cpu" and 0 < spare < 40 * count
@@ -2449,10 +2452,10 @@ def _choose_blocks(importance: Tensor, query: Tensor, choice: _Choice) -> Tensor
 
     Candidates start at or before the query. Forced ones rank before all others; ties go to the lower index.
 
-    importance: (..., T, N), 0 or more; query: (T,) positions → int32 (..., T, S).
+    importance: (..., T, N), 0 or more; query: (T,) or (..., T) positions → int32 (..., T, S).
     """
     block = torch.arange(importance.shape[-1], device=importance.device)
-    own = (query // choice.select_block_size)[:, None]  # (T, 1): the block that the query stands in
+    own = (query // choice.select_block_size)[..., None]  # (T, 1): the block that the query stands in
     forced = (block < choice.init_blocks) | (block > own - choice.local_blocks)
     # Blocks behind the query take distinct negative scores: they fill what is left over, last and in order.
     scores = importance.masked_fill(forced, math.inf)
@@ -2470,6 +2473,10 @@ def _choose_blocks(importance: Tensor, query: Tensor, choice: _Choice) -> Tensor
 # (query, chosen block) pairs by block and lets every block meet the queries that chose it, so that keys are read once
 # a tile rather than gathered for each query. A backward recomputes the probabilities from the log-sum-exp. A forward
 # may begin at a position `first`, over keys that begin at 0: so new queries go on over the keys of a cache.
+#
+# Where the host must not look at values, on a GPU, packed sequences and the rows of a cache are cut into rows of 64
+# queries by tables on the device, each row gathers the keys of its sequence that it may see, and selected attention
+# gathers the keys of each query's blocks: more memory traffic, no number that depends on lengths or on the choice.
 
 _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**18 and 2**22 took a fifth longer at 32k
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
@@ -2478,6 +2485,11 @@ _FEW = 16  # tokens that are a step rather than a prompt
 _FUSED_BYTES = 2**16  # the most that the weights of one token may take there
 _LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether a look at the values costs nothing. Elsewhere tables on the device take its place."""
+    return x.device.type == "cpu"
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -2519,7 +2531,7 @@ def _tile_softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tu
 
 def _broken_keys(k: Tensor, v: Tensor) -> Tensor | None:
     """True for keys that hold NaN or infinity, (b, n); None where a look at the host tells that there are none."""
-    if k.device.type == "cpu" and math.isfinite(k.sum() + v.sum()):
+    if _on_host(k) and math.isfinite(k.sum() + v.sum()):
         return None
     return ~(k.isfinite() & v.isfinite()).all(-1)
 
@@ -2603,17 +2615,30 @@ class _Tile(NamedTuple):
     batch: slice
     heads: slice
     queries: slice
-    positions: slice  # of the queries: where they stand in the sequence
-    keys: slice
-    mask: Tensor  # (M, 1, n), from `_hide`
+    positions: Tensor  # (M,), or (b, M), of the queries: where they stand in their sequence
+    stop: int  # all positions are lower
+    keys: slice | Tensor  # or numbers (b, n) among all keys, −1 where there is none
+    mask: Tensor  # (M, 1, n), or (b·k, M, 1, n), from `_hide`
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows of the tile's queries: x (B, T, K, g, ...) → (b, M, k, g, ...), a view."""
         return x[self.batch, self.queries, self.heads]
 
     def columns(self, x: Tensor) -> Tensor:
-        """Rows of the tile's keys: x (B, T or C, K, 1, D) → (b, n, k, 1, D), a view."""
-        return x[self.batch, self.keys, self.heads]
+        """Rows of the tile's keys: x (B, T or C, K, 1, D) → (b, n, k, 1, D), a view or, of numbers, a copy."""
+        if isinstance(self.keys, slice):
+            return x[self.batch, self.keys, self.heads]
+        rows = x.flatten(0, 1).index_select(0, self.keys.flatten().clamp(min=0)).unflatten(0, self.keys.shape)
+        return rows.masked_fill_((self.keys < 0)[..., None, None, None], 0.0)
+
+    def add_columns(self, x: Tensor, y: Tensor) -> None:
+        """Adds y (b·k, n, D) to the rows of the keys in x (B, T or C, K, 1, D)."""
+        if isinstance(self.keys, slice):
+            self.columns(x).add_(_unfold(y, self.columns(x)))
+        else:
+            y = y.unflatten(0, (len(self.keys), -1)).transpose(1, 2)[..., None, :]  # (b, n, k, 1, D)
+            y = y.masked_fill((self.keys < 0)[..., None, None, None], 0.0)
+            x.flatten(0, 1).index_add_(0, self.keys.flatten().clamp(min=0), y.flatten(0, 1))
 
 
 def _fold(x: Tensor) -> Tensor:
@@ -2627,70 +2652,157 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, (m, g)).unflatten(0, (b, k)).transpose(1, 2)
 
 
-def _sequence_tiles(q: Tensor, span: _Span, first: int = 0) -> Iterator[_Tile]:
-    """Tiles of q (B, T, K, G, D): some query tokens, all keys that they see, as many heads as fit the cache.
+class _WholeRows(NamedTuple):
+    """Queries of whole rows, all of which begin at position `first`; keys begin at 0."""
 
-    The first query stands at position `first`, the first key always at 0.
+    first: int
+
+    def spread(self, x: Tensor) -> Tensor:
+        return x
+
+    def collect(self, x: Tensor, like: Tensor) -> Tensor:
+        return x
+
+    def tiles(self, q: Tensor, span: _Span) -> Iterator[_Tile]:
+        """Tiles of q (B, T, K, G, D): some query tokens, all keys that they see, as many heads as fit the cache."""
+        first = self.first
+        batch, tokens, heads, group, _ = q.shape
+        seen = span.keys(first + tokens - 1, first + tokens)
+        # Half as many queries as keys: few scores are computed in vain, and the matrix product is still of a fair size.
+        size = max(1, min(512 // group, max(32, (seen.stop - seen.start) // 2)))
+        for start in range(0, tokens, size):
+            queries = slice(start, min(start + size, tokens))
+            positions = slice(first + queries.start, first + queries.stop)
+            keys = span.keys(positions.start, positions.stop)
+            query = torch.arange(positions.start, positions.stop, device=q.device)
+            mask = _hide(~span.sees(query[:, None, None], torch.arange(keys.start, keys.stop, device=q.device)), q)
+            most = max(1, _TILE_SCORES // max(1, mask.numel() * group))  # heads in the tile, over all its sequences
+            for b, h in itertools.product(range(0, batch, max(1, most // heads)), range(0, heads, most)):
+                rows = slice(b, b + max(1, most // heads))
+                yield _Tile(rows, slice(h, h + most), queries, query, positions.stop, keys, mask)
+
+
+class _Places(NamedTuple):
+    """Queries of sequences whose lengths only the device knows, in n rows of M. Each row lies in one sequence.
+
+    The rows of a sequence begin anew: the first of sequence s is begin // M + s, which leaves room for all before it.
     """
-    batch, tokens, heads, group, _ = q.shape
-    seen = span.keys(first + tokens - 1, first + tokens)
-    # Half as many queries as keys: few scores are computed in vain, and the matrix product is still of a fair size.
-    size = max(1, min(512 // group, max(32, (seen.stop - seen.start) // 2)))
-    for start in range(0, tokens, size):
-        queries = slice(start, min(start + size, tokens))
-        positions = slice(first + queries.start, first + queries.stop)
-        keys = span.keys(positions.start, positions.stop)
-        query = torch.arange(positions.start, positions.stop, device=q.device)[:, None, None]
-        mask = _hide(~span.sees(query, torch.arange(keys.start, keys.stop, device=q.device)), q)
-        most = max(1, _TILE_SCORES // max(1, mask.numel() * group))  # heads in the tile, over all its sequences
-        for b, h in itertools.product(range(0, batch, max(1, most // heads)), range(0, heads, most)):
-            yield _Tile(slice(b, b + max(1, most // heads)), slice(h, h + most), queries, positions, keys, mask)
+
+    token: Tensor  # (n, M) number of each query among all; −1 where a sequence has ended
+    position: Tensor  # (n, M) in its sequence
+    first_key: Tensor  # (n, 1) number of the sequence's first key, among all
+    end_key: Tensor  # (n, 1), and where its keys end
+    most_keys: int  # that a sequence may have
+    stop: int  # all positions are lower
+    place: Tensor  # (total,) of each query among the n·M
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, span: _Span, segments: _Segments | None, first: Tensor | int) -> _Places:
+        """Of packed sequences; and of queries that go on from the positions `first` over rows of keys."""
+        (batch, tokens), device = q.shape[:2], q.device
+        total, rows = batch * tokens, min(64, tokens)
+        each = torch.arange(total, device=device)
+        begin = torch.arange(batch + 1, device=device) * tokens if segments is None else segments.cu_seqlens.long()
+        if isinstance(first, Tensor):
+            keys = torch.arange(len(first) + 1, device=device) * k.shape[1]
+            stop = k.shape[1] * span.stride + span.block_size
+        else:
+            keys, stop = (segments.cu_seqlens if span.window else segments.cu_keys).long(), tokens
+            first = torch.zeros_like(begin[1:])
+        first_row = begin[:-1] // rows + torch.arange(len(begin) - 1, device=device)
+        row = torch.arange(total // rows + len(begin) - 1, device=device)
+        s = torch.searchsorted(first_row, row, right=True)[:, None] - 1
+        offset = (row[:, None] - first_row[s]) * rows + torch.arange(rows, device=device)
+        token = (begin[s] + offset).masked_fill(offset >= (begin[s + 1] - begin[s]), -1)
+        of = torch.searchsorted(begin, each, right=True) - 1
+        place = first_row[of] * rows + each - begin[of]
+        return cls(token, first[s] + offset, keys[s], keys[s + 1], k.shape[1], stop, place)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(B, T, ...) → (n, M, ...), 0 where there is no query."""
+        rows = x.flatten(0, 1).index_select(0, self.token.flatten().clamp(min=0)).unflatten(0, self.token.shape)
+        return rows.masked_fill_((self.token < 0).view(*self.token.shape, *(1,) * (x.dim() - 2)), 0.0)
+
+    def collect(self, x: Tensor, like: Tensor) -> Tensor:
+        """The reverse, (n, M, ...) → (B, T, ...)."""
+        return x.flatten(0, 1).index_select(0, self.place).unflatten(0, like.shape[:2])
+
+    def tiles(self, q: Tensor, span: _Span) -> Iterator[_Tile]:
+        """Tiles of some of the rows q (n, M, K, G, D), with keys that are gathered for each."""
+        rows, size, heads, group, _ = q.shape
+        count = size + span.window - 1 if span.window else self.most_keys
+        most = max(1, _TILE_SCORES // max(1, heads * size * group * count))
+        for batch in (slice(b, b + most) for b in range(0, rows, most)):
+            positions = self.position[batch]
+            key = torch.arange(count, device=q.device) + (positions[:, :1] - span.window + 1 if span.window else 0)
+            number = self.first_key[batch] + key  # (b, n)
+            number = number.masked_fill((key < 0) | (number >= self.end_key[batch]), -1)
+            seen = span.sees(positions[..., None], key[..., None, :]) & (number >= 0)[:, None]  # (b, M, n)
+            mask = _hide(~seen, q)[:, :, None].repeat_interleave(heads, 0)
+            yield _Tile(batch, slice(None), slice(None), positions, self.stop, number, mask)
+
+
+def _placed(
+    q: Tensor, k: Tensor, span: _Span, segments: _Segments | None, first: int | Tensor
+) -> _WholeRows | _Places:
+    """Where queries stand: numbers where the host knows them, else tables."""
+    plain = q.numel() == 0 or (segments is None and isinstance(first, int))
+    return _WholeRows(first) if plain else _Places.of(q, k, span, segments, first)
 
 
 def _torch_span_forward(
-    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """o and lse of queries that begin at position `first`, over keys that begin at 0."""
-    q, k, v = (_grouped(x, k.shape[2]) for x in (q, k, v))
+    q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, segments: _Segments | None = None,
+    first: int | Tensor = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and lse of queries that begin at position `first`, or at first[b] in row b, over keys that begin at 0."""
+    like, at = q, _placed(q, k, span, segments, first)
+    q, k, v = (_grouped(x, k.shape[2]) for x in (at.spread(q), k, v))
     o = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:4], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
-    for tile in _sequence_tiles(q, span, first):
+    for tile in at.tiles(q, span):
         if tile.mask.numel() > 0:
             rows, keys, values = _fold(tile.rows(q)), _fold(tile.columns(k)), _fold(tile.columns(v))
             o_tile, lse_tile = _tile_forward(rows, keys, values, tile.mask, scale)
             tile.rows(o).copy_(_unfold(o_tile, tile.rows(o)))
             tile.rows(lse).copy_(_unfold(lse_tile, tile.rows(lse)))
-    return o.flatten(2, 3), lse.flatten(2, 3)
+    return at.collect(o.flatten(2, 3), like), at.collect(lse.flatten(2, 3), like)
 
 
 def _torch_span_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
+    segments: _Segments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, added to the one that is given; dk, dv."""
+    like, at = q, _placed(q, k, span, segments, 0)
     dq = _wide_zeros(q) if dq is None else dq
-    rows = _Rows(q, do, *terms).map(lambda x: _grouped(x, k.shape[2]))
-    k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(dq, k.shape[2])
+    rows = _Rows(q, do, *terms).map(lambda x: _grouped(at.spread(x), k.shape[2]))
+    k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(at.spread(dq), k.shape[2])
     dk, dv = _wide_zeros(k), _wide_zeros(v)
-    for tile in _sequence_tiles(rows.q, span):
+    for tile in at.tiles(rows.q, span):
         tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
         keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
         dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.mask, scale)
         tile.rows(dq_rows).add_(_unfold(dq_tile, tile.rows(dq_rows)))
-        tile.columns(dk).add_(_unfold(dk_tile, tile.columns(dk)))
-        tile.columns(dv).add_(_unfold(dv_tile, tile.columns(dv)))
+        tile.add_columns(dk, dk_tile)
+        tile.add_columns(dv, dv_tile)
+    dq = at.collect(dq_rows.flatten(2, 3), like)
     return dq, dk.squeeze(3).to(k.dtype), dv.squeeze(3).to(v.dtype)
 
 
 # Choice of blocks: the compressed tiles once more ─────────────────────────────────────────────────────────────────────
 
 
-def _torch_select(q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, first: int = 0) -> Tensor:
+def _torch_select(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, segments: _Segments | None = None,
+    first: int | Tensor = 0,
+) -> Tensor:  # fmt: skip
     """Chosen blocks (B, T, K, S), a tile of queries at a time: scores are (M, n), never (T, C) or (T, N)."""
     kv_heads, group = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
     k_cmp = k_cmp.where(k_cmp.isfinite(), 0.0)  # a row that sees NaN has it in its lse; the others must not
-    q, lse, k_cmp = (_grouped(x, kv_heads) for x in (q, lse, k_cmp))
+    like, at = q, _placed(q, k_cmp, choice.span, segments, first)
+    q, lse, k_cmp = (_grouped(x, kv_heads) for x in (at.spread(q), at.spread(lse), k_cmp))
     chosen = torch.empty(*q.shape[:3], 1, choice.topk_blocks, dtype=torch.int32, device=q.device)
-    for tile in _sequence_tiles(q, choice.span, first):
+    for tile in at.tiles(q, choice.span):
         rows, keys, row_lse = _fold(tile.rows(q)), _fold(tile.columns(k_cmp)), _fold(tile.rows(lse))
         if tile.mask.numel() > 0:
             p, tile_lse = _tile_softmax(rows, keys, tile.mask, scale)
@@ -2698,12 +2810,11 @@ def _torch_select(q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale:
         else:
             p = rows.new_zeros(*rows.shape[:2], 0)  # no block is complete yet
         p = p.unflatten(1, (-1, group)).sum(2)  # (b, M·G, n) → (b, M, n): one choice for the group
-        candidates = _selection_count(tile.positions.stop, choice.select_block_size)
-        importance = _block_importance(p, *choice[:3], candidates)
-        query = torch.arange(tile.positions.start, tile.positions.stop, device=q.device)
+        importance = _block_importance(p, *choice[:3], _selection_count(tile.stop, choice.select_block_size))
+        query = tile.positions if tile.positions.dim() == 1 else tile.positions.repeat_interleave(kv_heads, 0)
         highest = _choose_blocks(importance, query, choice)
         tile.rows(chosen).copy_(_unfold(highest, tile.rows(chosen)))
-    return chosen.squeeze(3)
+    return at.collect(chosen.squeeze(3), like)
 
 
 # Selective: tiles of the pairs (query row, chosen block), sorted by block ─────────────────────────────────────────────
@@ -2776,6 +2887,40 @@ def _pair_tiles(
         yield _PairTiles(pair[part], spare[part], row[part], key[part], None)
 
 
+def _by_query(q: Tensor, segments: _Segments | None, first: int | Tensor = 0) -> bool:
+    """Whether selected attention goes query by query: the host must not look at the choice, or not at the lengths."""
+    return not _on_host(q) or segments is not None or isinstance(first, Tensor)
+
+
+def _row_tiles(
+    block_indices: Tensor, rows: Tensor, keys: int, size: int, group: int, like: Tensor,
+    segments: _Segments | None = None, first: int | Tensor = 0,
+) -> Iterator[_PairTiles]:  # fmt: skip
+    """Tiles of one query row each and the keys of all its blocks, as if they were one: no number depends on the choice.
+
+    For keys that a row does not see it reads that of its own token, so that nothing of another sequence comes in.
+    """
+    (_, tokens, kv_heads, slots), device = block_indices.shape, rows.device
+    token = rows // kv_heads
+    sequence, position = (token // tokens, token % tokens) if segments is None else segments.of_token[:, token].long()
+    if isinstance(first, Tensor):
+        position = (first[sequence] + position).clamp(max=keys - 1)
+        begin = sequence * keys
+    else:
+        position = position + first
+        begin = token // tokens * keys if segments is None else token - position
+    inside = torch.arange(min(size, keys), device=device)
+    most = max(1, _PARTIAL_VALUES // max(1, slots * len(inside) * like.shape[-1]))
+    for part in torch.arange(len(rows), device=device)[:, None].split(most):  # (n, 1)
+        row, query = rows[part], position[part]
+        chosen = block_indices.reshape(-1, slots)[row[:, 0]].long()
+        free = (chosen < 0) | (chosen > query // size)
+        token = (chosen.masked_fill(free, 0)[..., None] * size + inside).flatten(1)  # (n, S·l')
+        hidden = free.repeat_interleave(len(inside), dim=1) | (token > query)
+        key = (begin[part] + token.where(~hidden, query)) * kv_heads + row % kv_heads
+        yield _PairTiles(part, torch.zeros_like(part, dtype=torch.bool), row, key, _hide(hidden, like)[:, None, None])
+
+
 def _without_free_slots(block_indices: Tensor, blocks: int) -> Tensor:
     """(B, T, K, S) with no more slots than there are blocks."""
     if block_indices.shape[3] <= blocks:
@@ -2799,27 +2944,30 @@ def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 def _torch_selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
-    gated: tuple[Tensor, ...] = (), first: int = 0,
+    gated: tuple[Tensor, ...] = (), segments: _Segments | None = None, first: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o, lse; and the gated sum, where gates and the outputs of the other branches are given."""
-    block_indices = _without_free_slots(block_indices, _selection_count(first + q.shape[1], select_block_size))
-    slots, group, dim = block_indices.shape[3], q.shape[2] // k.shape[2], q.shape[3]
+    by_query = _by_query(q, segments, first)
+    tokens = k.shape[1] if isinstance(first, Tensor) else first + q.shape[1]
+    block_indices = _without_free_slots(block_indices, _selection_count(tokens, select_block_size))
+    parts, group, dim = 1 if by_query else block_indices.shape[3], q.shape[2] // k.shape[2], q.shape[3]
     rows, keys, values = (x.reshape(-1, g, dim) for x, g in ((q, group), (k, 1), (v, 1)))  # (B·T·K, g, D)
     o = torch.zeros_like(rows)
     lse = torch.full(rows.shape[:2], -math.inf, dtype=_accumulation_dtype(q), device=q.device)
     partial = lse.new_empty(0, group, dim)
     for chunk in _row_chunks(block_indices, group * dim):
-        pairs = len(chunk) * slots
+        pairs = len(chunk) * parts
         partial = partial[: pairs + 1] if len(partial) > pairs else lse.new_empty(pairs + 1, group, dim)
         partial_lse = lse.new_full((pairs + 1, group), -math.inf)
-        for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, partial, first):
+        settings = (block_indices, chunk, k.shape[1], select_block_size, group, partial)
+        for tiles in _row_tiles(*settings, segments, first) if by_query else _pair_tiles(*settings, first):
             k_tile, v_tile = _gather(keys, tiles.key), _gather(values, tiles.key)
             o_tile, lse_tile = _tile_forward(_gather(rows, tiles.row), k_tile, v_tile, tiles.mask, scale)
             partial.index_copy_(0, tiles.pair.flatten(), o_tile.reshape(-1, group, dim))
             partial_lse.index_copy_(0, tiles.pair.flatten(), lse_tile.reshape(-1, group))
-        free = (partial_lse[:, 0] == -math.inf).nonzero()[:, 0]
-        partial.index_fill_(0, free, 0.0)  # the memory serves every chunk, and may hold anything
-        by_row = (x[:-1].unflatten(0, (-1, slots)) for x in (partial, partial_lse))
+        if not by_query:  # the memory serves every chunk, and may hold anything
+            partial.index_fill_(0, (partial_lse[:, 0] == -math.inf).nonzero()[:, 0], 0.0)
+        by_row = (x[:-1].unflatten(0, (-1, parts)) for x in (partial, partial_lse))
         o_chunk, lse_chunk = _merge_partials(*by_row)
         o.index_copy_(0, chunk, o_chunk.to(o.dtype))
         lse.index_copy_(0, chunk, lse_chunk)
@@ -2830,6 +2978,7 @@ def _torch_selected_forward(
 def _torch_selected_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
     scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+    segments: _Segments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given."""
     dq = _wide_zeros(q) if dq is None else dq
@@ -2840,7 +2989,8 @@ def _torch_selected_backward(
     wide = lambda sum_, x: _wide_zeros(x) if sum_ is None else sum_.to(dq.dtype).reshape(x.shape)  # noqa: E731
     dk, dv = wide(dk, keys), wide(dv, values)
     for chunk in _row_chunks(block_indices, group * dim):
-        for tiles in _pair_tiles(block_indices, chunk, k.shape[1], select_block_size, group, dq):
+        settings = (block_indices, chunk, k.shape[1], select_block_size, group, dq)
+        for tiles in _row_tiles(*settings, segments) if _by_query(q, segments) else _pair_tiles(*settings):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
             # pairs that only fill up a tile have no gradient
             tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
@@ -2879,9 +3029,15 @@ def _torch_decode(
     packed sequences, (1, total, H, D), each has a row. Gates (B, M, H, 3) come before the sigmoid.
     """
     k, v, k_local, v_local, k_cmp, v_cmp = _cache_keys(tokens, blocks)
-    o, starts, gates = torch.zeros_like(q), first.tolist(), logits.sigmoid().to(q.dtype)
+    o, segments, gates = torch.zeros_like(q), None, logits.sigmoid().to(q.dtype)
+    starts = first.tolist() if _on_host(first) else None
     room = lambda start: max(0, k.shape[1] - start)  # noqa: E731
-    if of_token is None:  # neighbouring rows that begin at the same position, together
+    if starts is None:  # all at once, by tables
+        if of_token is not None:
+            row = torch.arange(len(first) + 1, dtype=of_token.dtype, device=first.device)
+            segments = _Segments(torch.searchsorted(of_token[0].contiguous(), row), of_token=of_token)
+        pieces = [(first, slice(None), slice(None), slice(None))]
+    elif of_token is None:  # neighbouring rows that begin at the same position, together
         groups = ((start, list(same)) for start, same in itertools.groupby(range(len(starts)), starts.__getitem__))
         rows = ((start, slice(same[0], same[-1] + 1)) for start, same in groups)
         pieces = [(start, row, row, slice(0, room(start))) for start, row in rows]
@@ -2896,11 +3052,12 @@ def _torch_decode(
         queries, blocks = q[batch, new], k_cmp[keys]
         if queries.numel() == 0:
             continue
-        o_local, _ = _torch_span_forward(queries, k_local[keys], v_local[keys], _Span(local_window), scale, start)
-        o_compressed, lse = _torch_span_forward(queries, blocks, v_cmp[keys], choice.span, scale, start)
-        chosen = _torch_select(queries, blocks, lse, choice, scale, start)
+        at = (segments, start)
+        o_local, _ = _torch_span_forward(queries, k_local[keys], v_local[keys], _Span(local_window), scale, *at)
+        o_compressed, lse = _torch_span_forward(queries, blocks, v_cmp[keys], choice.span, scale, *at)
+        chosen = _torch_select(queries, blocks, lse, choice, scale, *at)
         others = (gates[batch, new], o_local, o_compressed)
-        selected = (queries, k[keys], v[keys], chosen, choice.select_block_size, scale, others, start)
+        selected = (queries, k[keys], v[keys], chosen, choice.select_block_size, scale, others, *at)
         _, _, o[batch, new] = _torch_selected_forward(*selected)
     return o
 

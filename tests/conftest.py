@@ -40,8 +40,9 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values are not looked at on the host, as on a GPU."""
+    """Values are not looked at on the host, as on a GPU: neither by checks nor by the PyTorch backend."""
     monkeypatch.setattr(nsa, "_readable", lambda x: False)
+    monkeypatch.setattr(nsa, "_on_host", lambda x: False)
 
 
 @pytest.fixture(params=["host_reads", "host_does_not_read"])

@@ -70,11 +70,12 @@ def test_rows_whose_partial_outputs_share_memory(value: float, random: Random) -
 
 @BROKEN
 @with_each_group
-@pytest.mark.parametrize("call_tokens", [0, 256], ids=["in_groups", "together"])
+@pytest.mark.parametrize("way", ["rows_together", "rows_in_groups", "tables"])
 def test_packed_sequences(
-    heads: int, kv_heads: int, call_tokens: int, value: float, random: Random, monkeypatch: pytest.MonkeyPatch
+    heads: int, kv_heads: int, way: str, value: float, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nsa, "_CALL_TOKENS", call_tokens)
+    monkeypatch.setattr(nsa, "_CALL_TOKENS", 0 if way == "rows_in_groups" else 256)
+    monkeypatch.setattr(nsa, "_on_host", lambda x: way != "tables")
     edges, block_edges = [0, 37, 57, 66, 130], [0, 3, 4, 4, 11]
     tensors = inputs(random, 1, 130, 11, heads, kv_heads, 16)
     cu_seqlens = torch.tensor(edges, dtype=torch.int32)

@@ -109,6 +109,20 @@ def test_as_groups_of_rows(branch: Branch, packing: Packing, random: Random, mon
         assert_close64(value, expected[name], name)
 
 
+@every_branch
+@every_packing
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_by_tables(
+    branch: Branch, packing: Packing, dtype: torch.dtype, random: Random, request: pytest.FixtureRequest
+) -> None:
+    """PyTorch on a GPU, where the host must not read lengths or choices."""
+    x = packing.draw(branch, random, dtype)
+    expected = run(branch, EachAlone(PLAIN, packing), packing.case, x, dtype)
+    request.getfixturevalue("nobody_looks")
+    for name, value in run(branch, Packed(packing.cu_seqlens), packing.case, x, dtype).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [8, 100, 0, 90, 10, 7, 100, 3]
     order, shapes = nsa._row_groups(lengths)
