@@ -68,6 +68,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = [
@@ -858,8 +859,8 @@ class TokenCompressor(nn.Module):
         if type(method) in (GroupedMLPCompressor, Conv1dCompressor) and method.has_kernels(x):
             return method(x)  # a class of their own may not know heads
         if heads:
-            y = self.forward(x.transpose(1, 2).flatten(0, 1))  # (B, T, K, dim) → (B·K, T, dim) → (B·K, C, dim)
-            return y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
+            y = self.forward(rearrange(x, "b t k d -> (b k) t d"))
+            return rearrange(y, "(b k) c d -> b c k d", k=x.shape[2])
         out, name = method(x[:, : (count - 1) * self.stride + self.block]), type(method).__name__
         _check(isinstance(out, Tensor), f"output of {name}", type(out).__name__, "must be a tensor", TypeError)
         _check(tuple(out.shape) == expected, f"output of {name}", tuple(out.shape), f"must have shape {expected}")
@@ -4115,8 +4116,7 @@ def _span_dkv_kernel(
     v_tile = v_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D)
     i = start + tl.arange(0, BLOCK_N)
     t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
-    lse_ptr += z.to(tl.int64) * rows_pad
-    delta_ptr += z.to(tl.int64) * rows_pad
+    lse_ptr, delta_ptr = lse_ptr + z.to(tl.int64) * rows_pad, delta_ptr + z.to(tl.int64) * rows_pad
     row0, rows = token * GROUP_PAD, tokens * GROUP_PAD
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -4133,9 +4133,8 @@ def _span_dkv_kernel(
                 delta = tl.load(delta_ptr + row0 + n, mask=n < rows, other=0.0)
             else:
                 lse, delta = tl.load(lse_ptr + row0 + n), tl.load(delta_ptr + row0 + n)
-            at = row0 + row
-            q = q_desc.load([b, k, at // GROUP_PAD, at % GROUP_PAD, 0]).reshape(BLOCK_M, BLOCK_D)
-            do = do_desc.load([b, k, at // GROUP_PAD, at % GROUP_PAD, 0]).reshape(BLOCK_M, BLOCK_D)
+            at = [b, k, (row0 + row) // GROUP_PAD, (row0 + row) % GROUP_PAD, 0]
+            q, do = q_desc.load(at).reshape(BLOCK_M, BLOCK_D), do_desc.load(at).reshape(BLOCK_M, BLOCK_D)
             if EDGE:
                 q, do = _cut(q, row, rows, BLOCK_M, PACKED), _cut(do, row, rows, BLOCK_M, PACKED)
             if S > 0:
