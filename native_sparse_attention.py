@@ -3482,25 +3482,31 @@ class _Launch:
     """A kernel with all that it takes but for its pointers; called with these: tensors, tensor descriptors and None.
 
     In each launch Triton looks at every argument to find which of its compiled kernels is meant, which takes two thirds
-    of the host's time. A `_Launch` belongs to a plan, so that all that Triton sees stays the same, but for addresses.
-    Hence the first launch is Triton's own, and the others are of what it compiled; unless an address is no multiple of
-    16 bytes, or somebody, a profiler maybe, wants to know of launches.
+    of the host's time. Here numbers and constants stay as they are, and so do boxes of descriptors, which follow from
+    constants. Hence the first launch is Triton's own, and the others are of what it compiled; unless the dtypes are not
+    those of the launch before, an address is no multiple of 16 bytes, or somebody, a profiler maybe, wants to know of
+    launches. A plan has launches for one device.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self._compiled: Any = None
+        self._dtypes: list[torch.dtype | None] = []
 
     def __call__(self, *pointers: Any) -> None:
-        addresses, bits = [], 0
+        addresses, dtypes, bits = [], [], 0
         for x in pointers:
             if isinstance(x, Tensor):
+                dtypes.append(x.dtype)
                 x = x.data_ptr()  # of a tensor, Triton would ask the driver whether it is on the GPU
                 bits |= x
+            else:
+                dtypes.append(None if x is None else x.base.dtype)
             addresses.append(x)
-        if not _DIRECT_LAUNCH or self._compiled is None or bits % 16 or _launch_hooks():
+        if not _DIRECT_LAUNCH or dtypes != self._dtypes or bits % 16 or _launch_hooks():
             compiled = self.kernel[self.grid](*pointers, *self.numbers, **self.constants)
             if _DIRECT_LAUNCH and compiled is not None and bits % 16 == 0:
+                self._dtypes = dtypes
                 self._remember(compiled)
             return
         stream = self._stream_of(self._device)

@@ -108,6 +108,12 @@ def check_launches() -> None:
         for T, heads, sizes, layout in itertools.product(LENGTHS, HEADS, SIZES, ("plain", "strided", "packed")):
             for dtype in DTYPES:
                 run(dtype, T, heads, sizes, layout)
+    nsa.GroupedMLPCompressor.has_kernels = nsa.Conv1dCompressor.has_kernels = lambda self, x: True
+    for kind, dtype in itertools.product((nsa.GroupedMLPCompressor, nsa.Conv1dCompressor), DTYPES[:2]):
+        compressor, x = kind(64, 16, 8).to(dtype), random((2, 90, 64), dtype).requires_grad_()
+        for _ in range(2):
+            y = compressor(x)
+            torch.autograd.grad(y, [x, *compressor.parameters()], torch.ones_like(y))
     again = (torch.bfloat16, 100, (2, 2), SIZES[0])
     results["again"] = run(*again, "plain")
     results["misaligned"] = run(*again, "misaligned")
