@@ -2780,6 +2780,8 @@ def _torch_span_backward(
     k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(at.spread(dq), k.shape[2])
     dk, dv = _wide_zeros(k), _wide_zeros(v)
     for tile in at.tiles(rows.q, span):
+        if tile.mask.numel() == 0:
+            continue
         tile_rows = rows.map(lambda x, tile=tile: _fold(tile.rows(x)))
         keys, values = _fold(tile.columns(k)), _fold(tile.columns(v))
         dq_tile, dk_tile, dv_tile = _tile_backward(tile_rows, keys, values, tile.mask, scale)

@@ -134,20 +134,6 @@ def test_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nsa._row_groups([0, 0]) == nsa._row_groups([]) == ([], [(0, 0)])
 
 
-def test_more_compressed_keys_than_blocks(random: Random) -> None:
-    """Rows that belong to no block are not read, and their gradient is 0."""
-    packing, case = PACKINGS[0], PACKINGS[0].case
-    x = packing.draw(whole, random)
-    more = {name: torch.cat([x[name], x[name].new_full((1, 3, case.K, case.D), torch.nan)], dim=1).detach()
-            for name in ("k_cmp", "v_cmp")}  # fmt: skip
-    more = x | {name: value.requires_grad_() for name, value in more.items()}
-    expected, actual = (run(whole, Packed(packing.cu_seqlens), case, tensors) for tensors in (x, more))
-    for name, value in expected.items():
-        rows = value.shape[1]
-        assert torch.equal(actual[name][:, :rows], value), name
-        assert not actual[name][:, rows:].any(), name
-
-
 @pytest.mark.parametrize("packing", PACKINGS + NOTHING, ids=str)
 def test_choice_of_each_sequence(packing: Packing, random: Random) -> None:
     x = packing.draw(compressed, random)
