@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import native_sparse_attention as nsa
-from native_sparse_attention import NativeSparseAttention, NSABlock, NSAConfig, TokenCompressor
+from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig, TokenCompressor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and inputs
@@ -602,15 +602,28 @@ def edges(lengths: Iterable[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def wild_offsets(seed: int, total: int, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
+def wild_offsets(
+    seed: int, total: int, dtype: torch.dtype = torch.int32, n: int | None = None
+) -> tuple[Tensor, Tensor]:
     """cu_seqlens of any values, and what a device that reads them must make of them: ascending, from 0 to total."""
     pick, limits = python_random.Random(seed), torch.iinfo(dtype)
     ranges = (limits.min, limits.max), (-3, total + 3), (0, total), (limits.max, limits.max), (limits.min, limits.min)
-    values = [pick.randint(*pick.choice(ranges)) for _ in range(pick.randint(2, 8))]
+    values = [pick.randint(*pick.choice(ranges)) for _ in range(1 + (n or pick.randint(1, 7)))]
     read = [0]
     for value in values[1:-1]:
         read.append(max(read[-1], min(max(value, 0), total)))
     return torch.tensor(values, dtype=dtype), torch.tensor([*read, total], dtype=torch.int32)
+
+
+def surround(cache: NSACache) -> dict[str, Tensor]:
+    """Moves the memory of a cache between numbers that are returned."""
+    margins = {}
+    for name in ("tokens", "blocks", "seqlens"):
+        x, margin = getattr(cache, name), 1024
+        memory = torch.full((x.numel() + 2 * margin,), 7, dtype=x.dtype, device=x.device)
+        setattr(cache, name, memory[margin:-margin].view_as(x).copy_(x))
+        margins[name] = memory.as_strided((2, margin), (margin + x.numel(), 1))
+    return margins
 
 
 def compress(x: Tensor, cfg: NSAConfig, compressor: TokenCompressor) -> Tensor:

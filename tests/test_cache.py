@@ -25,6 +25,7 @@ from cases import (
     interpreted,
     needs_triton,
     slow,
+    surround,
     whether_the_host_reads,
 )
 from conftest import assert_close64, assert_within_budget
@@ -424,17 +425,6 @@ def assert_random_use(name: str, knowledge: str, seed: int, random: Random, monk
 @every_config_with("knowledge", list(KNOWLEDGE))
 def test_random_use(name: str, knowledge: str, seed: int, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_random_use(name, knowledge, seed, random, monkeypatch)
-
-
-def surround(cache: NSACache) -> dict[str, Tensor]:
-    """Moves the memory of a cache between numbers that are returned."""
-    margins = {}
-    for name in ("tokens", "blocks", "seqlens"):
-        x, margin = getattr(cache, name), 1000
-        memory = torch.full((x.numel() + 2 * margin,), 7, dtype=x.dtype)
-        setattr(cache, name, memory[margin:-margin].view_as(x).copy_(x))
-        margins[name] = memory.as_strided((2, margin), (margin + x.numel(), 1))
-    return margins
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

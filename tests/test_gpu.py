@@ -5,16 +5,19 @@ Outputs are held to float64 on the same GPU: at most twice the error of plain Py
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
+import random as python_random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import oracle
@@ -41,14 +44,18 @@ from cases import (
     choice,
     decode,
     double,
+    edges,
     every_branch,
     every_branch_every_way,
     going,
     inputs,
     local,
     of_every_length,
+    selective,
     sizes,
+    surround,
     whole,
+    wild_offsets,
 )
 from conftest import assert_step_as_exact_as_plain, assert_within_budget, choice_tolerance
 from torch import Tensor, nn
@@ -459,15 +466,50 @@ in_rows_and_packed = pytest.mark.parametrize("packed", [False, True], ids=["rows
 
 
 def draw_steady(packed: bool, seed: int = 20250216) -> tuple[Library, Case, dict[str, Tensor]]:
-    if packed:
-        return draw_packed(PACKED[0][0], torch.bfloat16, seed)
-    return TRITON, STEADY, draw(STEADY, torch.bfloat16, seed)
+    """Where sequences are packed, with rows of compressed keys for any lengths of theirs."""
+    if not packed:
+        return TRITON, STEADY, draw(STEADY, torch.bfloat16, seed)
+    of, case, x = draw_packed(PACKED[0][0], torch.bfloat16, seed)
+    rows = (1, sum(LENGTHS) // case.stride, case.K, case.D)
+    random = DeviceRandom(seed)
+    return of, case, x | {name: random(rows, torch.bfloat16).requires_grad_() for name in ("k_cmp", "v_cmp")}
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(
+    step: Callable[[], Sequence[Tensor]], before: Callable[[], object] = lambda: None
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of a step, and the tensors that it returns, which each replay fills.
+
+    Beforehand the step is run twice, on another stream; then what comes `before` it, outside of the graph.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [y.detach() for y in step()]
+    return graph, outputs
 
 
 @every_branch
-def test_the_host_never_waits(branch: Branch, compiled: None) -> None:
-    """For packed sequences it does, to read cu_seqlens."""
-    of, case, x = draw_steady(packed=False)
+@in_rows_and_packed
+def test_the_host_never_waits(branch: Branch, packed: bool, compiled: None) -> None:
+    of, case, x = draw_steady(packed)
     leaves = [x[name] for name in BRANCHES[branch]]
 
     def step() -> tuple[Tensor, ...]:
@@ -475,17 +517,13 @@ def test_the_host_never_waits(branch: Branch, compiled: None) -> None:
         return outputs + torch.autograd.grad(outputs, leaves, [torch.ones_like(outputs[0])], allow_unused=True)
 
     step()  # kernels are compiled and loaded
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @in_rows_and_packed
 def test_cuda_graph_of_forward_and_backward(packed: bool, compiled: None) -> None:
-    """Captured once, replayed on other numbers: the same bits as without a graph."""
+    """Captured once, replayed on other numbers and other lengths: the same bits as without a graph."""
     of, case, x = draw_steady(packed)
     other = draw_steady(packed, seed=3)[2]
     leaves = [x[name] for name in BRANCHES[whole]]
@@ -495,21 +533,36 @@ def test_cuda_graph_of_forward_and_backward(packed: bool, compiled: None) -> Non
         (o,) = whole(of, case, x)
         return o, *torch.autograd.grad(o, leaves, upstream)
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for name in BRANCHES[whole]:
             x[name].copy_(other[name])
+        if packed:
+            of.cu_seqlens.copy_(edges(reversed(LENGTHS)))
     graph.replay()
     for name, actual, expected in zip(("o", *BRANCHES[whole]), captured, step(), strict=True):
         assert torch.equal(actual, expected), f"{name} differs from what runs without a graph"
         assert torch.isfinite(actual).all(), f"{name} is not finite"
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("branch", [selective, whole], ids=lambda branch: branch.__name__)
+def test_garbage(branch: Branch, seed: int) -> None:
+    """Of any cu_seqlens and any block indices, to the bit what the offsets give that they are read as."""
+    case = replace(real(4, 128, T=777), B=1)
+    given, read = wild_offsets(seed, case.T, (torch.int32, torch.int64)[seed % 2])
+    random = DeviceRandom(seed)
+    x = case.tensors(random, torch.bfloat16)
+    x["block_indices"] = random.integers(-(2**31), 2**31, (1, case.T, case.K, case.topk_blocks)).int()
+    blocks = sum(oracle.compressed_count(n, case.block_size, case.stride) for n in read.diff().tolist())
+    rows = (1, case.T // case.stride, case.K, case.D)
+    spare = (torch.arange(rows[1]) >= blocks)[:, None, None]
+    for name in ("k_cmp", "v_cmp"):
+        x[name] = random(rows, torch.bfloat16).masked_fill(spare, torch.nan).requires_grad_()
+    actual, expected = (run(branch, Packed(offsets, "triton"), case, x) for offsets in (given, read))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), f"{name} of {given.tolist()}"
+        assert value.isfinite().all(), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,12 +621,8 @@ def test_cuda_graph_of_a_step(random: Random) -> None:
         return nsa._triton_decode(q, *arguments, first, None, *settings)
 
     run_step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run_step()
@@ -593,9 +642,9 @@ COMPILED = nsa.NSAConfig(dim=128, heads=4, kv_heads=2, seq_len=512, block_size=3
                          topk_blocks=8, local_window=100, gate_mode="q_cond", rope_theta=1e4)  # fmt: skip
 
 
-def fresh_block(dtype: torch.dtype, use_flash: bool) -> nn.Module:
+def fresh_block(dtype: torch.dtype, use_flash: bool, cfg: nsa.NSAConfig = COMPILED) -> nn.Module:
     torch.manual_seed(0)
-    return nsa.NSABlock(replace(COMPILED, use_flash=use_flash)).to(dtype)
+    return nsa.NSABlock(replace(cfg, use_flash=use_flash)).to(dtype)
 
 
 def block_step(call: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, seed: int = 5) -> dict[str, Tensor]:
@@ -687,3 +736,299 @@ def test_training_script_in_cuda_graphs(tmp_path: Path) -> None:
     actual, expected = losses("graphs", compile="reduce-overhead"), losses("eager")
     assert len(actual) > 20 and expected[-1] < expected[0] - 0.1, "it learns"
     assert actual == pytest.approx(expected, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules: nothing waits for the host
+# ---------------------------------------------------------------------------------------------------------------------
+
+# All branches weigh the same.
+EVEN = replace(COMPILED, gate_init=(0.0, 0.0, 0.0))
+SHAPES = {"plain": (2, 300), "packed": (1, 500), "padded": (3, 200), "step": (3, 1), "piece": (3, 40)}
+SHAPES |= {"packed_step": (1, 9), "padded_step": (3, 5)}
+every_kind = pytest.mark.parametrize("kind", SHAPES)
+every_module = pytest.mark.parametrize("of", [nsa.NativeSparseAttention, nsa.NSABlock], ids=lambda of: of.__name__)
+
+
+class Use:
+    """A module and all tensors of a call, which stay where they are: `draw` gives them other contents.
+
+    There are three sequences, those of a cache with up to 300 tokens before the call.
+    """
+
+    def __init__(self, kind: str, of: type[nn.Module], max_len: int = 400) -> None:
+        torch.manual_seed(0)
+        self.module = of(EVEN).to(torch.bfloat16)
+        self.attention = getattr(self.module, "attn", self.module)
+        self.start = [parameter.detach().clone() for parameter in self.module.parameters()]
+        self.x = torch.zeros(*SHAPES[kind], EVEN.dim, dtype=torch.bfloat16)
+        self.upstream, self.arguments = torch.zeros_like(self.x), {}
+        if kind.startswith("packed"):
+            self.arguments["cu_seqlens"] = torch.zeros(4, dtype=torch.int32)
+        if kind.startswith("padded"):
+            self.arguments["key_padding_mask"] = torch.zeros(SHAPES[kind], dtype=torch.bool)
+        cached = kind in ("step", "piece", "packed_step", "padded_step")
+        self.cache = nsa.NSACache(EVEN, 3, max_len, device=DEVICE, dtype=torch.bfloat16) if cached else None
+        self.draw(0)
+
+    @torch.no_grad()
+    def draw(self, seed: int, weights: bool = True) -> None:
+        random, pick, total = DeviceRandom(seed), python_random.Random(seed), self.x.shape[1]
+        for x in (self.x, self.upstream):
+            x.copy_(random(x.shape, x.dtype))
+        for parameter, start in zip(self.module.parameters(), self.start, strict=True):
+            if weights:
+                parameter.copy_(start + 0.05 * random(start.shape, start.dtype))
+        if "cu_seqlens" in self.arguments:
+            cuts = sorted(pick.randint(0, total) for _ in range(2))
+            self.arguments["cu_seqlens"].copy_(torch.tensor([0, *cuts, total]))
+        if "key_padding_mask" in self.arguments:
+            mask = self.arguments["key_padding_mask"]
+            mask.copy_(random(mask.shape) > torch.tensor([-9.0, pick.uniform(-1, 1), pick.uniform(-1, 1)])[:, None])
+        if self.cache is not None:
+            self.cache.reset()
+            most = min(300, self.cache.max_len)
+            lengths = torch.tensor([[pick.randint(0, most)] for _ in range(3)])
+            prompt = random((3, most, EVEN.dim), torch.bfloat16)
+            self.attention(prompt, cache=self.cache, key_padding_mask=torch.arange(most) < lengths)
+
+    def step(self, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
+        """The output, and all gradients where there is no cache.
+
+        The leaves are made here: those of another stream could not be captured.
+        """
+        if self.cache is not None:
+            call = self.module if call is None else call
+            with torch.no_grad():
+                return [call(self.x, cache=self.cache, **self.arguments)]
+        x, leaves = self.x.detach().requires_grad_(), dict(self.module.named_parameters())
+        if call is None:
+            leaves = {name: parameter.detach().requires_grad_() for name, parameter in leaves.items()}
+            y = torch.func.functional_call(self.module, leaves, (x,), self.arguments)
+        else:
+            y = call(x, **self.arguments)
+        return [y, *torch.autograd.grad(y, [x, *leaves.values()], self.upstream)]
+
+    def eager(self, seed: int) -> tuple[list[Tensor], tuple[int, ...] | None]:
+        """What a step of those contents gives, and the lengths of the cache then; the contents are drawn once more."""
+        self.draw(seed)
+        outputs = [y.detach().clone() for y in self.step()]
+        lengths = None if self.cache is None else self.cache.lengths
+        self.draw(seed)
+        return outputs, lengths
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.01) -> None:
+    """But for the rounding of bfloat16, which another algorithm for a matrix product may do in other places."""
+    for i, (value, exact) in enumerate(zip(actual, expected, strict=True)):
+        assert exact.isfinite().all() and (exact != 0).any()
+        error = ((value.double() - exact.double()).norm() / exact.double().norm()).item()
+        assert error <= tolerance, f"tensor {i} differs by {error:.2g}"
+
+
+@on_hopper
+@every_module
+@every_kind
+def test_the_host_never_waits_for_a_module(kind: str, of: type[nn.Module]) -> None:
+    use = Use(kind, of)
+    for _ in range(2):
+        use.step()
+    with no_waiting():
+        use.step()
+
+
+@on_hopper
+def test_the_host_never_waits_for_a_cache() -> None:
+    use = Use("step", nsa.NSABlock)
+    prompt, rows = torch.zeros(3, 30, EVEN.dim, dtype=torch.bfloat16), torch.tensor([2, 0, 5])
+    lengths = torch.tensor([20, 11, 30], dtype=torch.int32)
+    for waiting in (nullcontext, no_waiting):
+        with waiting(), torch.no_grad():
+            use.cache.reset()
+            use.module(prompt, cache=use.cache)
+            use.cache.truncate(lengths)
+            use.step()
+            use.cache.reorder(rows)  # 2, 0 and the last there is
+            use.step()
+            use.cache.truncate(25)
+            use.cache.reorder([1, 1, 2])
+            use.cache.truncate([13, 20, 7])
+            use.step()
+        assert use.cache.lengths == (14, 21, 8)
+
+
+@on_hopper
+@every_module
+@every_kind
+def test_a_module_in_a_cuda_graph(kind: str, of: type[nn.Module]) -> None:
+    """Captured once, replayed with other inputs, weights, lengths, masks and caches."""
+    use = Use(kind, of)
+    graph, outputs = capture(use.step)
+    for seed in (1, 2, 3):
+        expected, lengths = use.eager(seed)
+        graph.replay()
+        assert_same(outputs, expected)
+        assert lengths is None or use.cache.lengths == lengths
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["step", "piece", "packed_step"])
+def test_a_graph_of_the_first_call_serves_later_ones(kind: str) -> None:
+    """The cache is empty when the call is captured, and is not when it is replayed."""
+    use = Use(kind, nsa.NSABlock)
+    graph, outputs = capture(use.step, before=use.cache.reset)
+    expected, lengths = use.eager(1)
+    graph.replay()
+    assert_same(outputs, expected)
+    assert use.cache.lengths == lengths
+
+
+@on_hopper
+@torch.no_grad()
+def test_300_captured_steps() -> None:
+    """Of two rows, against one forward."""
+    x, module = DeviceRandom(3)((2, 340, COMPILED.dim), torch.bfloat16), fresh_block(torch.bfloat16, use_flash=True)
+    plain, exact = (fresh_block(dtype, use_flash=False) for dtype in (torch.bfloat16, torch.float64))
+    cache = nsa.NSACache(COMPILED, 2, 400, device=DEVICE, dtype=torch.bfloat16)
+    outputs, token = [module(x[:, :40], cache=cache)], x[:, 40:41].clone()
+    graph, (y,) = capture(lambda: [module(token, cache=cache)], before=lambda: cache.truncate(40))
+    for t in range(40, 340):
+        token.copy_(x[:, t : t + 1])
+        graph.replay()
+        outputs.append(y.clone())
+    assert cache.lengths == (340, 340)
+    assert_within_budget(torch.cat(outputs, dim=1), plain(x), exact(x.double()), "y", terms=2 * 340)
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+def test_training_steps_in_a_cuda_graph(kind: str) -> None:
+    """Forward, backward and optimizer, with other tokens and other lengths in each step."""
+    use = Use(kind, nsa.NSABlock)
+
+    def training_step(module: nn.Module) -> Callable[[], list[Tensor]]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+
+        def step() -> list[Tensor]:
+            optimizer.zero_grad(set_to_none=True)
+            loss = (module(use.x, **use.arguments).float() - use.upstream).square().mean()
+            loss.backward()
+            optimizer.step()
+            return [loss]
+
+        return step
+
+    graph, (loss,) = capture(training_step(use.module))
+    start = copy.deepcopy(use.module.state_dict())
+    losses, expected = [], []
+    twin = nsa.NSABlock(EVEN).to(torch.bfloat16)
+    twin.load_state_dict(start)
+    eager = training_step(twin)
+    for seed in range(10):
+        use.draw(seed % 2, weights=False)
+        expected.append(eager()[0].detach())
+        graph.replay()
+        losses.append(loss.clone())
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=0.02, atol=0.0)
+    assert expected[-2] < expected[0] and expected[-1] < expected[1], "it learns"
+    for name, value in twin.state_dict().items():
+        moved, apart = (value - start[name]).norm(), (value - use.module.state_dict()[name]).norm()
+        assert apart <= 0.2 * moved, f"{name} went elsewhere"
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["packed", "padded", "step", "packed_step"])
+def test_compiled_once_for_all_lengths(kind: str, fresh_compiler: None) -> None:
+    use = Use(kind, nsa.NSABlock)
+    call = torch.compile(use.module, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(5):
+            expected, lengths = use.eager(seed)
+            assert_same(use.step(call), expected, tolerance=0.05)
+            assert lengths is None or use.cache.lengths == lengths
+
+
+@on_hopper
+@every_module
+@pytest.mark.parametrize("kind", ["packed", "packed_step"])
+def test_garbage_in_a_module(kind: str, of: type[nn.Module]) -> None:
+    use = Use(kind, of)
+    for seed in range(6):
+        results = []
+        for cu_seqlens in wild_offsets(seed, use.x.shape[1], (torch.int32, torch.int64)[seed % 2], n=3):
+            use.arguments["cu_seqlens"] = cu_seqlens
+            if use.cache is not None:
+                use.draw(seed, weights=False)  # once more, so as to begin alike
+                use.arguments["cu_seqlens"] = cu_seqlens
+            results.append(use.step())
+        assert_same(*results)
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["step", "piece", "packed_step", "padded_step"])
+def test_a_full_cache_in_a_cuda_graph(kind: str) -> None:
+    """Never written past its end: what had room stays, the memory around it too, and the rows go on after a cut."""
+    use = Use(kind, nsa.NSABlock, max_len=70)
+    margins = surround(use.cache)
+    graph, outputs = capture(use.step)
+    use.draw(1)
+    before, tokens, blocks = use.cache.lengths, use.cache.tokens.clone(), use.cache.blocks.clone()
+    for _ in range(80):
+        graph.replay()
+    for name, margin in margins.items():
+        assert (margin == 7).all(), f"written outside of {name}"
+    grew = torch.tensor(use.cache.lengths) > torch.tensor(before)
+    assert use.cache.lengths == tuple(torch.where(grew, 70, torch.tensor(before)).tolist()) and grew.any()
+    for row, n in enumerate(before):
+        full = oracle.compressed_count(n, EVEN.block_size, EVEN.stride)
+        assert torch.equal(use.cache.tokens[:, row, :n], tokens[:, row, :n])
+        assert torch.equal(use.cache.blocks[:, row, :full], blocks[:, row, :full])
+    lengths = [min(n, 15) for n in before]
+    use.cache.truncate(lengths)
+    twin = nsa.NSACache(EVEN, 3, 70, device=DEVICE, dtype=torch.bfloat16)
+    twin.tokens.copy_(use.cache.tokens), twin.blocks.copy_(use.cache.blocks), twin.seqlens.copy_(use.cache.seqlens)
+    twin._know(tuple(lengths))
+    with torch.no_grad():
+        expected = use.module(use.x, cache=twin, **use.arguments)
+    graph.replay()
+    assert_same(outputs, [expected])
+    assert use.cache.lengths == twin.lengths
+
+
+PROMPT = replace(COMPILED, seq_len=1024, topk_blocks=16)
+
+
+@on_hopper
+@pytest.mark.parametrize("pieces", [(1000,), (400, 1, 599), (16, 17, 967), (512, 488)], ids=str)
+@torch.no_grad()
+def test_a_prompt_in_pieces(pieces: tuple[int, ...]) -> None:
+    x, module = DeviceRandom(2)((2, 1000, COMPILED.dim), torch.bfloat16), fresh_block(torch.bfloat16, True, PROMPT)
+    plain, exact = (fresh_block(dtype, False, PROMPT) for dtype in (torch.bfloat16, torch.float64))
+    cache = nsa.NSACache(PROMPT, 2, 1000, device=DEVICE, dtype=torch.bfloat16)
+    y = torch.cat([module(part, cache=cache) for part in x.split(pieces, dim=1)], dim=1)
+    assert_within_budget(y, plain(x), exact(x.double()), "y", terms=2 * 1000)
+
+
+@on_hopper
+@torch.no_grad()
+def test_ragged_prompts_in_pieces() -> None:
+    """Rows of different lengths go on together, by padding and packed."""
+    x, module = DeviceRandom(2)((2, 1000, COMPILED.dim), torch.bfloat16), fresh_block(torch.bfloat16, True, PROMPT)
+    plain, exact = (fresh_block(dtype, False, PROMPT) for dtype in (torch.bfloat16, torch.float64))
+    cache, y, starts = nsa.NSACache(PROMPT, 2, 1000, device=DEVICE, dtype=torch.bfloat16), torch.zeros_like(x), [0, 0]
+    for counts, packed in zip(
+        ([300, 180], [40, 200], [1, 7], [59, 13], [600, 600]), cycle([False, True]), strict=False
+    ):
+        spans = [slice(start, start + n) for start, n in zip(starts, counts, strict=True)]
+        rows = [x[row, span] for row, span in enumerate(spans)]
+        if packed:
+            new = module(torch.cat(rows)[None], cache=cache, cu_seqlens=edges(counts))[0].split(counts)
+        else:
+            mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            new = [row[m] for row, m in zip(module(padded, cache=cache, key_padding_mask=mask), mask, strict=True)]
+        for row, span in enumerate(spans):
+            y[row, span] = new[row]
+        starts = [span.stop for span in spans]
+    assert starts == [1000, 1000] and cache.lengths == (1000, 1000)
+    assert_within_budget(y, plain(x), exact(x.double()), "y", terms=2 * 1000)
