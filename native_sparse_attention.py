@@ -500,7 +500,7 @@ class NativeSparseAttention(nn.Module):
             return None
         tensors = []
         for layer in (self.to_q, self.to_k, self.to_v):
-            if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            if not _untouched(layer, nn.Linear):
                 return None
             tensors += [layer.weight, layer.bias]
         if self.gate_weight is not None:
@@ -514,10 +514,10 @@ class NativeSparseAttention(nn.Module):
         """Parameters for the kernel that finishes blocks; None where it cannot do what the compressors would."""
         weights: list[Tensor | None] = []
         for compressor in (self.compress_k, self.compress_v):
-            method = getattr(compressor, "method", None)
-            plain = type(compressor) is TokenCompressor and type(method) in _COMPRESSOR_CLASSES.values()
-            hooked = plain and (compressor._forward_hooks or compressor._forward_pre_hooks)
-            if not plain or hooked or method._forward_hooks or method._forward_pre_hooks:
+            if not _untouched(compressor, TokenCompressor):
+                return None
+            method = compressor.method
+            if not _untouched(method, *_COMPRESSOR_CLASSES.values()):
                 return None
             of = list(method._parameters.values())  # in the order of the kernel's arguments
             fits = not of or len(of[2]) * k.shape[3] * k.element_size() <= _FUSED_BYTES
@@ -627,6 +627,12 @@ class NativeSparseAttention(nn.Module):
         if self.gate_weight is None:
             return self.gate_bias.expand(*x.shape[:2], -1, -1)
         return torch.unflatten(F.linear(x, self.gate_weight, self.gate_bias.flatten()), -1, (self.cfg.heads, 3))
+
+
+def _untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a call of the module does what its class, one of these, says and nothing else."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in classes and not changed
 
 
 class _Projections(NamedTuple):
@@ -3404,6 +3410,7 @@ _SLOT_KEYS = {"forward": 64, "backward": 0}  # keys that a row could read for wh
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
 _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
+_DECODE_PROGRAMS = 2  # programs of a branch on each multiprocessor, where there are tiles for them
 _DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
 _MERGED = 16384  # numbers of partial outputs that are merged at once
 _FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
@@ -5413,7 +5420,7 @@ def _finish_blocks(
     n = chunk * (BLOCK_M - 1) + r
     b, i, k = (n // each).to(tl.int64), (n % each // K).to(tl.int64), n % K
     exists = (r < BLOCK_M - 1) & (b < B)
-    begin = tl.maximum(tl.load(first + b, mask=exists, other=0), 0)
+    begin = tl.minimum(tl.maximum(tl.load(first + b, mask=exists, other=0), 0), room)
     i += _span(begin - 1, 0, BLOCK, STRIDE)[1]
     exists &= i < _span(tl.minimum(begin + M, room - 1) - 1, 0, BLOCK, STRIDE)[1]
     if tl.max(exists.to(tl.int32), axis=0) > 0:
@@ -5862,7 +5869,7 @@ def _decode_plan(
     n_scores, NP = score_tiles * blocks, _power_of_2(max(_cdiv(T, l_), S))
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
     rows = B * chunk * K
-    programs = _num_sms(device) // (rows * head_tiles)
+    programs = _DECODE_PROGRAMS * _num_sms(device) // (rows * head_tiles)
     tiles = (score_tiles, _cdiv(min(local_window, T), scan["BLOCK_N"]), _cdiv(S * select_pad, attend["BLOCK_N"]))
     n_compressed, n_local, n_selected = (max(min(programs, n, _DECODE_MAX_SPLITS), 1) for n in tiles)
     sizes = {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": l_, "BLOCKS": blocks, "CARRY": carry}

@@ -125,14 +125,23 @@ MODULES = {
 }
 
 
+SELECTED = [("as_in_the_paper", False), ("own_compressor", True)]  # the others are for those who wait
+
+
 @interpreted
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("settings", MODULES.values(), ids=MODULES)
-def test_module(settings: dict, packed: bool, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name, packed",
+    [
+        pytest.param(name, packed, marks=[] if (name, packed) in SELECTED else pytest.mark.slow)
+        for name in MODULES
+        for packed in (False, True)
+    ],
+)
+def test_module(name: str, packed: bool, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, pieces and steps of one token, all in kernels, against one forward."""
     kernels = nsa._BACKENDS["triton"]._replace(preferred=lambda device: True)
     sizes = {"seq_len": 64, "local_window": 12, "block_size": 8, "topk_blocks": 3}
-    cfg = nsa.NSAConfig(dim=32, heads=2, dim_head=16, **sizes, **settings)
+    cfg = nsa.NSAConfig(dim=32, heads=2, dim_head=16, **sizes, **MODULES[name])
     attention, x = nsa.NativeSparseAttention(cfg).eval(), random((2, 40, 32), torch.float32)
     if cfg.gate_mode == "q_cond":
         torch.nn.init.normal_(attention.gate_weight, std=0.3)
@@ -149,3 +158,36 @@ def test_module(settings: dict, packed: bool, random: Random, monkeypatch: pytes
                 y = attention(new, cache=cache)
             torch.testing.assert_close(y, expected[:, end - count : end], rtol=0, atol=1e-5)
     assert cache.lengths == (40, 40)
+
+
+@interpreted
+def test_layers_that_do_more_than_multiply(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks of projections and compressors are called in a step, too, and a forward of one's own."""
+    kernels = nsa._BACKENDS["triton"]._replace(preferred=lambda device: True)
+    cfg = nsa.NSAConfig(dim=32, heads=2, dim_head=16, seq_len=64, local_window=12, block_size=8, topk_blocks=3)
+    attention, x = nsa.NativeSparseAttention(cfg).eval(), random((1, 24, 32), torch.float32)
+    attention.to_k.register_forward_hook(lambda module, given, y: 2 * y)
+    attention.compress_v.method.register_forward_hook(lambda module, given, y: y + 1)
+    project = attention.to_v.forward
+    attention.to_v.forward = lambda y: project(y) - 1
+    cache = nsa.NSACache(cfg, 1, 40)
+    with torch.no_grad():
+        expected = attention(x)
+        monkeypatch.setitem(nsa._BACKENDS, "triton", kernels)
+        pieces = [attention(piece, cache=cache) for piece in x.split([21, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("M", [1, 3])
+def test_lengths_that_cannot_be(M: int, random: Random) -> None:
+    """Nothing is read or written outside, and nothing stored."""
+    first, choice = torch.tensor([-7, 2**31 - 1, 90], dtype=torch.int32), nsa._Choice(8, 4, 8, 3, 0, 1)
+    tokens, blocks = random((3, 3, 41, 2, D), torch.float32), random((2, 3, 10, 2, D), torch.float32)
+    q, k = random((3, M, 4, D), torch.float32), random((3, M, 2, D), torch.float32)
+    weights = [random(s, torch.float32) for s in ((8, D), (2 * D, 8 * D), (2 * D,), (D, 2 * D), (D,))] * 2
+    before = tokens.clone(), blocks.clone()
+    q = nsa._triton_extend(q, k, k, tokens, blocks, first, None, 100.0, 8, 4, weights)
+    assert torch.equal(tokens, before[0]) and torch.equal(blocks, before[1])
+    o = nsa._triton_decode(q, tokens, blocks, torch.zeros(3, M, 4, 3), first, None, 12, choice, 0.25)
+    assert torch.isfinite(o).all()

@@ -596,7 +596,7 @@ def with_products(name: str) -> list[str]:
 
 
 # A decoding step is bound by memory, and its group of heads fills no more than the 16 rows of mma.sync.
-STEP = ("append", "decode_scan", "decode_attend")
+STEP = ("project", "append", "decode_scan", "decode_attend")
 # Exceptions to "no spills", all at head dim 128: (registers stored to memory, as found with Triton 3.9; the limit).
 # Each of these tile sizes was the fastest of its sweep on an H200, spills included.
 SPILLS = {
@@ -607,6 +607,7 @@ SPILLS = {
     "selected_gradient": (31, 40),
     "sum_tiles": (1, 4),
     "block_scores": (9, 16),
+    "append": (64, 80),  # no registers: what the cosine of an angle of many turns would need, which ours are not
 }
 # Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's.
 PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "masked_dkv": (33, 48),
@@ -649,7 +650,9 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
         on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)
         weights = [random(shape, dtype) for shape in ((32, D), (2 * D, 32 * D), (2 * D,), (D, 2 * D), (D,))] * 2
         raw = random((1, 1, 3 * K, D), dtype)
-        on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, 1e4, 32, 16, weights)
+        theta = 1e4 if D == 128 else None
+        on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, theta, 32, 16, weights)
+        on.project(x := q[:, :1, 0].contiguous(), [x.new_empty(64, D)] * 3 + [None], [None] * 4)
     if "compress" in launched:
         w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
         for layers in ((w_in[:D], bias[:D], None, None), (w_in, bias, w_out, bias[:D])):
