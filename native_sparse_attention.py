@@ -3410,7 +3410,6 @@ _SLOT_KEYS = {"forward": 64, "backward": 0}  # keys that a row could read for wh
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
 _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
-_DECODE_PROGRAMS = 2  # programs of a branch on each multiprocessor, where there are tiles for them
 _DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
 _MERGED = 16384  # numbers of partial outputs that are merged at once
 _FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
@@ -5869,9 +5868,13 @@ def _decode_plan(
     n_scores, NP = score_tiles * blocks, _power_of_2(max(_cdiv(T, l_), S))
     chunk = min(max(_DECODE_BYTES // (4 * B * H * (2 * n_scores + 3 * D)), 1), M)
     rows = B * chunk * K
-    programs = _DECODE_PROGRAMS * _num_sms(device) // (rows * head_tiles)
-    tiles = (score_tiles, _cdiv(min(local_window, T), scan["BLOCK_N"]), _cdiv(S * select_pad, attend["BLOCK_N"]))
-    n_compressed, n_local, n_selected = (max(min(programs, n, _DECODE_MAX_SPLITS), 1) for n in tiles)
+    # as many programs for each row as multiprocessors hold at a time; those of the scan by the tiles of the branches
+    programs, scan_programs = (n * _num_sms(device) // (rows * head_tiles) for n in (2, 4 if D <= 64 else 2))
+    splits = lambda programs, tiles: max(min(programs, tiles, _DECODE_MAX_SPLITS), 1)  # noqa: E731
+    local_tiles = _cdiv(min(local_window, T), scan["BLOCK_N"])
+    n_compressed = splits(scan_programs * score_tiles // (score_tiles + local_tiles), score_tiles)
+    n_local = splits(scan_programs - n_compressed, local_tiles)
+    n_selected = splits(programs, _cdiv(S * select_pad, attend["BLOCK_N"]))
     sizes = {"BLOCK": choice.block_size, "STRIDE": choice.stride, "SELECT": l_, "BLOCKS": blocks, "CARRY": carry}
     scan |= {**sizes, "PART": part, "WINDOW": min(local_window, _FAR), "LOCAL_STREAM": 2 if streams == 6 else 0}
     attend |= {**sizes, "S": S, "SP": _power_of_2(S), "INIT": choice.init_blocks, "LOCAL": choice.local_blocks}
