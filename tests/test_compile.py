@@ -465,7 +465,7 @@ def test_choice_of_a_backend_on_a_gpu(
 # ---------------------------------------------------------------------------------------------------------------------
 
 Calls = dict[str, tuple[Any, tuple[Any, ...]]]
-NOT_PACKED: tuple[None, list[int]] = (None, [])  # cu_seqlens and lengths
+NOT_PACKED = (None, None, None)  # the tables
 
 
 def turned(x: Tensor) -> Tensor:
@@ -499,16 +499,33 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
     return made
 
 
-OPERATORS = [value for value in vars(nsa).values() if isinstance(value, torch._ops.OpOverload)]
+def calls_of_a_cache() -> Calls:
+    """Operators that PyTorch's backend has for caches, packed sequences and positions."""
+    case, random = CASE, Random(seed=3)
+    x = {name: tensor.detach() for name, tensor in case.tensors(random, torch.float32).items()}
+    q, k, v, _, _, gates = x.values()
+    streams, blocks = (random((n, case.B, 40, *k.shape[2:]), torch.float32) for n in (3, 2))
+    first, choice = torch.tensor([3, 0], dtype=torch.int32), list(case.choice.values())
+    return {
+        "tables": (nsa._tables, (torch.tensor([0, 3, 20]), 20, 4, "torch", *choice[:2])),
+        "append": (nsa._cache_append, (streams, [k, v, k], first, None, "torch")),
+        "extend": (nsa._cache_extend, (q, k, v, streams, blocks, first, None, "torch", 1e4, 0, choice[1], [])),
+        "cached": (nsa._cached_forward, (q, streams, blocks, gates, first, None, "torch", case.window, *choice, 0.3)),
+        "project": (nsa._project_few, (gates[:, :, 0], gates[0, 0], None, *[gates[0, 1], None] * 2, None, None, "torch")),
+        "rope": (nsa._rope_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)),
+    }
+
+
+OPERATORS = [value for value in vars(nsa).values() if hasattr(value, "operator")]
 
 
 @pytest.mark.slow
 def test_opcheck() -> None:
     made = calls(CASE, "torch", torch.bfloat16)
-    made["rope"] = nsa._rope_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)
+    made |= calls_of_a_cache()
     assert {operator for operator, _ in made.values()} == set(OPERATORS)
     for operator, arguments in made.values():
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.operator, arguments)
 
 
 @interpreted
@@ -520,7 +537,7 @@ def test_opcheck_of_the_kernels(dtype: torch.dtype) -> None:
     made = calls(replace(CASE, T=9, B=1), "triton", dtype)
     for name in ("select", "compressed backward", "attention forward", "attention backward"):
         operator, arguments = made[name]
-        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+        torch.library.opcheck(operator.operator, arguments, test_utils="test_faketensor")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
