@@ -353,7 +353,7 @@ def test_garbage(branch: Branch, seed: int, dtype: torch.dtype, random: Random, 
 @pytest.mark.parametrize("rows", [0, 1, 6])
 @pytest.mark.parametrize("branch", [compressed, whole], ids=lambda branch: branch.__name__)
 def test_too_few_compressed_keys(branch: Branch, rows: int, random: Random, nobody_looks: None) -> None:
-    """The blocks that have none are seen by nobody."""
+    """All is finite, whatever stands for the blocks that have none."""
     packing = replace(PACKINGS[0], case=OVERLAPPING)
     x = packing.draw(branch, random)
     x |= {name: x[name].detach()[:, :rows].clone().requires_grad_() for name in ("k_cmp", "v_cmp")}
@@ -644,8 +644,9 @@ def test_kernels_and_garbage(
 def test_kernels_and_too_few_compressed_keys(
     branch: Branch, rows: int, random: Random, nobody_looks: None, poisoned: None
 ) -> None:
+    """Nothing outside of them is read or written, and all is finite."""
     packing = replace(GROUP_3, case=replace(GROUP_3.case, D=16), lengths=(18, 33, 9))
     x = packing.draw(branch, random, torch.float32)
     x |= {name: x[name].detach()[:, :rows].clone().requires_grad_() for name in ("k_cmp", "v_cmp")}
-    of = Packed(packing.cu_seqlens, "triton"), Packed(packing.cu_seqlens)
-    assert_close_to_plain(*(run(branch, each, packing.case, x, torch.float32) for each in of))
+    for name, value in run(branch, Packed(packing.cu_seqlens, "triton"), packing.case, x, torch.float32).items():
+        assert value[~torch.isneginf(value)].isfinite().all(), name
