@@ -298,10 +298,14 @@ KNOWLEDGE = {
 class Use:
     """Random calls of a cache; plain lists of the tokens that each of its rows should hold, and one forward of them."""
 
-    def __init__(self, module: nn.Module, seed: int, random: Random, reads: bool, counts: bool) -> None:
-        self.module, self.attention, self.reads, self.counts = module, getattr(module, "attn", module), reads, counts
-        self.cache, self.rows = room(self.attention, 3, ROOM), [[], [], []]
-        self.pick, self.embeddings = python_random.Random(seed), random((30, self.attention.cfg.dim))
+    def __init__(
+        self, exact: nn.Module, seed: int, random: Random, reads: bool, counts: bool, kernels: bool = False
+    ) -> None:
+        self.exact, self.reads, self.counts, self.kernels = exact, reads, counts, kernels
+        self.module = copy.deepcopy(exact).float() if kernels else exact
+        self.attention, dtype = getattr(self.module, "attn", self.module), next(self.module.parameters()).dtype
+        self.cache, self.rows = room(self.attention, 3, ROOM, dtype=dtype), [[], [], []]
+        self.pick, self.embeddings = python_random.Random(seed), random((30, self.attention.cfg.dim), dtype)
 
     @property
     def known(self) -> bool:
@@ -335,8 +339,21 @@ class Use:
         for row, new, y in zip(self.rows, self.new, call(), strict=True):
             start = len(row)
             row.extend(new[: ROOM - start])  # where the host does not know that they are too many
-            expected = self.module(self.embeddings[row][None])[0, start:] if row[start:] else y[:0]
-            assert_close64(y[: len(row) - start], expected, f"{layout}: {start} + {len(new)} tokens")
+            if not row[start:]:
+                continue
+            expected, what = self.forward(row)[start:], f"{layout}: {start} + {len(new)} tokens"
+            if self.kernels:
+                torch.testing.assert_close(y[: len(row) - start].double(), expected, rtol=1e-4, atol=1e-4)
+            else:
+                assert_close64(y[: len(row) - start], expected, what)
+
+    def forward(self, row: list[int]) -> Tensor:
+        """One forward of the PyTorch path in float64."""
+        kernels = nsa._BACKENDS.pop("triton", None) if self.kernels else None
+        y = self.exact(self.embeddings[row].double()[None])[0]
+        if kernels:
+            nsa._BACKENDS["triton"] = kernels
+        return y
 
     def fail(self) -> None:
         """Half way, and at the door."""
@@ -344,7 +361,7 @@ class Use:
         call = self.call([2, 2, 2], "rows")
         if what in ("dtype", "width"):
             x = self.embeddings[:6].unflatten(0, (3, 2))
-            x = x.float() if what == "dtype" else x[..., 1:]
+            x = x.half() if what == "dtype" else x[..., 1:]
             with pytest.raises(ValueError, match=r"x\.(dtype|shape)"):
                 self.module(x, cache=self.cache)
             return
@@ -449,6 +466,50 @@ def test_nothing_is_written_past_the_end(name: str, layout: str, random: Random,
     cache.truncate(torch.tensor([ROOM, 11, 0]))
     use.rows = [use.rows[0], use.rows[1][:11], []]
     use.append_tokens([4] * 3, layout)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that the kernels can do is theirs."""
+    kernels = nsa._BACKENDS["triton"]
+    monkeypatch.setitem(nsa._BACKENDS, "triton", kernels._replace(preferred=lambda device: True))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # −inf − −inf, as on a GPU
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["paper_rope_bias", *map(slow, ("grouped_mlp", "rope_overlapping", "separate_kv"))])
+def test_kernels_write_nothing_past_the_end(
+    name: str, layout: str, random: Random, nobody_looks: None, poisoned: None, by_kernels: None
+) -> None:
+    """By tokens one at a time and many at a time; `conftest` checks that they stay within their arguments."""
+    block = build_block(random, **CONFIGS[name] | {"topk_blocks": 12})
+    use = Use(block, 0, random, reads=False, counts=False, kernels=True)
+    margins = surround(use.cache)
+    for counts in ([15, 9, 2], [1, 1, 1], [9, 2, 0], [1, 1, 1], [18, 0, 20]):
+        use.append_tokens([counts[0]] * 3 if layout == "rows" else counts, layout)
+        use.cache._know(None)
+        assert use.cache.lengths == tuple(map(len, use.rows))
+        for buffer, margin in margins.items():
+            assert (margin == 7).all(), f"written outside of {buffer}"
+    use.cache.truncate(torch.tensor([ROOM, 11, 0]))
+    use.rows = [use.rows[0], use.rows[1][:11], []]
+    use.append_tokens([1] * 3, layout)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("seed", range(4))
+@every_config_with("knowledge", list(KNOWLEDGE))
+def test_random_use_of_kernels(
+    name: str, knowledge: str, seed: int, random: Random, by_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = build_block(random, **CONFIGS[name] | {"topk_blocks": 12})
+    use = Use(exact, seed, random, *KNOWLEDGE[knowledge], kernels=True)
+    if not use.reads:
+        monkeypatch.setattr(nsa, "_readable", lambda x: False)
+    use.go_on(12)
 
 
 @pytest.mark.slow
