@@ -511,7 +511,7 @@ def calls_of_a_cache() -> Calls:
         "append": (nsa._cache_append, (streams, [k, v, k], first, None, "torch")),
         "extend": (nsa._cache_extend, (q, k, v, streams, blocks, first, None, "torch", 1e4, 0, choice[1], [])),
         "cached": (nsa._cached_forward, (q, streams, blocks, gates, first, None, "torch", case.window, *choice, 0.3)),
-        "project": (nsa._project_few, (gates[:, :, 0], gates[0, 0], None, *[gates[0, 1], None] * 2, None, None, "torch")),
+        "project": (nsa._project_few, (gates[:, :, 0], gates[0, 0], *[None, gates[0, 1]] * 2, *[None] * 3, "torch")),
         "rope": (nsa._rope_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)),
     }
 
