@@ -1842,14 +1842,7 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
                 return _in_rows(function, **given)
         return function(*arguments)
 
-    def run(*arguments: Any) -> Any:
-        x = arguments[0]
-        elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-        if elsewhere or _autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False), torch.cuda.device(x.get_device()):
-                return body(*arguments)
-        return body(*arguments)
-
+    run = functools.partial(_run, body)
     name = function.__name__.lstrip("_")
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -1864,6 +1857,16 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
 
     call.operator = operator
     return call
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) without autocast, on the GPU of the first argument, a tensor."""
+    x = arguments[0]
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    if elsewhere or _autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False), torch.cuda.device(x.get_device()):
+            return function(*arguments)
+    return function(*arguments)
 
 
 def _fake_of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -2281,7 +2284,7 @@ class _CompressionFunction(torch.autograd.Function):
         ctx: Any, stride: int, x: Tensor, position: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None,
         b_out: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, hidden = _BACKENDS["triton"].compress(x, position, w_in, b_in, w_out, b_out, stride)
+        y, hidden = _run(_BACKENDS["triton"].compress, x, position, w_in, b_in, w_out, b_out, stride)
         ctx.stride = stride
         ctx.save_for_backward(x, position, w_in, w_out, hidden)
         return y
@@ -2291,7 +2294,7 @@ class _CompressionFunction(torch.autograd.Function):
         saved, (_, of_x, *of_weights) = ctx.saved_tensors, ctx.needs_input_grad
         with torch.no_grad():
             settings = (ctx.stride, of_x, any(of_weights))
-            gradients = _BACKENDS["triton"].compress_backward(dy, *saved, *settings)
+            gradients = _run(_BACKENDS["triton"].compress_backward, dy, *saved, *settings)
         return None, *_first_gradients(gradients, dy, *saved)
 
 
