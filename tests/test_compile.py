@@ -35,6 +35,8 @@ from conftest import assert_close64
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import native_sparse_attention as nsa
@@ -239,7 +241,7 @@ def test_new_lengths(
 @pytest.mark.slow
 def test_packed_sequences_of_any_number(random: Random) -> None:
     """Of tokens, and of sequences."""
-    module = attention(rope_theta=None)
+    module = attention()
     call = compiled(module, dynamic=True)
     for lengths in ((20, 9), (3, 37, 14), (1, 30, 0, 8), (64, 64, 50, 2, 1)):
         x, arguments = random((1, sum(lengths), CFG.dim)).requires_grad_(), edges_of(*lengths)
@@ -519,6 +521,39 @@ def calls_of_a_cache() -> Calls:
 OPERATORS = [value for value in vars(nsa).values() if hasattr(value, "operator")]
 
 
+class Recorded(TorchDispatchMode):
+    """The first call of each operator by each kind of arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = {value.operator for value in OPERATORS}
+        self.calls: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.operators:
+            copies = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+            self.calls.setdefault((function, *map(type, args)), (function, copies))
+        return function(*args, **(kwargs or {}))
+
+
+def calls_of_modules(dtype: torch.dtype, tokens: int, **options: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every operator that rows, packed sequences and caches come to, and its arguments."""
+    random, module = Random(seed=3), attention(**options).to(dtype)
+    x = random((2, tokens, module.cfg.dim), dtype)
+    packed, cache = edges_of(tokens - 2, 2 + tokens), nsa.NSACache(module.cfg, 2, 64, dtype=dtype)
+    with Recorded() as recorded:
+        module(x).sum().backward()
+        module(x.view(1, -1, module.cfg.dim), **packed).sum().backward()
+        with torch.no_grad():
+            module(x, cache=cache)
+            module(x[:, :1], cache=cache)
+            module(x, cache=cache, key_padding_mask=torch.arange(tokens) < torch.tensor([[3], [tokens]]))
+            module(x.view(1, -1, module.cfg.dim), cache=cache, **packed)
+            module(x[:1, :3], cache=cache, **edges_of(1, 2))
+    assert {"tables", "cached_forward"} <= {operator._opname for operator, _ in recorded.calls.values()}
+    return list(recorded.calls.values())
+
+
 @pytest.mark.slow
 def test_opcheck() -> None:
     made = calls(CASE, "torch", torch.bfloat16)
@@ -526,18 +561,24 @@ def test_opcheck() -> None:
     assert {operator for operator, _ in made.values()} == set(OPERATORS)
     for operator, arguments in made.values():
         torch.library.opcheck(operator.operator, arguments)
+    for arguments in (*calls_of_modules(torch.bfloat16, 11), *calls_of_modules(torch.float64, 11, separate_kv=True)):
+        torch.library.opcheck(*arguments)
 
 
 @interpreted
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with infinities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck_of_the_kernels(dtype: torch.dtype) -> None:
+def test_opcheck_of_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dtypes, shapes and strides; what else opcheck looks at does not depend on the backend."""
     made = calls(replace(CASE, T=9, B=1), "triton", dtype)
     for name in ("select", "compressed backward", "attention forward", "attention backward"):
         operator, arguments = made[name]
         torch.library.opcheck(operator.operator, arguments, test_utils="test_faketensor")
+    kernels = nsa._BACKENDS["triton"]
+    monkeypatch.setitem(nsa._BACKENDS, "triton", kernels._replace(preferred=lambda device: True))
+    for arguments in calls_of_modules(dtype, 9, dim=64):
+        torch.library.opcheck(*arguments, test_utils="test_faketensor")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
