@@ -477,7 +477,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # −inf − −inf, as on a GPU
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow("rows"), slow("packed"), "padded"])
 @pytest.mark.parametrize("name", ["paper_rope_bias", *map(slow, ("grouped_mlp", "rope_overlapping", "separate_kv"))])
 def test_kernels_write_nothing_past_the_end(
     name: str, layout: str, random: Random, nobody_looks: None, poisoned: None, by_kernels: None
@@ -500,7 +500,7 @@ def test_kernels_write_nothing_past_the_end(
 @interpreted
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @every_config_with("knowledge", list(KNOWLEDGE))
 def test_random_use_of_kernels(
     name: str, knowledge: str, seed: int, random: Random, by_kernels: None, monkeypatch: pytest.MonkeyPatch
