@@ -104,6 +104,9 @@ def block() -> nn.Module:
     return nsa.NSABlock(CFG).double()
 
 
+MODULES = {"attention": attention, "block": block}
+
+
 def hidden(random: Random, tokens: int = 29) -> Tensor:
     return random((2, tokens, CFG.dim)).requires_grad_()
 
@@ -143,6 +146,16 @@ def test_attention(random: Random) -> None:
         x = hidden(random, tokens)
         assert_same_step(call, module, leaves_of(module, x), x)
     assert graphs() == 2
+
+
+@pytest.mark.slow
+def test_block(random: Random) -> None:
+    module = block()
+    call = compiled(module, dynamic=True)
+    for tokens in LENGTHS:
+        x = hidden(random, tokens)
+        assert_same_step(call, module, leaves_of(module, x), x)
+    assert graphs() <= 2
 
 
 @pytest.mark.slow
@@ -211,7 +224,7 @@ PADDED = tuple(
     )
 )
 of_new_contents = pytest.mark.parametrize(
-    "module, contents, compiler",
+    "of, contents, compiler",
     [
         ("block", PACKED, "aot_eager"),
         ("block", PADDED, "aot_eager"),
@@ -226,9 +239,9 @@ of_new_contents = pytest.mark.parametrize(
 
 @of_new_contents
 def test_new_lengths(
-    module: str, contents: tuple[dict[str, Tensor], ...], compiler: str, random: Random, compiled_once: None
+    of: str, contents: tuple[dict[str, Tensor], ...], compiler: str, random: Random, compiled_once: None
 ) -> None:
-    module = {"block": block, "attention": attention}[module]()
+    module = MODULES[of]()
     call = compiled(module, compiler)
     for arguments in contents:
         x = hidden(random)
@@ -271,20 +284,21 @@ CACHED: dict[str, tuple[tuple[int, int], list[dict[str, Tensor]]]] = {
 
 
 @pytest.mark.parametrize(
-    "what, compiler",
+    "of, what, compiler",
     [
-        ("step", "aot_eager"),
-        ("packed", "aot_eager"),
-        slow("piece", "aot_eager"),
-        slow("padded", "aot_eager"),
-        slow("step", "inductor"),
-        slow("packed", "inductor"),
+        ("block", "step", "aot_eager"),
+        ("block", "packed", "aot_eager"),
+        slow("block", "piece", "aot_eager"),
+        slow("block", "padded", "aot_eager"),
+        *(slow("attention", what, "aot_eager") for what in CACHED),
+        slow("block", "step", "inductor"),
+        slow("block", "packed", "inductor"),
     ],
 )
 @torch.no_grad()
-def test_cached(what: str, compiler: str, random: Random, compiled_once: None) -> None:
+def test_cached(of: str, what: str, compiler: str, random: Random, compiled_once: None) -> None:
     """Whatever the cache holds, and whatever was done to it, which compiled code does not see."""
-    module, (shape, contents) = block(), CACHED[what]
+    module, (shape, contents) = MODULES[of](), CACHED[what]
     call, cache = compiled(module, compiler), nsa.NSACache(CFG, 2, 64, dtype=torch.float64)
     module(random((2, 23, CFG.dim)), cache=cache)
     assert_same_use(call, module, cache, CHANGES, shape, contents, random)
