@@ -742,15 +742,15 @@ class _LearnedCompressor(_Compressor):
         overlap, so that no token is copied for each block that it is in. The position is the same in all blocks, and so
         becomes a part of the bias.
         """
-        pieces, parts = x.shape[1] // self.stride, weight.split(self.stride * self.dim, dim=1)
+        pieces, parts = x.shape[1] // self.stride, self.block // self.stride
         x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
-        y = F.linear(x, parts[0], F.linear(self.position.flatten(), weight, bias))
-        if len(parts) == 1:
-            return y
-        y = y[:, : pieces - len(parts) + 1]  # block i starts with piece i
-        for i, part in enumerate(parts[1:], 1):
-            y = y + F.linear(x, part)[:, i : i + y.shape[1]]
-        return y
+        bias = F.linear(self.position.flatten(), weight, bias)
+        if parts == 1:
+            return F.linear(x, weight, bias)
+        # all parts in one product: (out, parts·d·dim) → (parts·out, d·dim); the first has the bias
+        weight = weight.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
+        y = F.linear(x, weight, F.pad(bias, (0, len(weight) - len(bias)))).unflatten(2, (parts, -1))
+        return functools.reduce(torch.add, (y[:, i : pieces - parts + 1 + i, i] for i in range(parts)))
 
 
 class GroupedMLPCompressor(_LearnedCompressor):

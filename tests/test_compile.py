@@ -188,6 +188,16 @@ def test_inductor(random: Random) -> None:
     assert_same_step(compiled(module, "inductor"), module, leaves_of(module, x), x)
 
 
+@pytest.mark.slow
+def test_overlapping_blocks_in_bfloat16(random: Random) -> None:
+    """Inductor's vector code for a CPU (torch 2.13) has made NaN of the gradient of weights that had been split."""
+    module = nsa.GroupedMLPCompressor(32, 16, 8).bfloat16()
+    x = random((4, 100, 32), torch.bfloat16).requires_grad_()
+    y = compiled(module, "inductor")(x)
+    for gradient in torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y)):
+        assert gradient.isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # New contents in the same shapes
 # ---------------------------------------------------------------------------------------------------------------------
