@@ -615,7 +615,7 @@ SPILLS = {
 }
 # Packed sequences cost registers: where the segment begins, and 0 in place of what is a neighbour's. Older versions of
 # Triton spill up to 20 in masked_dq.
-PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "masked_dkv": (33, 48),
+PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "masked_dkv": (33, 72),
                            "masked_dq": (0, 24), "selected_gradient": (42, 56)}  # fmt: skip
 
 
