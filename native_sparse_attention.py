@@ -1094,7 +1094,7 @@ def select_blocks(
     _check_choice(choice)
     on = _choose_backend(backend, q, k_cmp, scale, choice)
     segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
-    return _select(q, k_cmp, lse, *segments[:3], on, *choice, scale)
+    return _select(q, k_cmp, lse, *segments.tables(), on, *choice, scale)
 
 
 def selective_attention(
@@ -1155,11 +1155,11 @@ def _attention(
         o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
         span = _Span(0, choice.block_size, choice.stride)  # torch 2.8 does not trace a NamedTuple's property
         o_compressed, lse = _branch(on, span, scale, segments, q, k_cmp, v_cmp)
-        chosen = _select(q, k_cmp, lse.detach(), *segments[:3], on, *choice, scale)
+        chosen = _select(q, k_cmp, lse.detach(), *segments.tables(), on, *choice, scale)
         o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, segments, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    return _apply(_AttentionFunction, (on, local_window, *choice, scale), *segments[:3], *tensors)[0]
+    return _apply(_AttentionFunction, (on, local_window, *choice, scale), *segments.tables(), *tensors)[0]
 
 
 def _branch(
@@ -1167,7 +1167,7 @@ def _branch(
     block_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse of one branch on a backend: over spans of keys, or over the blocks that are chosen."""
-    return _apply(_BranchFunction, (on, *span, scale), *segments[:3], *_apart(q, k, v), block_indices)
+    return _apply(_BranchFunction, (on, *span, scale), *segments.tables(), *_apart(q, k, v), block_indices)
 
 
 def _choose_backend(
@@ -1374,6 +1374,10 @@ class _Segments(NamedTuple):
     cu_keys: Tensor | None = None  # int32 (n + 1,): offsets of compressed keys, ascending from 0 to at most C
     of_token: Tensor | None = None  # int32 (2, total): segment of each token, and its position there
     of_key: Tensor | None = None  # int32 (2, C): first token of each compressed block, and its position there
+
+    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those that the operators take. (torch 2.8 does not trace a slice.)"""
+        return self.cu_seqlens, self.cu_keys, self.of_token
 
 
 def _packed_tables(backend: str, cu_seqlens: Tensor | None, total: int, keys: int, span: _Span) -> _Segments:
