@@ -744,13 +744,13 @@ class _LearnedCompressor(_Compressor):
         """
         pieces, parts = x.shape[1] // self.stride, self.block // self.stride
         x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
-        bias = F.linear(self.position.flatten(), weight, bias)
-        if parts == 1:
-            return F.linear(x, weight, bias)
-        # all parts in one product: (out, parts·d·dim) → (parts·out, d·dim); the first has the bias
-        weight = weight.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
-        y = F.linear(x, weight, F.pad(bias, (0, len(weight) - len(bias)))).unflatten(2, (parts, -1))
-        return functools.reduce(torch.add, (y[:, i : pieces - parts + 1 + i, i] for i in range(parts)))
+        # Each part by itself: of split columns Inductor makes a gradient of NaN (CPU, torch 2.13, bfloat16).
+        each = weight.unflatten(1, (parts, -1)).transpose(0, 1).contiguous()  # (l/d, out, d·dim)
+        y = F.linear(x, each[0], F.linear(self.position.flatten(), weight, bias))
+        y = y[:, : pieces - parts + 1]  # block i starts with piece i
+        for i in range(1, parts):
+            y = y + F.linear(x, each[i])[:, i : i + y.shape[1]]
+        return y
 
 
 class GroupedMLPCompressor(_LearnedCompressor):
