@@ -719,7 +719,7 @@ class _LearnedCompressor(_Compressor):
             tensors = (x if heads else x.unsqueeze(2), self.position, w_in, b_in, w_out, b_out)
             x, *weights = _autocast(*tensors) if _autocast_enabled(x.device.type) else tensors
             weights = (w if w is None else w.contiguous() for w in weights)
-            y = _CompressionFunction.apply(self.stride, x, *weights)
+            y = _apply(_CompressionFunction, self.stride, x, *weights)
             return y if heads else y.squeeze(2)
         y = self._linear(x, w_in, b_in)
         return y if w_out is None else F.linear(F.gelu(y), w_out, b_out)
@@ -1838,9 +1838,10 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
     if function is None:
         return functools.partial(_operator, mutates=mutates)
     names = list(inspect.signature(function).parameters)
+    packed = names.index("cu_keys") if "cu_keys" in names else None
 
     def body(*arguments: Any) -> Any:
-        if "cu_keys" in names and arguments[names.index("cu_keys")] is not None:
+        if packed is not None and arguments[packed] is not None:
             given = dict(zip(names, arguments, strict=True))
             if given["backend"] == "torch" and _on_host(given["cu_keys"]):
                 return _in_rows(function, **given)
@@ -3415,6 +3416,7 @@ _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
 _DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
 _MERGED = 16384  # numbers of partial outputs that are merged at once
+_PLAIN_ROWS = 2**15  # query rows up to which tensors come by plain pointers, because descriptors cost the host time
 _FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
 
 
@@ -3461,9 +3463,9 @@ def _unroll(slots: int) -> int:
     return max(n for n in range(1, 8) if slots % n == 0)
 
 
-def _precision(x: Tensor | None = None) -> str:
+def _precision(x: Tensor) -> str:
     """Precision of float32 products: exact unless torch's own switch allows tf32. 16-bit types do not care."""
-    narrow = x is not None and x.element_size() == 2  # to look at the switch takes longer
+    narrow = x.element_size() == 2  # to look at the switch takes longer
     return "tf32" if not narrow and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -3490,38 +3492,46 @@ _DIRECT_LAUNCH = triton is not None and _launches_directly(triton.__version__)  
 
 
 class _Launch:
-    """A kernel with all that it takes but for its pointers; called with these: tensors, tensor descriptors and None.
+    """A kernel with all that it takes but for its pointers; called with these: tensors, and None for what is missing.
+
+    The kernel takes a tensor that has a view, (shape, strides, box), here, by its number, as a descriptor.
 
     In each launch Triton looks at every argument to find which of its compiled kernels is meant, which takes two thirds
-    of the host's time. Here numbers and constants stay as they are, and so do boxes of descriptors, which follow from
-    constants. Hence the first launch is Triton's own, and the others are of what it compiled; unless the dtypes are not
-    those of the launch before, an address is no multiple of 16 bytes, or somebody, a profiler maybe, wants to know of
-    launches. A plan has launches for one device.
+    of the host's time. Here numbers, views and constants stay as they are. Hence the first launch is Triton's own, and
+    the others are of what it compiled; unless the dtypes are not those of the launch before, an address is no multiple
+    of 16 bytes, or somebody, a profiler maybe, wants to know of launches. A plan has launches for one device.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], views: dict[int, Any] | None = None,
+        **constants: Any,
+    ) -> None:  # fmt: skip
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
-        self._compiled: Any = None
+        self.views = list((views or {}).items())
         self._dtypes: list[torch.dtype | None] = []
 
-    def __call__(self, *pointers: Any) -> None:
-        addresses, dtypes, bits = [], [], 0
-        for x in pointers:
-            if isinstance(x, Tensor):
-                dtypes.append(x.dtype)
-                x = x.data_ptr()  # of a tensor, Triton would ask the driver whether it is on the GPU
-                bits |= x
-            else:
-                dtypes.append(None if x is None else x.base.dtype)
-            addresses.append(x)
-        if not _DIRECT_LAUNCH or dtypes != self._dtypes or bits % 16 or _launch_hooks():
-            compiled = self.kernel[self.grid](*pointers, *self.numbers, **self.constants)
-            if _DIRECT_LAUNCH and compiled is not None and bits % 16 == 0:
-                self._dtypes = dtypes
-                self._remember(compiled)
+    def __call__(self, *tensors: Tensor | None) -> None:
+        dtypes = [None if x is None else x.dtype for x in tensors]
+        addresses: list[Any] = [None if x is None else x.data_ptr() for x in tensors]
+        aligned = not any([x % 16 for x in addresses if x])
+        direct = _DIRECT_LAUNCH and aligned and not _launch_hooks()
+        if direct and dtypes == self._dtypes:
+            for i, view in self.views:
+                addresses[i] = _descriptor(tensors[i], *view)
+            # Of a tensor, Triton would ask the driver whether it is on the GPU.
+            self._run(*self._grid, self._stream_of(self._device), *self._before, *addresses, *self._after)
             return
-        stream = self._stream_of(self._device)
-        self._compiled.run(*self._grid, stream, *self._before, *addresses, *self._after)
+        compiled = self.kernel[self.grid](*self.arguments(*tensors), **self.constants)
+        if _DIRECT_LAUNCH and aligned and compiled is not None:
+            self._dtypes = dtypes
+            self._remember(compiled)
+
+    def arguments(self, *tensors: Tensor | None) -> list[Any]:
+        """All that the kernel takes but for its constants."""
+        arguments: list[Any] = list(tensors)
+        for i, view in self.views:
+            arguments[i] = _descriptor(tensors[i], *view)
+        return [*arguments, *self.numbers]
 
     def _remember(self, compiled: Any) -> None:
         """Prepares compiled.run(*grid, stream, function, metadata of kernel and launch, two hooks, *arguments)."""
@@ -3530,7 +3540,7 @@ class _Launch:
         self._grid = (*self.grid, 1, 1)[:3]
         self._before = (compiled.function, compiled.packed_metadata, None, None, None)
         self._after = (*self.numbers, *(self.constants[name] for name in parameters if name in self.constants))
-        self._compiled = compiled
+        self._run = compiled.run
 
 
 def _launch_hooks() -> bool:
@@ -3539,9 +3549,20 @@ def _launch_hooks() -> bool:
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
-def _layout(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """All of these tensors but their values and addresses: what a plan follows from."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+def _layout(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """What a plan follows from: shape and strides of each tensor, dtype and device of the first."""
+    return ((x.shape, x.stride(), x.dtype, x.device), *[y if y is None else (y.shape, y.stride()) for y in others])
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous tensor of x's shape. To spell out shape and device takes three times as long."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _empty_outputs(q: Tensor, gated: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """o and lse for queries; and the gated sum of all branches, or o again."""
+    o, lse = _empty(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return o, lse, _empty(q) if gated else o
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -3559,22 +3580,13 @@ def _addressable_strides(strides: tuple[int, ...], size: int) -> bool:
     return strides[-1] == 1 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x itself where a descriptor can address it, else a copy whose rows are padded to 16 bytes."""
-    if _addressable(x):
-        return x
-    unit = 16 // x.element_size()
-    return x.new_empty((*x.shape[:-1], _cdiv(x.shape[-1], unit) * unit))[..., : x.shape[-1]].copy_(x)
+def _by_descriptor(q: Tensor, *described: Tensor) -> bool:
+    """Whether kernels read these tensors through descriptors, which Hopper copies by itself, or by plain pointers.
 
-
-def _key_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """(B, T, K, D) as (B, K, T, D), in tiles of (rows, D)."""
-    return _descriptor(x, *_key_view(x.shape, x.stride(), rows))
-
-
-def _query_descriptor(x: Tensor, K: int, rows: int) -> TensorDescriptor:
-    """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
-    return _descriptor(x, *_query_view(x.shape, x.stride(), K, rows))
+    A descriptor costs the host time, which counts where there are few query rows.
+    """
+    many = q.shape[0] * q.shape[1] * q.shape[2] > _PLAIN_ROWS
+    return many and (not q.is_cuda or _capability(q.device) >= (9, 0)) and all(_addressable(x) for x in described)
 
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
@@ -3584,17 +3596,15 @@ def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int])
     return descriptor
 
 
-@functools.lru_cache(maxsize=4096)
-def _key_view(shape: torch.Size, strides: tuple[int, ...], rows: int) -> tuple[list[int], list[int], list[int]]:
-    (B, T, K, D), (sb, st, sk, sd) = shape, strides
+def _key_view(layout: tuple[Any, ...], rows: int) -> tuple[list[int], list[int], list[int]]:
+    """(B, T, K, D) as (B, K, T, D), in tiles of (rows, D)."""
+    (B, T, K, D), (sb, st, sk, sd), *_ = layout
     return [B, K, T, D], [sb, sk, st, sd], [1, 1, rows, _block_d(D)]
 
 
-@functools.lru_cache(maxsize=4096)
-def _query_view(
-    shape: torch.Size, strides: tuple[int, ...], K: int, rows: int
-) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
-    (B, T, H, D), (sb, st, sh, sd) = shape, strides
+def _query_view(layout: tuple[Any, ...], K: int, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """(B, T, H, D) as (B, K, T, G, D), in tiles of rows that pack tokens and the heads of a group."""
+    (B, T, H, D), (sb, st, sh, sd), *_ = layout
     G, pad = H // K, _power_of_2(H // K)
     return [B, K, T, G, D], [sb, G * sh, st, sh, sd], [1, 1, max(1, rows // pad), min(rows, pad), _block_d(D)]
 
@@ -3614,6 +3624,32 @@ def _load_rows(x_ptr, offsets, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """x[offsets, :D] as a (len(offsets), BLOCK_D) tile, 0 where a row or a column does not exist."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(x_ptr + offsets[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
+
+
+@_kernel
+def _load_keys(x, strides, b, k, first, end, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys first, first + 1, ... of head k, 0 from `end` on. x is a pointer; without strides, a descriptor."""
+    if strides is None:
+        tile = x.load([b, k, first, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        i = first + tl.arange(0, BLOCK_N)
+        tile = _load_rows(x, _offsets(strides, b, i, k), i < end, D, BLOCK_D)
+    return tile
+
+
+@_kernel
+def _load_queries(
+    x, strides, b, k, row, T, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Rows of tokens and heads of the group k from `row` on, 0 where they do not exist. x is as in `_load_keys`."""
+    if strides is None:
+        tile = x.load([b, k, row // GROUP_PAD, row % GROUP_PAD, 0]).reshape(BLOCK_M, BLOCK_D)
+    else:
+        n = row + tl.arange(0, BLOCK_M)
+        t, h, exists = n // GROUP_PAD, k * GROUP + n % GROUP_PAD, (n // GROUP_PAD < T) & (n % GROUP_PAD < GROUP)
+        tile = _load_rows(x, _offsets(strides, b, t, h), exists, D, BLOCK_D)
+    return tile
 
 
 @_kernel
@@ -3867,12 +3903,12 @@ def _triton_preprocess(
 ) -> tuple[list[_RowTerms], Tensor | None]:  # fmt: skip
     do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
     launch, rows_pad = _preprocess_plan(_layout(do, gates), kv_heads, len(outputs))
-    shape = (2, len(outputs), do.shape[0], kv_heads, rows_pad)
-    lse, delta = torch.empty(shape, dtype=torch.float32, device=do.device).unbind()
-    dgates = None if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    n, shape = len(outputs), (2 * len(outputs), do.shape[0], kv_heads, rows_pad)
+    terms = torch.empty(shape, dtype=torch.float32, device=do.device).unbind()  # lse of each branch, delta of each
+    dgates = None if gates is None else _empty(gates)
     dlse = None if dlse is None else dlse.contiguous()
-    launch(do, dlse, gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, lse, delta)
-    return [_RowTerms(*terms) for terms in zip(lse.unbind(), delta.unbind(), strict=True)], dgates
+    launch(do, dlse, gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, terms[0], terms[n])
+    return [_RowTerms(*pair) for pair in zip(terms[:n], terms[n:], strict=True)], dgates
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3985,8 +4021,8 @@ def _mask_chosen(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_forward_kernel(
-    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, blocks_ptr, cu_seqlens, cu_keys,
-    first_ptr, n_segments, T, C, Z, scale, q_strides, block_strides,
+    q_ptr, k_from, v_from, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, blocks_ptr, cu_seqlens, cu_keys,
+    first_ptr, n_segments, T, C, Z, scale, q_strides, k_strides, v_strides, block_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -4020,8 +4056,8 @@ def _span_forward_kernel(
         for n_tile in range(tiles - full if EDGE else full):
             j = n_tile + (tl.where(n_tile < before, 0, full) if EDGE else before)
             i = start + j * BLOCK_N
-            k_tile = k_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
-            v_tile = v_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
+            k_tile = _load_keys(k_from, k_strides, b, k, key + i, C, D, BLOCK_D, BLOCK_N)
+            v_tile = _load_keys(v_from, v_strides, b, k, key + i, C, D, BLOCK_D, BLOCK_N)
             visible = None
             if EDGE:
                 s = (i + tl.arange(0, BLOCK_N))[None, :]
@@ -4044,8 +4080,8 @@ def _span_forward_kernel(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_dq_kernel(
-    do_ptr, q_ptr, k_desc, v_desc, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z,
-    rows_pad, scale, do_strides, q_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr,
+    do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z,
+    rows_pad, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
     STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -4079,8 +4115,8 @@ def _span_dq_kernel(
         for n_tile in range(tiles - full if EDGE else full):
             j = n_tile + (tl.where(n_tile < before, 0, full) if EDGE else before)
             i = start + j * BLOCK_N
-            k_tile = k_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
-            v_tile = v_desc.load([b, k, key + i, 0]).reshape(BLOCK_N, BLOCK_D)
+            k_tile = _load_keys(k_from, k_strides, b, k, key + i, C, D, BLOCK_D, BLOCK_N)
+            v_tile = _load_keys(v_from, v_strides, b, k, key + i, C, D, BLOCK_D, BLOCK_N)
             visible = None
             if EDGE:
                 s = (i + tl.arange(0, BLOCK_N))[None, :]
@@ -4102,11 +4138,11 @@ def _span_dq_kernel(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
 def _span_dkv_kernel(
-    do_desc, q_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
-    cu_keys, n_segments, T, C, Z, rows_pad, key_tiles, tiles_per_split, scale, block_strides, K: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    do_from, q_from, k_from, v_from, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
+    cu_keys, n_segments, T, C, Z, rows_pad, key_tiles, tiles_per_split, scale, do_strides, q_strides, k_strides,
+    v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr,
+    SELECT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv_i = sum_t p_ti do_t and dk_i = scale·sum_t ds_ti q_t, over a split of the rows; the first adds those given."""
     PACKED: tl.constexpr = cu_seqlens is not None
@@ -4129,9 +4165,9 @@ def _span_dkv_kernel(
     first, end = tl.maximum(first, low), tl.minimum(end, high)
     full = tl.minimum(tl.maximum(full, first), end)
     full_end = tl.maximum(tl.minimum(full_end, end), full)
-    k_tile = k_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D)  # a neighbour's keys stay in their rows
-    v_tile = v_desc.load([b, k, key + start, 0]).reshape(BLOCK_N, BLOCK_D)
-    i = start + tl.arange(0, BLOCK_N)
+    k_tile = _load_keys(k_from, k_strides, b, k, key + start, C, D, BLOCK_D, BLOCK_N)
+    v_tile = _load_keys(v_from, v_strides, b, k, key + start, C, D, BLOCK_D, BLOCK_N)
+    i = start + tl.arange(0, BLOCK_N)  # a neighbour's keys stay in their rows
     t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
     lse_ptr, delta_ptr = lse_ptr + z.to(tl.int64) * rows_pad, delta_ptr + z.to(tl.int64) * rows_pad
     row0, rows = token * GROUP_PAD, tokens * GROUP_PAD
@@ -4150,8 +4186,8 @@ def _span_dkv_kernel(
                 delta = tl.load(delta_ptr + row0 + n, mask=n < rows, other=0.0)
             else:
                 lse, delta = tl.load(lse_ptr + row0 + n), tl.load(delta_ptr + row0 + n)
-            at = [b, k, (row0 + row) // GROUP_PAD, (row0 + row) % GROUP_PAD, 0]
-            q, do = q_desc.load(at).reshape(BLOCK_M, BLOCK_D), do_desc.load(at).reshape(BLOCK_M, BLOCK_D)
+            q = _load_queries(q_from, q_strides, b, k, row0 + row, T, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M)
+            do = _load_queries(do_from, do_strides, b, k, row0 + row, T, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M)
             if EDGE:
                 q, do = _cut(q, row, rows, BLOCK_M, PACKED), _cut(do, row, rows, BLOCK_M, PACKED)
             if S > 0:
@@ -4187,7 +4223,7 @@ def _span_constants(
     kernel: str, layout: tuple[Any, ...], span: _Span, select_block_size: int, precision: str
 ) -> dict[str, Any]:
     """Constants of a kernel. Where queries chose blocks, no other keys count."""
-    ((_, _, H, D), _, dtype, _), (k_shape, *_), chosen, *_ = layout
+    ((_, _, H, D), _, dtype, _), (k_shape, *_), _, chosen, *_ = layout
     branch, window = ("local", min(span.window, _FAR)) if span.window else ("masked" if chosen else "compressed", 0)
     constants = _constants(f"{branch}_{kernel}", H, k_shape[2], D, dtype, precision)
     constants |= {"GROUP_PAD": _power_of_2(constants["GROUP"]), "WINDOW": window}
@@ -4205,35 +4241,43 @@ def _tile_count(rows: int, size: int, segments: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _span_forward_plan(
-    layout: tuple[Any, ...], gated: bool, segments: int, span: _Span, scale: float, select_block_size: int,
-    precision: str,
+    layout: tuple[Any, ...], described: bool, gated: bool, segments: int, span: _Span, scale: float,
+    select_block_size: int, precision: str,
 ) -> _Launch:  # fmt: skip
-    ((B, T, *_), q_strides, *_), ((_, C, K, _), *_), chosen, _ = layout
+    ((B, T, *_), q_strides, *_), ((_, C, K, _), *_), _, chosen, _ = layout
     constants = _span_constants("forward", layout, span, select_block_size, precision)
     tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
-    numbers = (segments, T, C, B * K, scale, q_strides, chosen and chosen[1])
-    return _Launch(_span_forward_kernel, (tiles * B * K,), numbers, **constants)
+    views = {i: _key_view(layout[i], constants["BLOCK_N"]) for i in (1, 2) if described}
+    strides = (None, None) if described else (layout[1][1], layout[2][1])
+    numbers = (segments, T, C, B * K, scale, q_strides, *strides, chosen and chosen[1])
+    return _Launch(_span_forward_kernel, (tiles * B * K,), numbers, views, **constants)
 
 
 @functools.lru_cache(maxsize=4096)
 def _span_backward_plan(
-    layout: tuple[Any, ...], add_dq: bool, add_dk: bool, segments: int, span: _Span, scale: float,
+    layout: tuple[Any, ...], described: bool, add_dq: bool, add_dk: bool, segments: int, span: _Span, scale: float,
     select_block_size: int, precision: str,
 ) -> tuple[_Launch, _Launch, int]:  # fmt: skip
     """Launches for dq, over tiles of queries, and for dk and dv, over tiles of keys and splits of the queries."""
-    ((B, T, H, _), q_strides, _, device), ((_, C, K, _), *_), chosen, (_, do_strides, *_) = layout
+    ((B, T, H, _), q_strides, _, device), ((_, C, K, _), *_), _, chosen, (_, do_strides, *_) = layout
     block_strides, rows_pad = chosen and chosen[1], _padded_rows(T, H // K)
+    q, k, v, _, do = layout
     constants = _span_constants("dq", layout, span, select_block_size, precision)
     tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
-    numbers = (segments, T, C, B * K, rows_pad, scale, do_strides, q_strides, block_strides)
-    dq = _Launch(_span_dq_kernel, (tiles * B * K,), numbers, ADD=add_dq, **constants)
+    views = {i: _key_view(x, constants["BLOCK_N"]) for i, x in ((2, k), (3, v)) if described}
+    strides = (None, None) if described else (k[1], v[1])
+    numbers = (segments, T, C, B * K, rows_pad, scale, do_strides, q_strides, *strides, block_strides)
+    dq = _Launch(_span_dq_kernel, (tiles * B * K,), numbers, views, ADD=add_dq, **constants)
 
     constants = _span_constants("dkv", layout, span, select_block_size, precision)
     tiles = _tile_count(C, constants["BLOCK_N"], segments)
     row_tiles = _cdiv(T // max(segments, 1) * constants["GROUP_PAD"], constants["BLOCK_M"])  # of an average sequence
     splits = 1 if span.window else _splits(row_tiles, tiles * B * K, device)
-    numbers = (segments, T, C, B * K, rows_pad, tiles, _cdiv(row_tiles, splits), scale, block_strides)
-    return dq, _Launch(_span_dkv_kernel, (splits * tiles * B * K,), numbers, **constants), splits
+    views = {i: _query_view(x, K, constants["BLOCK_M"]) for i, x in enumerate((do, q)) if described}
+    views |= {i: _key_view(x, constants["BLOCK_N"]) for i, x in ((2, k), (3, v)) if described}
+    strides = (None,) * 4 if described else (do_strides, q_strides, *strides)
+    numbers = (segments, T, C, B * K, rows_pad, tiles, _cdiv(row_tiles, splits), scale, *strides, block_strides)
+    return dq, _Launch(_span_dkv_kernel, (splits * tiles * B * K,), numbers, views, **constants), splits
 
 
 def _span_offsets(
@@ -4259,18 +4303,17 @@ def _span_forward(
     block_indices: Tensor | None = None, select_block_size: int = 0, gated: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
-    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
-    mixed = torch.empty_like(o) if gated else o
+    o, lse, mixed = _empty_outputs(q, gated)
     if q.numel() == 0 or k.shape[1] == 0:
         return o.zero_(), lse.fill_(-math.inf), mixed
     masked = block_indices is not None
-    q, k, v = _unit_stride(q), _aligned(k), _aligned(v)
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     chosen = _unit_stride(block_indices) if masked else None
     *offsets, n = _span_offsets(segments, span, masked)
-    layout, settings = _layout(q, k, chosen, first), (span, scale, select_block_size, _precision())
-    launch = _span_forward_plan(layout, bool(gated), n, *settings)
-    keys, outputs = launch.constants["BLOCK_N"], (mixed, *(x.contiguous() for x in gated)) if gated else (None,) * 4
-    launch(q, _key_descriptor(k, keys), _key_descriptor(v, keys), o, lse, *outputs, chosen, *offsets, first)
+    layout, settings = _layout(q, k, v, chosen, first), (span, scale, select_block_size, _precision(q))
+    launch = _span_forward_plan(layout, _by_descriptor(q, k, v), bool(gated), n, *settings)
+    outputs = (mixed, *(x.contiguous() for x in gated)) if gated else (None,) * 4
+    launch(q, k, v, o, lse, *outputs, chosen, *offsets, first)
     return o, lse, mixed
 
 
@@ -4284,27 +4327,22 @@ def _triton_span_backward(
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (x.new_zeros(x.shape) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
         return dq, dk, dv
-    do, q, k, v = _aligned(do), _aligned(q), _aligned(k), _aligned(v)
+    do, q, k, v = _unit_stride(do), _unit_stride(q), _unit_stride(k), _unit_stride(v)
     chosen = _unit_stride(block_indices) if masked else None
     *offsets, n = _span_offsets(segments, span, masked)
-    layout, add = _layout(q, k, chosen, do), (dq is not None, dk is not None)
-    plan = _span_backward_plan(layout, *add, n, span, scale, select_block_size, _precision())
+    layout, add = _layout(q, k, v, chosen, do), (dq is not None, dk is not None)
+    plan = _span_backward_plan(
+        layout, _by_descriptor(q, do, q, k, v), *add, n, span, scale, select_block_size, _precision(q)
+    )
     launch_dq, launch_dkv, splits = plan
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
-    keys = launch_dq.constants["BLOCK_N"]
-    launch_dq(do, q, _key_descriptor(k, keys), _key_descriptor(v, keys), *terms, dq, chosen, *offsets)
-    (B, *row), K = k.shape, k.shape[2]
-    rows, keys = launch_dkv.constants["BLOCK_M"], launch_dkv.constants["BLOCK_N"]
-    sum_dtype = k.dtype if splits == 1 else torch.float32
-    if dk is None or splits > 1:
-        dk, dv = (k.new_empty((splits * B, *row), dtype=sum_dtype) for _ in range(2))
-    launch_dkv(
-        _query_descriptor(do, K, rows), _query_descriptor(q, K, rows), _key_descriptor(k, keys),
-        _key_descriptor(v, keys), *terms, dk, dv, *given, chosen, *offsets,
-    )  # fmt: skip
+    dq = _empty(q) if dq is None else dq
+    launch_dq(do, q, k, v, *terms, dq, chosen, *offsets)
     if splits > 1:
-        dk, dv = (x.unflatten(0, (splits, B)).sum(0).to(k.dtype) for x in (dk, dv))
-    return dq, dk, dv
+        dk, dv = torch.empty((2, splits, *k.shape), dtype=torch.float32, device=k.device).unbind()
+    elif dk is None:
+        dk, dv = _empty(k), _empty(k)
+    launch_dkv(do, q, k, v, *terms, dk, dv, *given, chosen, *offsets)
+    return (dq, dk, dv) if splits == 1 else (dq, dk.sum(0).to(k.dtype), dv.sum(0).to(k.dtype))
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4588,7 +4626,7 @@ def _triton_select(
     q, k_cmp, lse = _unit_stride(q), _unit_stride(k_cmp), lse.contiguous()
     *offsets, n = _span_offsets(segments, choice.span)
     positions = T if first is None else max_len or C * choice.stride + choice.block_size - 1
-    plan = _select_plan(_layout(q, k_cmp, lse, first), choice, n, positions, scale, _precision())
+    plan = _select_plan(_layout(q, k_cmp, lse, first), choice, n, positions, scale, _precision(q))
     chosen = torch.empty(B, T, K, choice.topk_blocks, dtype=torch.int32, device=q.device)
     scores = torch.empty(plan.score_values, dtype=torch.float32, device=q.device)
     for launch_scores, launch_choice in plan.chunks:
@@ -5007,7 +5045,8 @@ def _by_query_plan(
     constants |= {"BLOCK_M": heads, "STAGES": constants.pop("num_stages")}
     constants["num_warps"] *= heads // 16
     numbers = (k_shape[1], scale, q_strides, k_strides, v_strides, strides)
-    return _Launch(_selected_by_query_kernel, (T, B * K, _cdiv(H // K, heads)), numbers, **constants)
+    views = {i: _key_view(layout[i], constants["BLOCK_N"]) for i in (1, 2)}
+    return _Launch(_selected_by_query_kernel, (T, B * K, _cdiv(H // K, heads)), numbers, views, **constants)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -5044,17 +5083,14 @@ def _triton_selected_forward(
     if _by_mask("forward", q, K, S, select_block_size) and first is None:
         return _span_forward(q, k, v, _Span(0), scale, segments, None, block_indices, select_block_size, gated)
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
-    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
-    mixed = torch.empty_like(o) if gated else o
+    o, lse, mixed = _empty_outputs(q, gated)
     outputs = (o, lse, mixed, *((x.contiguous() for x in gated) if gated else (None, None, None)))
     of_token, cu_seqlens, n = _token_tables(segments)
-    layout, settings = _layout(q, k, v, block_indices, of_token, first), (select_block_size, scale, _precision())
+    layout, settings = _layout(q, k, v, block_indices, of_token, first), (select_block_size, scale, _precision(q))
     large_group = q.shape[2] // k.shape[2] >= _LARGE_GROUP and q.dtype.itemsize == 2
     if large_group and _addressable(k) and _addressable(v):
         launch = _by_query_plan(layout, bool(gated), *settings)
-        keys = launch.constants["BLOCK_N"]
-        descriptors = (_key_descriptor(k, keys), _key_descriptor(v, keys))
-        launch(q, *descriptors, k, v, block_indices, *outputs, of_token, cu_seqlens, first)
+        launch(q, k, v, k, v, block_indices, *outputs, of_token, cu_seqlens, first)
         return o, lse, mixed
     rows, chunks = _by_block_plan(layout, n, bool(gated), *settings)
     o_part, lse_part = q.new_empty((rows, q.shape[3])), q.new_empty(rows, dtype=torch.float32)
@@ -5226,11 +5262,10 @@ def _triton_selected_backward(
     of_token, cu_seqlens, n = _token_tables(segments)
     add = (dq is not None, dk is not None)
     layout = _layout(q, k, v, block_indices, do, of_token)
-    dq_rows, chunks = _selected_backward_plan(layout, n, select_block_size, scale, *add, _precision())
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
+    dq_rows, chunks = _selected_backward_plan(layout, n, select_block_size, scale, *add, _precision(q))
+    dq = _empty(q) if dq is None else dq
     sum_dtype = k.dtype if len(chunks) == 1 else torch.float32  # a sum over several chunks: until the last
-    empty = (torch.empty(k.shape, dtype=sum_dtype, device=q.device) for _ in range(2))
-    dk, dv = empty if dk is None else (x.to(sum_dtype).contiguous() for x in (dk, dv))
+    dk, dv = (_empty(k, sum_dtype) if x is None else x.to(sum_dtype).contiguous() for x in (dk, dv))
     dq_part = q.new_empty((dq_rows, q.shape[3]))
     for index_plan, dk_rows, gradient, sum_tiles, sum_slots in chunks:
         index = _index_pairs(index_plan, block_indices, of_token)
@@ -6097,12 +6132,10 @@ def _compress_constants(
 
 
 @functools.lru_cache(maxsize=4096)
-def _compress_plan(
-    shape: torch.Size, strides: tuple[int, ...], N: int, block: int, stride: int, dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[_Launch, int]:  # fmt: skip
+def _compress_plan(layout: tuple[Any, ...], N: int, block: int, stride: int) -> tuple[_Launch, int]:
     """The forward of x of that layout, and the number of its blocks."""
-    (B, _, K, D), C = shape, _compressed_count(shape[1], block, stride)
+    (((B, T, K, D), strides, *_),) = layout
+    C = _compressed_count(T, block, stride)
     constants, _ = _compress_constants(C * B * K, K, D, N, block, stride)
     grid, numbers = (_cdiv(C * B * K, constants["BLOCK_M"]),), (C * B * K, B, strides, (C * K * D, K * D, D, 1))
     return _Launch(_compress_kernel, grid, numbers, **constants), C
@@ -6114,7 +6147,7 @@ def _triton_compress(
     """y (B, C, K, D), and where there is a second layer the hidden units (C·B·K, N)."""
     x, N = _unit_stride(x), w_in.shape[0]
     B, _, K, D = x.shape
-    launch, C = _compress_plan(x.shape, x.stride(), N, len(position), stride, x.dtype, x.device)
+    launch, C = _compress_plan(_layout(x), N, position.shape[0], stride)
     y = torch.empty((B, C, K, D), dtype=x.dtype, device=x.device)
     hidden = None if w_out is None else torch.empty((C * B * K, N), dtype=x.dtype, device=x.device)
     launch(x, position, w_in, b_in, w_out, b_out, hidden, y)
@@ -6131,10 +6164,10 @@ class _CompressBackwardPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _compress_backward_plan(
-    shape: torch.Size, strides: tuple[int, ...], dy_strides: tuple[int, ...], N: int, layers: int, block: int,
-    stride: int, dtype: torch.dtype, device: torch.device,
-) -> _CompressBackwardPlan:  # fmt: skip
-    (B, T, K, D), C = shape, _compressed_count(shape[1], block, stride)
+    layout: tuple[Any, ...], N: int, layers: int, block: int, stride: int
+) -> _CompressBackwardPlan:
+    ((B, T, K, D), strides, *_), (_, dy_strides) = layout
+    C = _compressed_count(T, block, stride)
     rows, tokens = C * B * K, math.gcd(stride, _COMPRESS_TOKENS)
     constants, layer = _compress_constants(rows, K, D, N, block, stride)
     dh_strides = dy_strides if layers == 1 else (K * N, B * K * N, N, 1)
@@ -6155,22 +6188,21 @@ def _triton_compress_backward(
     of_x: bool, of_weights: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, where they are wanted; of position, w_in, b_in, w_out and b_out, likewise."""
-    dy, x, (N, block), layers = _unit_stride(dy), _unit_stride(x), (len(w_in), len(position)), 1 + (w_out is not None)
-    layout = (x.shape, x.stride(), dy.stride(), N, layers, block, stride, x.dtype, x.device)
-    plan = _compress_backward_plan(*layout)
+    dy, x, layers = _unit_stride(dy), _unit_stride(x), 1 if w_out is None else 2
+    plan = _compress_backward_plan(_layout(x, dy), w_in.shape[0], layers, position.shape[0], stride)
     dh, dx, of_layers = dy, None, (None,) * 5
     if layers == 2:
-        dh = torch.empty_like(hidden)
+        dh = _empty(hidden)
         plan.dhidden(dy, w_out, hidden, dh)
     if of_x:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dx = _empty(x)
         plan.dx(dh, w_in, dx)
     if of_weights:
         dtype = torch.float32 if plan.splits > 1 else x.dtype
         dw = torch.empty((plan.splits, sum(plan.sizes)), dtype=dtype, device=x.device)
         plan.dw(dh, x, position, w_in, dy, hidden, dw)
         dw = dw.sum(0).to(x.dtype) if plan.splits > 1 else dw[0]
-        dposition, dw_in, db_in, dw_out, db_out = dw.split(plan.sizes)
+        dposition, dw_in, db_in, dw_out, db_out = dw.split_with_sizes(plan.sizes)
         of_second = (dw_out.view_as(w_out), db_out) if layers == 2 else (None, None)
         of_layers = dposition.view_as(position), dw_in.view_as(w_in), db_in, *of_second
     return dx, *of_layers

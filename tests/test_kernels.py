@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -109,6 +110,19 @@ def test_access_outside_the_arguments_is_an_error(reads: int, writes: int, outsi
 @each_branch_every_way
 @every_case
 def test_each_branch_and_gradient(branch: Branch, way: str, case: Case, dtype: torch.dtype, random: Random) -> None:
+    x = draw(branch, case, random, dtype)
+    assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, dtype))
+
+
+@interpreted
+@each_branch_every_way
+@pytest.mark.parametrize("case, dtype", [(CASES[1], torch.float16), (CASES[2], torch.float32)], ids=str)
+def test_keys_through_descriptors(
+    branch: Branch, way: str, case: Case, dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in long sequences: short ones, those of all other tests here among them, come by plain pointers."""
+    monkeypatch.setattr(nsa, "_PLAIN_ROWS", 0)
+    case = replace(case, D=24)  # whose rows are multiples of 16 bytes
     x = draw(branch, case, random, dtype)
     assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, dtype))
 
@@ -563,6 +577,7 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # differ in the selective branch. Decoding knows nothing of packing, and it is head dim 128 that leaves the fewest
 # registers for it.
 BRANCHES_AND_CHOICE = ("local", "compressed", "selective", "select")
+BY_POINTER = ("local", "compressed", "masked", "selective")
 EVERYTHING = (*BRANCHES_AND_CHOICE, "masked", "whole", "decode", "compress")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
@@ -571,6 +586,9 @@ BUILDS = {
     "1_head_a_group_of_64_unlike": (1, 64, ("select",), [8000, *range(20)]),
     "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "masked", "whole"), [600, 0, 1, 423]),
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
+    "16_heads_a_group_of_128_by_pointer": (16, 128, BY_POINTER, [1024]),
+    "1_head_a_group_of_64_by_pointer": (1, 64, BY_POINTER, [1024]),
+    "16_heads_a_group_of_128_packed_by_pointer": (16, 128, BY_POINTER, [600, 0, 1, 423]),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
@@ -707,6 +725,7 @@ def build(names: list[str], folder: str) -> None:
     result = {}
     for name in names:
         built = result[name] = {}
+        nsa._PLAIN_ROWS = math.inf if name.endswith("by_pointer") else 0
         launch(*BUILDS[name])
     print(json.dumps(result))
 

@@ -73,7 +73,7 @@ def check_launches() -> None:
         before(self, *pointers)
         if launches:
             ((kind, given),) = launches
-            expected = (*pointers, *self.numbers)
+            expected = self.arguments(*pointers)
             assert kind == kind_of(self.kernel, expected, self.constants)
             names = self.kernel.arg_names[len(expected) :]
             expected = (*expected, *(self.constants[name] for name in names))
@@ -103,8 +103,9 @@ def check_launches() -> None:
             torch.autograd.grad(o, x, torch.ones_like(o))
         return dict(counts)
 
-    for masked in (nsa._MASKED_KEYS, {"forward": -(2**40), "backward": -(2**40)}):
-        nsa._MASKED_KEYS = masked
+    by_index = {"forward": -(2**40), "backward": -(2**40)}
+    for masked, plain in ((nsa._MASKED_KEYS, 2**15), (nsa._MASKED_KEYS, 0), (by_index, 0)):
+        nsa._MASKED_KEYS, nsa._PLAIN_ROWS = masked, plain
         for T, heads, sizes, layout in itertools.product(LENGTHS, HEADS, SIZES, ("plain", "strided", "packed")):
             for dtype in DTYPES:
                 run(dtype, T, heads, sizes, layout)

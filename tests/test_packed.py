@@ -400,6 +400,18 @@ def test_kernels_of_the_whole(packing: Packing, way: str, random: Random) -> Non
     assert_kernels_as_exact_as_plain(whole, packing, torch.float16, random)
 
 
+@interpreted
+@pytest.mark.parametrize("packing", [GROUP_3, slow(GROUP_16)], ids=str)
+@each_branch_every_way
+def test_keys_through_descriptors(
+    branch: Branch, way: str, packing: Packing, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in long batches: short ones, those of all other tests here among them, come by plain pointers."""
+    monkeypatch.setattr(nsa, "_PLAIN_ROWS", 0)
+    packing = replace(packing, case=replace(packing.case, D=24))  # whose rows are multiples of 16 bytes
+    assert_kernels_as_exact_as_plain(branch, packing, torch.float16, random)
+
+
 def assert_kernels_choose_well(packing: Packing, dtype: torch.dtype, random: Random) -> None:
     """The rules, and scores within twice the error of each: half types are multiplied exactly and summed in float32."""
     x = packing.draw(compressed, random, dtype)
