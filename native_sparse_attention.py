@@ -597,6 +597,9 @@ class NativeSparseAttention(nn.Module):
 
     def _compress_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) → (B, C, K, D), before rotation."""
+        both = (self.compress_k, k), (self.compress_v, v)
+        if all(_untouched(c, TokenCompressor) and c.method_has_kernels(x) and _untouched(c.method) for c, x in both):
+            return _compress_heads(*((c.method, x) for c, x in both))  # they are one node of autograd
         return self.compress_k(k, heads=True), self.compress_v(v, heads=True)
 
     def _finish_blocks(self, cache: NSACache, batch: _Batch, tokens: int) -> None:
@@ -630,9 +633,9 @@ class NativeSparseAttention(nn.Module):
 
 
 def _untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether a call of the module does what its class, one of these, says and nothing else."""
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) in classes and not changed
+    """Whether a call of the module does what its class, one of these if any are given, says and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module) and (not classes or type(module) in classes)
 
 
 class _Projections(NamedTuple):
@@ -710,17 +713,13 @@ class _LearnedCompressor(_Compressor):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.position, std=0.02)
 
-    def _layers(
-        self, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None = None, b_out: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """y = w_in·(flattened block + position) + b_in of each block; with a second layer, w_out·GELU(y) + b_out."""
-        heads = x.ndim == 4
-        if heads or self.has_kernels(x):
-            tensors = (x if heads else x.unsqueeze(2), self.position, w_in, b_in, w_out, b_out)
-            x, *weights = _autocast(*tensors) if _autocast_enabled(x.device.type) else tensors
-            weights = (w if w is None else w.contiguous() for w in weights)
-            y = _apply(_CompressionFunction, self.stride, x, *weights)
-            return y if heads else y.squeeze(2)
+        if x.ndim == 4:
+            return _compress_heads((self, x))[0]
+        if self.has_kernels(x):
+            return _compress_heads((self, x.unsqueeze(2)))[0].squeeze(2)
+        _, w_in, b_in, w_out, b_out = self._parameters_of_layers()
         y = self._linear(x, w_in, b_in)
         return y if w_out is None else F.linear(F.gelu(y), w_out, b_out)
 
@@ -779,8 +778,8 @@ class GroupedMLPCompressor(_LearnedCompressor):
         nn.init.zeros_(self.b_in)
         nn.init.zeros_(self.b_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._layers(x, self.w_in, self.b_in, self.w_out, self.b_out)
+    def _parameters_of_layers(self) -> tuple[Tensor, ...]:
+        return self.position, self.w_in, self.b_in, self.w_out, self.b_out
 
 
 class Conv1dCompressor(_LearnedCompressor):
@@ -802,10 +801,19 @@ class Conv1dCompressor(_LearnedCompressor):
         self.weight.copy_(identity[:, :, None].expand_as(self.weight) / self.block)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _parameters_of_layers(self) -> tuple[Tensor | None, ...]:
         # The embedding belongs to places in the block, not in the sequence, so that overlapping blocks disagree on it:
         # the convolution is the product of each block with the kernel, (l·dim) × (dim, l·dim).
-        return self._layers(x, self.weight.transpose(1, 2).flatten(1), self.bias)
+        return self.position, self.weight.transpose(1, 2).flatten(1), self.bias, None, None
+
+
+def _compress_heads(*pairs: tuple[_LearnedCompressor, Tensor]) -> tuple[Tensor, ...]:
+    """Heads (B, T, K, dim) through the compressor beside them, by kernels: (B, C, K, dim) of each."""
+    tensors = []
+    for compressor, x in pairs:
+        x, *weights = _autocast(x, *compressor._parameters_of_layers())
+        tensors += [x, *[w if w is None else w.contiguous() for w in weights]]
+    return _apply(_CompressionFunction, pairs[0][0].stride, *tensors)
 
 
 _COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
@@ -853,6 +861,10 @@ class TokenCompressor(nn.Module):
         self.method = method(dim, block, stride) if takes_stride else method(dim, block)
         _check(isinstance(self.method, nn.Module), "compression", method, "must build a torch.nn.Module", TypeError)
 
+    def method_has_kernels(self, x: Tensor) -> bool:
+        """Whether the method takes x as it stands, heads too; a class of the user's own may not know them."""
+        return type(self.method) in (GroupedMLPCompressor, Conv1dCompressor) and self.method.has_kernels(x)
+
     def forward(self, x: Tensor, *, heads: bool = False) -> Tensor:
         """(b, T, dim) → (b, C, dim); with heads, (B, T, K, dim) → (B, C, K, dim)."""
         _check_tensor("x", x, 4 if heads else 3, "(B, T, K, dim)" if heads else "(b, T, dim)")
@@ -862,8 +874,8 @@ class TokenCompressor(nn.Module):
         if 0 in expected:  # the parameters take part all the same: DDP waits for all gradients
             none = [parameter.flatten()[:0].sum().to(x.dtype) for parameter in method.parameters()]
             return sum(none, x.new_empty(expected))
-        if type(method) in (GroupedMLPCompressor, Conv1dCompressor) and method.has_kernels(x):
-            return method(x)  # a class of their own may not know heads
+        if self.method_has_kernels(x):
+            return method(x)
         if heads:
             y = self.forward(rearrange(x, "b t k d -> (b k) t d"))
             return rearrange(y, "(b k) c d -> b c k d", k=x.shape[2])
@@ -2279,28 +2291,33 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 class _CompressionFunction(torch.autograd.Function):
-    """Layers of a learned compressor, as in `_LearnedCompressor._layers`, by kernels: (b, T, dim) → (b, C, dim).
+    """Layers of learned compressors by kernels: x, position, w_in, b_in, w_out, b_out of each → y of each.
 
     Once differentiable, and without a context for torch.func, whose transforms take the plain composition.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, stride: int, x: Tensor, position: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None,
-        b_out: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        y, hidden = _run(_BACKENDS["triton"].compress, x, position, w_in, b_in, w_out, b_out, stride)
+    def forward(ctx: Any, stride: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        outputs, saved = [], []
+        for i in range(0, len(tensors), 6):
+            x, position, w_in, _, w_out, _ = tensors[i : i + 6]
+            y, hidden = _run(_BACKENDS["triton"].compress, *tensors[i : i + 6], stride)
+            outputs.append(y)
+            saved += [x, position, w_in, w_out, hidden]
         ctx.stride = stride
-        ctx.save_for_backward(x, position, w_in, w_out, hidden)
-        return y
+        ctx.save_for_backward(*saved)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (_, of_x, *of_weights) = ctx.saved_tensors, ctx.needs_input_grad
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved, wanted, gradients = ctx.saved_tensors, ctx.needs_input_grad[1:], []
         with torch.no_grad():
-            settings = (ctx.stride, of_x, any(of_weights))
-            gradients = _run(_BACKENDS["triton"].compress_backward, dy, *saved, *settings)
-        return None, *_first_gradients(gradients, dy, *saved)
+            for i, dy in enumerate(upstream):
+                of_x, *of_weights = wanted[6 * i : 6 * i + 6]
+                settings = (ctx.stride, of_x, any(of_weights))
+                tensors = saved[5 * i : 5 * i + 5]
+                gradients += _run(_BACKENDS["triton"].compress_backward, dy, *tensors, *settings)
+        return None, *_first_gradients(tuple(gradients), *upstream, *saved)
 
 
 class _FirstGradients(torch.autograd.Function):
@@ -3583,10 +3600,12 @@ def _addressable_strides(strides: tuple[int, ...], size: int) -> bool:
 def _by_descriptor(q: Tensor, *described: Tensor) -> bool:
     """Whether kernels read these tensors through descriptors, which Hopper copies by itself, or by plain pointers.
 
-    A descriptor costs the host time, which counts where there are few query rows.
+    A descriptor costs the host time, which counts where there are few query rows; pointers cost registers, of which
+    wide heads leave none.
     """
-    many = q.shape[0] * q.shape[1] * q.shape[2] > _PLAIN_ROWS
-    return many and (not q.is_cuda or _capability(q.device) >= (9, 0)) and all(_addressable(x) for x in described)
+    B, T, H, D = q.shape
+    pays = B * T * H > _PLAIN_ROWS or D > 64
+    return pays and (not q.is_cuda or _capability(q.device) >= (9, 0)) and all(_addressable(x) for x in described)
 
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
@@ -3849,8 +3868,8 @@ def _dscores(p, dp, delta):
 
 @_kernel(do_not_specialize=["T"])
 def _preprocess_kernel(
-    do_ptr, dlse_ptr, gates_ptr, o_0, o_1, o_2, lse_0, lse_1, lse_2, dgates_ptr, lse_ptr, delta_ptr, T, rows_pad,
-    do_strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
+    do_ptr, dlse_ptr, gates_ptr, o_0, o_1, o_2, lse_0, lse_1, lse_2, dgates_ptr, terms_ptr, T, rows_pad, do_strides,
+    gate_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """dgates[c] = do·o_c, delta[c] = do·o_c − dlse, lse[c] = lse_c − log gates[c].
@@ -3875,10 +3894,10 @@ def _preprocess_kernel(
             log_gate = tl.log2(tl.load(gate, mask=exists, other=0.0).to(tl.float32))
         else:
             delta -= tl.load(dlse_ptr + row, mask=exists, other=0.0)
-        out = (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n
         nothing = (lse == float("-inf")) | (log_gate == float("-inf"))
-        tl.store(lse_ptr + out, tl.where(nothing, float("inf"), lse - log_gate))
-        tl.store(delta_ptr + out, delta)
+        out = terms_ptr + (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n  # lse of each branch, then delta
+        tl.store(out, tl.where(nothing, float("inf"), lse - log_gate))
+        tl.store(out + BRANCHES * tl.num_programs(1).to(tl.int64) * rows_pad, delta)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3904,11 +3923,12 @@ def _triton_preprocess(
     do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
     launch, rows_pad = _preprocess_plan(_layout(do, gates), kv_heads, len(outputs))
     n, shape = len(outputs), (2 * len(outputs), do.shape[0], kv_heads, rows_pad)
-    terms = torch.empty(shape, dtype=torch.float32, device=do.device).unbind()  # lse of each branch, delta of each
+    terms = torch.empty(shape, dtype=torch.float32, device=do.device)
     dgates = None if gates is None else _empty(gates)
     dlse = None if dlse is None else dlse.contiguous()
-    launch(do, dlse, gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, terms[0], terms[n])
-    return [_RowTerms(*pair) for pair in zip(terms[:n], terms[n:], strict=True)], dgates
+    launch(do, dlse, gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, terms)
+    lse_and_delta = terms.unbind()
+    return [_RowTerms(*pair) for pair in zip(lse_and_delta[:n], lse_and_delta[n:], strict=True)], dgates
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

@@ -577,7 +577,7 @@ def test_what_has_no_kernel_is_refused(reason: str, random: Random) -> None:
 # differ in the selective branch. Decoding knows nothing of packing, and it is head dim 128 that leaves the fewest
 # registers for it.
 BRANCHES_AND_CHOICE = ("local", "compressed", "selective", "select")
-BY_POINTER = ("local", "compressed", "masked", "selective")
+BY_POINTER = ("local", "compressed", "masked")
 EVERYTHING = (*BRANCHES_AND_CHOICE, "masked", "whole", "decode", "compress")
 BUILDS = {
     "16_heads_a_group_of_128": (16, 128, EVERYTHING, [1024]),
@@ -586,9 +586,8 @@ BUILDS = {
     "1_head_a_group_of_64_unlike": (1, 64, ("select",), [8000, *range(20)]),
     "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "masked", "whole"), [600, 0, 1, 423]),
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
-    "16_heads_a_group_of_128_by_pointer": (16, 128, BY_POINTER, [1024]),
     "1_head_a_group_of_64_by_pointer": (1, 64, BY_POINTER, [1024]),
-    "16_heads_a_group_of_128_packed_by_pointer": (16, 128, BY_POINTER, [600, 0, 1, 423]),
+    "4_heads_a_group_of_64_packed_by_pointer": (4, 64, BY_POINTER, [600, 0, 1, 423]),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
@@ -635,6 +634,7 @@ SPILLS = {
 # Triton spill up to 20 in masked_dq.
 PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "masked_dkv": (33, 72),
                            "masked_dq": (0, 24), "selected_gradient": (42, 56)}  # fmt: skip
+POINTER_SPILLS = {"masked_dkv": (3, 8)}  # at head dim 64, as found with Triton 3.6
 
 
 def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
@@ -772,8 +772,10 @@ def test_machine_code_for_hopper(name: str, folder: Path) -> None:
     if None in kernels.values():
         pytest.skip("needs cuobjdump, which some packages of Triton leave out")
     spills = PACKED_SPILLS if len(BUILDS[name][3]) > 1 else SPILLS
+    if BUILDS[name][1] < 128:
+        spills = POINTER_SPILLS if name.endswith("by_pointer") else {}
     for kernel, machine in kernels.items():
-        _, limit = spills.get(kernel, (0, 0)) if BUILDS[name][1] == 128 else (0, 0)
+        _, limit = spills.get(kernel, (0, 0))
         assert machine["STL"] <= limit, f"{kernel} stores {machine['STL']} spilled registers; the limit is {limit}"
         assert (machine["HGMMA"] > 0) == (kernel in with_products(name)), f"{kernel}: {machine}"
     # An operand that stays in registers for a whole loop has been seen to be overwritten there, by ptxas 13.0.
