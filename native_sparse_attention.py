@@ -502,7 +502,7 @@ class NativeSparseAttention(nn.Module):
         for layer in (self.to_q, self.to_k, self.to_v):
             if not _untouched(layer, nn.Linear):
                 return None
-            tensors += [layer.weight, layer.bias]
+            tensors += layer._parameters.values()  # weight and bias
         if self.gate_weight is not None:
             tensors += [self.gate_weight, self.gate_bias]
         given = [y for y in tensors if y is not None]
@@ -1791,7 +1791,7 @@ class _Backend(NamedTuple):
     span_backward(do, terms, q, k, v, span, scale, dq, segments) → dq, dk, dv; added to the dq that is given
     select(q, k_cmp, lse, choice, scale, segments) → block_indices
     selected_forward(q, k, v, block_indices, l', scale, gated, segments) → o, lse, and the gated sum of all branches
-        where `gated` is (gates, o_local, o_compressed)
+        where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
     selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments) → dq, dk, dv; likewise
     preprocess(do, outputs, lses, kv_heads, gates, dlse) → the terms of each branch, dgates
     decode(q, tokens, blocks, logits, first, of_token, window, choice, scale) → o
@@ -4042,7 +4042,7 @@ def _mask_chosen(
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_forward_kernel(
     q_ptr, k_from, v_from, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, blocks_ptr, cu_seqlens, cu_keys,
-    first_ptr, n_segments, T, C, Z, scale, q_strides, k_strides, v_strides, block_strides,
+    first_ptr, n_segments, T, C, Z, scale, q_strides, k_strides, v_strides, block_strides, gate_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -4094,7 +4094,7 @@ def _span_forward_kernel(
     out = (b.to(tl.int64) * T + token + t) * (K * GROUP) + h
     _store_selected(
         acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], m_i + tl.log2(l_i), o_ptr, lse_ptr, mixed_ptr, gates_ptr,
-        o_local, o_compressed, out, exists, D, BLOCK_D,
+        gate_strides, o_local, o_compressed, b, token + t, h, out, exists, D, BLOCK_D,
     )  # fmt: skip
 
 
@@ -4261,15 +4261,15 @@ def _tile_count(rows: int, size: int, segments: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _span_forward_plan(
-    layout: tuple[Any, ...], described: bool, gated: bool, segments: int, span: _Span, scale: float,
-    select_block_size: int, precision: str,
+    layout: tuple[Any, ...], described: bool, segments: int, span: _Span, scale: float, select_block_size: int,
+    precision: str,
 ) -> _Launch:  # fmt: skip
-    ((B, T, *_), q_strides, *_), ((_, C, K, _), *_), _, chosen, _ = layout
+    ((B, T, *_), q_strides, *_), ((_, C, K, _), *_), _, chosen, gates, _ = layout
     constants = _span_constants("forward", layout, span, select_block_size, precision)
     tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
     views = {i: _key_view(layout[i], constants["BLOCK_N"]) for i in (1, 2) if described}
     strides = (None, None) if described else (layout[1][1], layout[2][1])
-    numbers = (segments, T, C, B * K, scale, q_strides, *strides, chosen and chosen[1])
+    numbers = (segments, T, C, B * K, scale, q_strides, *strides, chosen and chosen[1], gates and gates[1])
     return _Launch(_span_forward_kernel, (tiles * B * K,), numbers, views, **constants)
 
 
@@ -4330,10 +4330,10 @@ def _span_forward(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     chosen = _unit_stride(block_indices) if masked else None
     *offsets, n = _span_offsets(segments, span, masked)
-    layout, settings = _layout(q, k, v, chosen, first), (span, scale, select_block_size, _precision(q))
-    launch = _span_forward_plan(layout, _by_descriptor(q, k, v), bool(gated), n, *settings)
-    outputs = (mixed, *(x.contiguous() for x in gated)) if gated else (None,) * 4
-    launch(q, k, v, o, lse, *outputs, chosen, *offsets, first)
+    gates, *others = gated or (None, None, None)
+    layout, settings = _layout(q, k, v, chosen, gates, first), (span, scale, select_block_size, _precision(q))
+    launch = _span_forward_plan(layout, _by_descriptor(q, k, v), n, *settings)
+    launch(q, k, v, o, lse, mixed, gates, *others, chosen, *offsets, first)
     return o, lse, mixed
 
 
@@ -4908,17 +4908,21 @@ def _load_gate(pointers, mask):
 
 @_kernel
 def _store_selected(
-    o, lse, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, row, exists,
+    o, lse, o_ptr, lse_ptr, mixed_ptr, gates_ptr, gate_strides, o_local, o_compressed, b, t, h, row, exists,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of the branch; with gates, mixed[row] = Σ_c gates[row, c]·o_c[row] too (eq. 5)."""
+    """Output and log-sum-exp of the branch; with gates, mixed[row] = Σ_c gates[row, c]·o_c[row] too (eq. 5).
+
+    `row` numbers the heads (b, t, h) of a contiguous tensor; gates may be the same for many of them.
+    """
     _store_rows(o_ptr, row * D, o, exists, D, BLOCK_D)
     tl.store(lse_ptr + row, lse * _TL_LN2, mask=exists)
     if gates_ptr is not None:
-        mixed = _load_gate(gates_ptr + row * 3 + 2, exists)[:, None] * o
-        gate = _load_gate(gates_ptr + row * 3, exists)
+        gates = gates_ptr + _offsets(gate_strides, b, t, h)
+        mixed = _load_gate(gates + 2 * gate_strides[3], exists)[:, None] * o
+        gate = _load_gate(gates, exists)
         mixed += gate[:, None] * _load_rows(o_local, row * D, exists, D, BLOCK_D).to(tl.float32)
-        gate = _load_gate(gates_ptr + row * 3 + 1, exists)
+        gate = _load_gate(gates + gate_strides[3], exists)
         mixed += gate[:, None] * _load_rows(o_compressed, row * D, exists, D, BLOCK_D).to(tl.float32)
         _store_rows(mixed_ptr, row * D, mixed, exists, D, BLOCK_D)
 
@@ -4926,8 +4930,9 @@ def _store_selected(
 @_kernel(do_not_specialize=["T", "T_keys", "n_tokens", "t0"])
 def _merge_slots_kernel(
     o_part, lse_part, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token, first_ptr,
-    T, T_keys, n_tokens, t0, strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
+    T, T_keys, n_tokens, t0, strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
+    SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] − lse[t]) o_part[t, s]."""
     z = tl.program_id(1)
@@ -4956,16 +4961,18 @@ def _merge_slots_kernel(
         weight = tl.exp2(tl.load(lse_part + part + slot * GROUP, mask=used, other=float("-inf")) - lse)
         o_slot = _load_rows(o_part, (part + slot * GROUP) * D, used, D, BLOCK_D)
         acc += tl.where(used, weight, 0.0)[:, None] * o_slot.to(tl.float32)
-    out = ((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP
+    h = z % K * GROUP + row % GROUP
+    out = ((z // K).to(tl.int64) * T + t) * (K * GROUP) + h
     _store_selected(
-        acc, lse, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, out, exists, D, BLOCK_D
+        acc, lse, o_ptr, lse_ptr, mixed_ptr, gates_ptr, gate_strides, o_local, o_compressed, z // K, t, h, out, exists,
+        D, BLOCK_D,
     )  # fmt: skip
 
 
 @_kernel(do_not_specialize=["T_keys"])
 def _selected_by_query_kernel(
     q_ptr, k_desc, v_desc, k_ptr, v_ptr, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed,
-    of_token, cu_seqlens, first_ptr, T_keys, scale, q_strides, k_strides, v_strides, strides,
+    of_token, cu_seqlens, first_ptr, T_keys, scale, q_strides, k_strides, v_strides, strides, gate_strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -5017,11 +5024,13 @@ def _selected_by_query_kernel(
                         acc, m_i, q, tl.trans(k_tile), v, visible[None, :], scale * _TL_LOG2E, PRECISION
                     )
                     l_i = l_i * alpha + tl.sum(p, 1)
-    row = (b.to(tl.int64) * tl.num_programs(0) + t) * (K * GROUP) + k * GROUP + g
+    h = k * GROUP + g
+    row = (b.to(tl.int64) * tl.num_programs(0) + t) * (K * GROUP) + h
     acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
     _store_selected(
-        acc, m_i + tl.log2(l_i), o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, row, exists, D, BLOCK_D
-    )
+        acc, m_i + tl.log2(l_i), o_ptr, lse_ptr, mixed_ptr, gates_ptr, gate_strides, o_local, o_compressed, b, t, h,
+        row, exists, D, BLOCK_D,
+    )  # fmt: skip
 
 
 def _selected_constants(
@@ -5055,26 +5064,24 @@ def _block_count(T: int, select_block_size: int, segments: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _by_query_plan(
-    layout: tuple[Any, ...], gated: bool, select_block_size: int, scale: float, precision: str
-) -> _Launch:
-    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides, *_), (_, v_strides, *_), indices, *_ = layout
+def _by_query_plan(layout: tuple[Any, ...], select_block_size: int, scale: float, precision: str) -> _Launch:
+    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
     (_, _, K, S), strides, *_ = indices
     constants = _selected_constants("selected_by_query", H, K, D, S, select_block_size, dtype, precision)
     heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
     constants |= {"BLOCK_M": heads, "STAGES": constants.pop("num_stages")}
     constants["num_warps"] *= heads // 16
-    numbers = (k_shape[1], scale, q_strides, k_strides, v_strides, strides)
+    numbers = (k_shape[1], scale, q_strides, k_strides, v_strides, strides, gates and gates[1])
     views = {i: _key_view(layout[i], constants["BLOCK_N"]) for i in (1, 2)}
     return _Launch(_selected_by_query_kernel, (T, B * K, _cdiv(H // K, heads)), numbers, views, **constants)
 
 
 @functools.lru_cache(maxsize=4096)
 def _by_block_plan(
-    layout: tuple[Any, ...], segments: int, gated: bool, select_block_size: int, scale: float, precision: str
+    layout: tuple[Any, ...], segments: int, select_block_size: int, scale: float, precision: str
 ) -> tuple[int, list[tuple[_IndexPlan, _Launch, _Launch]]]:
     """Rows of a chunk of queries; and for each chunk the index, the launch for partial results and their merger."""
-    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides, *_), (_, v_strides, *_), indices, *_ = layout
+    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
     (_, _, K, S), strides, *_ = indices
     T_keys, G = k_shape[1], H // K
     constants = _selected_constants("selected_by_block", H, K, D, S, select_block_size, dtype, precision)
@@ -5089,7 +5096,7 @@ def _by_block_plan(
         numbers = (segments, T_keys, n_blocks, n_tiles, n_tokens * S, t0, scale, q_strides, k_strides, v_strides)
         attend = _Launch(_selected_by_block_kernel, (n_tiles, B * K), numbers, SIZE=_FORWARD_ROWS, **constants)
         grid = (_cdiv(n_tokens * G, _merge_rows(D)), B * K)
-        merge = _Launch(_merge_slots_kernel, grid, (T, T_keys, n_tokens, t0, strides), **sizes)
+        merge = _Launch(_merge_slots_kernel, grid, (T, T_keys, n_tokens, t0, strides, gates and gates[1]), **sizes)
         chunks.append((index, attend, merge))
     return B * H * chunk * S, chunks
 
@@ -5104,15 +5111,17 @@ def _triton_selected_forward(
         return _span_forward(q, k, v, _Span(0), scale, segments, None, block_indices, select_block_size, gated)
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
     o, lse, mixed = _empty_outputs(q, gated)
-    outputs = (o, lse, mixed, *((x.contiguous() for x in gated) if gated else (None, None, None)))
+    gates, *others = gated or (None, None, None)
+    outputs = (o, lse, mixed, gates, *others)
     of_token, cu_seqlens, n = _token_tables(segments)
-    layout, settings = _layout(q, k, v, block_indices, of_token, first), (select_block_size, scale, _precision(q))
+    layout = _layout(q, k, v, block_indices, gates, of_token, first)
+    settings = (select_block_size, scale, _precision(q))
     large_group = q.shape[2] // k.shape[2] >= _LARGE_GROUP and q.dtype.itemsize == 2
     if large_group and _addressable(k) and _addressable(v):
-        launch = _by_query_plan(layout, bool(gated), *settings)
+        launch = _by_query_plan(layout, *settings)
         launch(q, k, v, k, v, block_indices, *outputs, of_token, cu_seqlens, first)
         return o, lse, mixed
-    rows, chunks = _by_block_plan(layout, n, bool(gated), *settings)
+    rows, chunks = _by_block_plan(layout, n, *settings)
     o_part, lse_part = q.new_empty((rows, q.shape[3])), q.new_empty(rows, dtype=torch.float32)
     for index_plan, attend, merge in chunks:
         index = _index_pairs(index_plan, block_indices, of_token, first)

@@ -143,6 +143,23 @@ def test_the_whole_with_gates(way: str, case: Case, dtype: torch.dtype, random: 
 
 
 @interpreted
+@pytest.mark.parametrize("pieces", ["by_mask", "by_block", "by_query"])
+def test_gates_that_all_tokens_share(pieces: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read where they are, as static ones of a module: no copy is made for each token."""
+    monkeypatch.setattr(nsa, "_LARGE_GROUP", 1 if pieces == "by_query" else 16)
+    case = replace(MIDDLE, D=16)
+    x = draw(whole, case, random, torch.float16)
+    shared = x["gates"][:1, :1].detach().expand_as(x["gates"])
+    with going("by_mask" if pieces == "by_mask" else "by_index"):
+        o, expected = (
+            run(whole, TRITON, case, x | {"gates": gates.requires_grad_()}, torch.float16)
+            for gates in (shared, shared.clone())
+        )
+    for name in expected:
+        torch.testing.assert_close(o[name], expected[name], rtol=0, atol=0)
+
+
+@interpreted
 def test_gates_of_0_and_far_below_1(random: Random) -> None:
     x = draw(whole, MIDDLE, random, torch.float32)
     x["gates"] = small_gates(x["gates"])
