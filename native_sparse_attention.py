@@ -702,7 +702,10 @@ class AvgPoolCompressor(_Compressor):
 
 
 class _LearnedCompressor(_Compressor):
-    """Adds the learned position embedding inside the block, of shape (l, dim)."""
+    """Adds the learned position embedding inside the block, of shape (l, dim), and applies one or two linear layers.
+
+    `_layers` returns the position, w_in, b_in, w_out and b_out; None for those of a second layer that there is not.
+    """
 
     config: NSAConfig | None = None  # of the attention that it is a part of, which may do without kernels
 
@@ -719,7 +722,7 @@ class _LearnedCompressor(_Compressor):
             return _compress_heads((self, x))[0]
         if self.has_kernels(x):
             return _compress_heads((self, x.unsqueeze(2)))[0].squeeze(2)
-        _, w_in, b_in, w_out, b_out = self._parameters_of_layers()
+        _, w_in, b_in, w_out, b_out = self._layers()
         y = self._linear(x, w_in, b_in)
         return y if w_out is None else F.linear(F.gelu(y), w_out, b_out)
 
@@ -778,7 +781,7 @@ class GroupedMLPCompressor(_LearnedCompressor):
         nn.init.zeros_(self.b_in)
         nn.init.zeros_(self.b_out)
 
-    def _parameters_of_layers(self) -> tuple[Tensor, ...]:
+    def _layers(self) -> tuple[Tensor | None, ...]:
         return self.position, self.w_in, self.b_in, self.w_out, self.b_out
 
 
@@ -801,7 +804,7 @@ class Conv1dCompressor(_LearnedCompressor):
         self.weight.copy_(identity[:, :, None].expand_as(self.weight) / self.block)
         nn.init.zeros_(self.bias)
 
-    def _parameters_of_layers(self) -> tuple[Tensor | None, ...]:
+    def _layers(self) -> tuple[Tensor | None, ...]:
         # The embedding belongs to places in the block, not in the sequence, so that overlapping blocks disagree on it:
         # the convolution is the product of each block with the kernel, (l·dim) × (dim, l·dim).
         return self.position, self.weight.transpose(1, 2).flatten(1), self.bias, None, None
@@ -811,7 +814,7 @@ def _compress_heads(*pairs: tuple[_LearnedCompressor, Tensor]) -> tuple[Tensor, 
     """Heads (B, T, K, dim) through the compressor beside them, by kernels: (B, C, K, dim) of each."""
     tensors = []
     for compressor, x in pairs:
-        x, *weights = _autocast(x, *compressor._parameters_of_layers())
+        x, *weights = _autocast(x, *compressor._layers())
         tensors += [x, *[w if w is None else w.contiguous() for w in weights]]
     return _apply(_CompressionFunction, pairs[0][0].stride, *tensors)
 
