@@ -3543,8 +3543,8 @@ class _Launch:
             return
         compiled = self.kernel[self.grid](*self.arguments(*tensors), **self.constants)
         if _DIRECT_LAUNCH and aligned and compiled is not None:
-            self._dtypes = dtypes
             self._remember(compiled)
+            self._dtypes = dtypes  # last: another thread may launch the same
 
     def arguments(self, *tensors: Tensor | None) -> list[Any]:
         """All that the kernel takes but for its constants."""
