@@ -500,7 +500,7 @@ class NativeSparseAttention(nn.Module):
             return None
         tensors = []
         for layer in (self.to_q, self.to_k, self.to_v):
-            if not _untouched(layer, nn.Linear):
+            if type(layer) is not nn.Linear or not _untouched(layer):
                 return None
             tensors += layer._parameters.values()  # weight and bias
         if self.gate_weight is not None:
@@ -514,10 +514,10 @@ class NativeSparseAttention(nn.Module):
         """Parameters for the kernel that finishes blocks; None where it cannot do what the compressors would."""
         weights: list[Tensor | None] = []
         for compressor in (self.compress_k, self.compress_v):
-            if not _untouched(compressor, TokenCompressor):
+            if type(compressor) is not TokenCompressor or not _untouched(compressor, compressor.method):
                 return None
             method = compressor.method
-            if not _untouched(method, *_COMPRESSOR_CLASSES.values()):
+            if type(method) not in _COMPRESSOR_CLASSES.values():
                 return None
             of = list(method._parameters.values())  # in the order of the kernel's arguments
             fits = not of or len(of[2]) * k.shape[3] * k.element_size() <= _FUSED_BYTES
@@ -598,7 +598,7 @@ class NativeSparseAttention(nn.Module):
     def _compress_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) → (B, C, K, D), before rotation."""
         both = (self.compress_k, k), (self.compress_v, v)
-        if all(_untouched(c, TokenCompressor) and c.method_has_kernels(x) and _untouched(c.method) for c, x in both):
+        if all(type(c) is TokenCompressor and c._has_kernels(x) and _untouched(c, c.method) for c, x in both):
             return _compress_heads(*((c.method, x) for c, x in both))  # they are one node of autograd
         return self.compress_k(k, heads=True), self.compress_v(v, heads=True)
 
@@ -632,10 +632,13 @@ class NativeSparseAttention(nn.Module):
         return torch.unflatten(F.linear(x, self.gate_weight, self.gate_bias.flatten()), -1, (self.cfg.heads, 3))
 
 
-def _untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether a call of the module does what its class, one of these if any are given, says and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in vars(module) and (not classes or type(module) in classes)
+def _untouched(*modules: nn.Module) -> bool:
+    """Whether a call of each of these modules does what its class says and nothing else."""
+    for m in modules:
+        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        if hooks or "forward" in vars(m):
+            return False
+    return True
 
 
 class _Projections(NamedTuple):
@@ -864,7 +867,7 @@ class TokenCompressor(nn.Module):
         self.method = method(dim, block, stride) if takes_stride else method(dim, block)
         _check(isinstance(self.method, nn.Module), "compression", method, "must build a torch.nn.Module", TypeError)
 
-    def method_has_kernels(self, x: Tensor) -> bool:
+    def _has_kernels(self, x: Tensor) -> bool:
         """Whether the method takes x as it stands, heads too; a class of the user's own may not know them."""
         return type(self.method) in (GroupedMLPCompressor, Conv1dCompressor) and self.method.has_kernels(x)
 
@@ -877,7 +880,7 @@ class TokenCompressor(nn.Module):
         if 0 in expected:  # the parameters take part all the same: DDP waits for all gradients
             none = [parameter.flatten()[:0].sum().to(x.dtype) for parameter in method.parameters()]
             return sum(none, x.new_empty(expected))
-        if self.method_has_kernels(x):
+        if self._has_kernels(x):
             return method(x)
         if heads:
             y = self.forward(rearrange(x, "b t k d -> (b k) t d"))
