@@ -241,7 +241,6 @@ of_new_contents = pytest.mark.parametrize(
         slow("attention", PACKED, "aot_eager"),
         slow("attention", PADDED, "aot_eager"),
         slow("block", PACKED, "inductor"),
-        slow("block", PADDED, "inductor"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "packed" if value is PACKED else "padded",
 )
@@ -302,7 +301,6 @@ CACHED: dict[str, tuple[tuple[int, int], list[dict[str, Tensor]]]] = {
         slow("block", "padded", "aot_eager"),
         *(slow("attention", what, "aot_eager") for what in CACHED),
         slow("block", "step", "inductor"),
-        slow("block", "packed", "inductor"),
     ],
 )
 @torch.no_grad()
