@@ -561,8 +561,10 @@ class NativeSparseAttention(nn.Module):
         rope = None if cfg.rope_theta is None else _rope(batch.positions(x), cfg.rope_theta, queries)
         rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
         # 1 or 3 of (B, T, K, D): local, compressed, selective. To unbind a single one would copy its gradient.
-        sets = lambda y: heads(y, 3, cfg.kv_heads).unbind(2) if cfg.separate_kv else (heads(y, cfg.kv_heads),)  # noqa: E731
-        keys, values = sets(self.to_k(x)), sets(self.to_v(x))
+        keys, values = (
+            heads(y, 3, cfg.kv_heads).unbind(2) if cfg.separate_kv else (heads(y, cfg.kv_heads),)
+            for y in (self.to_k(x), self.to_v(x))
+        )
         k_local = rotated(keys[0])
         return _Projections(
             q=rotated(queries),
@@ -1322,8 +1324,9 @@ def _check_compressed(
     least, most = 0, q.shape[1] // stride
     if _readable(cu_seqlens):
         least = sum(_compressed_count(n, block_size, stride) for n in cu_seqlens.diff().tolist())
-    rule = lambda: f"must have as many rows as all sequences have blocks, {least}, up to total // stride = {most}"  # noqa: E731
-    _check(least <= x.shape[1] <= most, f"{name}.shape", tuple(x.shape), rule)
+    if not least <= x.shape[1] <= most:
+        rule = f"must have as many rows as all sequences have blocks, {least}, up to total // stride = {most}"
+        _check(False, f"{name}.shape", tuple(x.shape), rule)
     _check_keys(q, "(1, C, K, D)", lambda _: x.shape[1], **keys_and_values)
 
 
@@ -1394,7 +1397,7 @@ class _Segments(NamedTuple):
     of_key: Tensor | None = None  # int32 (2, C): first token of each compressed block, and its position there
 
     def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Those that the operators take. (torch 2.8 does not trace a slice.)"""
+        """Tables that the operators take. (torch 2.8 does not trace a slice.)"""
         return self.cu_seqlens, self.cu_keys, self.of_token
 
 
@@ -1453,7 +1456,7 @@ class _Batch(NamedTuple):
         return x if self.padding is None else self.padding.unpack(x)
 
     def positions(self, x: Tensor) -> Tensor:
-        """Of each token in its sequence: (B, T), or (T,) where all rows begin at 0."""
+        """Position of each token in its sequence: (B, T), or (T,) where all rows begin at 0."""
         if self.segments.of_token is None:
             positions = torch.arange(x.shape[1], device=x.device)
             return positions if self.cache is None else self.cache.seqlens[:, None] + positions
@@ -2732,7 +2735,7 @@ class _Places(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, span: _Span, segments: _Segments | None, first: Tensor | int) -> _Places:
-        """Of packed sequences; and of queries that go on from the positions `first` over rows of keys."""
+        """Places of packed sequences, or of queries that go on from the positions `first` over rows of keys."""
         (batch, tokens), device = q.shape[:2], q.device
         total, rows = batch * tokens, min(64, tokens)
         each = torch.arange(total, device=device)
@@ -2779,7 +2782,7 @@ class _Places(NamedTuple):
 def _placed(
     q: Tensor, k: Tensor, span: _Span, segments: _Segments | None, first: int | Tensor
 ) -> _WholeRows | _Places:
-    """Where queries stand: numbers where the host knows them, else tables."""
+    """Positions of queries: numbers where the host knows them, else tables."""
     plain = q.numel() == 0 or (segments is None and isinstance(first, int))
     return _WholeRows(first) if plain else _Places.of(q, k, span, segments, first)
 
@@ -3550,7 +3553,7 @@ class _Launch:
             self._dtypes = dtypes  # last: another thread may launch the same
 
     def arguments(self, *tensors: Tensor | None) -> list[Any]:
-        """All that the kernel takes but for its constants."""
+        """Arguments of the kernel but for its constants."""
         arguments: list[Any] = list(tensors)
         for i, view in self.views:
             arguments[i] = _descriptor(tensors[i], *view)
@@ -3573,7 +3576,7 @@ def _launch_hooks() -> bool:
 
 
 def _layout(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """What a plan follows from: shape and strides of each tensor, dtype and device of the first."""
+    """Shape and strides of each tensor, dtype and device of the first: the key of a plan."""
     return ((x.shape, x.stride(), x.dtype, x.device), *[y if y is None else (y.shape, y.stride()) for y in others])
 
 
@@ -5694,7 +5697,7 @@ def _decode_end(
 
 @_kernel
 def _behind_scores(scores, n_scores, GROUP: tl.constexpr, BLOCKS: tl.constexpr, CARRY: tl.constexpr):
-    """What follows the scores in their buffer: carries of tiles, and counters."""
+    """Addresses behind the scores in their buffer: carries of tiles, and counters."""
     heads = tl.num_programs(0).to(tl.int64) * GROUP
     carries = scores + heads * n_scores
     return carries, (carries + heads * (n_scores // BLOCKS) * CARRY).to(tl.pointer_type(tl.int32), bitcast=True)
