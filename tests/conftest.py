@@ -47,7 +47,7 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["host_reads", "host_does_not_read"])
 def host_reads(request: pytest.FixtureRequest) -> None:
-    """Runs a test as on a CPU, and as on a GPU."""
+    """Both ways of a test: values are looked at on the host, as on a CPU, and not, as on a GPU."""
     if request.param == "host_does_not_read":
         request.getfixturevalue("nobody_looks")
 

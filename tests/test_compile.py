@@ -205,7 +205,7 @@ def test_overlapping_blocks_in_bfloat16(random: Random) -> None:
 
 @pytest.fixture
 def compiled_once() -> Iterator[None]:
-    """What would be compiled a second time is an error."""
+    """Makes a second compilation of the same code an error."""
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
 
@@ -262,7 +262,7 @@ def test_new_lengths(
 
 @pytest.mark.slow
 def test_packed_sequences_of_any_number(random: Random) -> None:
-    """Of tokens, and of sequences."""
+    """One compilation serves other numbers of tokens and of sequences."""
     module = attention()
     call = compiled(module, dynamic=True)
     for lengths in ((20, 9), (3, 37, 14), (1, 30, 0, 8), (64, 64, 50, 2, 1)):
@@ -305,7 +305,7 @@ CACHED: dict[str, tuple[tuple[int, int], list[dict[str, Tensor]]]] = {
 )
 @torch.no_grad()
 def test_cached(of: str, what: str, compiler: str, random: Random, compiled_once: None) -> None:
-    """Whatever the cache holds, and whatever was done to it, which compiled code does not see."""
+    """Compiled code does not see what a cache holds, nor what was done to it."""
     module, (shape, contents) = MODULES[of](), CACHED[what]
     call, cache = compiled(module, compiler), nsa.NSACache(CFG, 2, 64, dtype=torch.float64)
     module(random((2, 23, CFG.dim)), cache=cache)

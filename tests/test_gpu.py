@@ -466,7 +466,7 @@ in_rows_and_packed = pytest.mark.parametrize("packed", [False, True], ids=["rows
 
 
 def draw_steady(packed: bool, seed: int = 20250216) -> tuple[Library, Case, dict[str, Tensor]]:
-    """Where sequences are packed, with rows of compressed keys for any lengths of theirs."""
+    """Inputs; those of packed sequences have rows of compressed keys for any lengths."""
     if not packed:
         return TRITON, STEADY, draw(STEADY, torch.bfloat16, seed)
     of, case, x = draw_packed(PACKED[0][0], torch.bfloat16, seed)
@@ -477,7 +477,7 @@ def draw_steady(packed: bool, seed: int = 20250216) -> tuple[Library, Case, dict
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """What makes the host wait for the GPU is an error."""
+    """Makes it an error that the host waits for the GPU."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -548,7 +548,7 @@ def test_cuda_graph_of_forward_and_backward(packed: bool, compiled: None) -> Non
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("branch", [selective, whole], ids=lambda branch: branch.__name__)
 def test_garbage(branch: Branch, seed: int) -> None:
-    """Of any cu_seqlens and any block indices, to the bit what the offsets give that they are read as."""
+    """Any cu_seqlens and block indices give, to the bit, what the offsets give that they are read as."""
     case = replace(real(4, 128, T=777), B=1)
     given, read = wild_offsets(seed, case.T, (torch.int32, torch.int64)[seed % 2])
     random = DeviceRandom(seed)
@@ -886,7 +886,7 @@ def test_a_graph_of_the_first_call_serves_later_ones(kind: str) -> None:
 @on_hopper
 @torch.no_grad()
 def test_300_captured_steps() -> None:
-    """Of two rows, against one forward."""
+    """Steps of two rows, against one forward."""
     x, module = DeviceRandom(3)((2, 340, COMPILED.dim), torch.bfloat16), fresh_block(torch.bfloat16, use_flash=True)
     plain, exact = (fresh_block(dtype, use_flash=False) for dtype in (torch.bfloat16, torch.float64))
     cache = nsa.NSACache(COMPILED, 2, 400, device=DEVICE, dtype=torch.bfloat16)

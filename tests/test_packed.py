@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random as python_random
 from collections.abc import Callable
@@ -633,7 +634,8 @@ def assert_close_to_plain(actual: dict[str, Tensor], expected: dict[str, Tensor]
     for name, value in expected.items():
         assert torch.equal(torch.isneginf(actual[name]), torch.isneginf(value)), name
         finite, exact = (y[~torch.isneginf(value)].double() for y in (actual[name], value))
-        torch.testing.assert_close(finite, exact, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023
+        message = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(finite, exact, rtol=1e-3, atol=1e-4, msg=message)
 
 
 @interpreted
