@@ -593,9 +593,12 @@ class NativeSparseAttention(nn.Module):
     def _compress_blocks(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Compressed keys and values (1, n, K, D) of single blocks (n, l, K, D), which begin at these positions."""
         k_cmp, v_cmp = (x.transpose(0, 1) for x in self._compress_rows(k, v))
-        if self.cfg.rope_theta is not None:
-            k_cmp = _apply_rope(k_cmp, _rope(position[None], self.cfg.rope_theta, k_cmp))
-        return k_cmp, v_cmp
+        return self._rotate_blocks(k_cmp, position), v_cmp
+
+    def _rotate_blocks(self, k_cmp: Tensor, position: Tensor) -> Tensor:
+        """Compressed keys (B, n, K, D) of blocks that begin at these n positions, turned as their first token is."""
+        theta = self.cfg.rope_theta
+        return k_cmp if theta is None else _apply_rope(k_cmp, _rope(position, theta, k_cmp))
 
     def _compress_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) → (B, C, K, D), before rotation."""
@@ -606,7 +609,15 @@ class NativeSparseAttention(nn.Module):
 
     def _finish_blocks(self, cache: NSACache, batch: _Batch, tokens: int) -> None:
         """Compresses the blocks that the new tokens of each row complete, from the tokens in the cache."""
-        cfg, B = self.cfg, cache.batch
+        cfg, B, length = self.cfg, cache.batch, cache._equal_length()
+        if length is not None and type(batch.counts) is int:  # the same in all rows, one after another
+            old, new = (_compressed_count(n, cfg.block_size, cfg.stride) for n in (length, length + tokens))
+            if new > old:
+                theirs = slice(old * cfg.stride, (new - 1) * cfg.stride + cfg.block_size)
+                k_cmp, v_cmp = self._compress_rows(cache.k_raw[:, theirs], cache.v_raw[:, theirs])
+                position = torch.arange(old, new, device=k_cmp.device) * cfg.stride
+                cache._fill_blocks(self._rotate_blocks(k_cmp, position), v_cmp, batch.segments, old)
+            return
         blocks = lambda n: ((n - cfg.block_size) // cfg.stride + 1).clamp(min=0)  # noqa: E731
         before, after = blocks(cache.seqlens), blocks(cache.seqlens + batch.counts)
         # Shapes bound their number; where a look at the host is free, it tells.
@@ -688,7 +699,7 @@ class _Compressor(nn.Module):
         if x.shape[1] < self.block:
             return x.new_empty(x.shape[0], 0, self.block, self.dim)
         if self.stride == self.block:  # a gradient that is a view, too, where that of unfold is a sum
-            return x[:, : x.shape[1] // self.block * self.block].unflatten(1, (-1, self.block))
+            return torch.unflatten(x[:, : x.shape[1] // self.block * self.block], 1, (-1, self.block))
         return x.unfold(1, self.block, self.stride).transpose(2, 3)  # unfold puts l last
 
     def extra_repr(self) -> str:
@@ -752,7 +763,7 @@ class _LearnedCompressor(_Compressor):
         pieces, parts = x.shape[1] // self.stride, self.block // self.stride
         x = x[:, : pieces * self.stride].reshape(x.shape[0], pieces, self.stride * self.dim)
         # Each part by itself: of split columns Inductor makes a gradient of NaN (CPU, torch 2.13, bfloat16).
-        each = weight.unflatten(1, (parts, -1)).transpose(0, 1).contiguous()  # (l/d, out, d·dim)
+        each = torch.unflatten(weight, 1, (parts, -1)).transpose(0, 1).contiguous()  # (l/d, out, d·dim)
         y = F.linear(x, each[0], F.linear(self.position.flatten(), weight, bias))
         y = y[:, : pieces - parts + 1]  # block i starts with piece i
         for i in range(1, parts):
@@ -1432,12 +1443,12 @@ class _Padding(NamedTuple):
     def pack(self, x: Tensor) -> Tensor:
         """Rows with their tokens first, and zeros behind them."""
         x = x.masked_fill(~self.mask[..., None], 0.0).flatten(0, 1)
-        return x.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
+        return torch.unflatten(x.index_select(0, self.place.flatten()), 0, self.place.shape)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Tokens back in their places, and zeros between them."""
         y = x.new_zeros(self.mask.numel(), x.shape[2]).index_copy(0, self.place.flatten(), x.flatten(0, 1))
-        return y.unflatten(0, self.mask.shape).masked_fill(~self.mask[..., None], 0.0)
+        return torch.unflatten(y, 0, self.mask.shape).masked_fill(~self.mask[..., None], 0.0)
 
 
 class _Batch(NamedTuple):
@@ -1706,10 +1717,15 @@ class NSACache:
     def _capturing(self) -> bool:
         return self.tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
+    def _equal_length(self) -> int | None:
+        """Tokens of each row, where the host knows them to be as many in all; not in a call that is recorded."""
+        recorded = torch.compiler.is_compiling() or self._capturing()
+        lengths = set(() if recorded or self._known is None else self._known)
+        return lengths.pop() if len(lengths) == 1 else None
+
     def _is_new(self) -> bool:
         """Whether a call may take its tokens for all there are; not one that is recorded, which will find others."""
-        recorded = torch.compiler.is_compiling() or self._capturing()
-        return not recorded and self._known is not None and not any(self._known)
+        return self._equal_length() == 0
 
     def _lengths_on_host(self) -> tuple[int, ...] | None:
         if self._known is None and _readable(self.seqlens):
@@ -1722,10 +1738,10 @@ class NSACache:
         on = _device_backend("auto" if self.cfg.use_flash else "torch", self.device)
         _cache_append(self.tokens, values, self.seqlens, segments.of_token, on)
 
-    def _fill_blocks(self, k_cmp: Tensor, v_cmp: Tensor, segments: _Segments) -> None:
-        """Writes the compressed keys and values of rows or packed sequences that begin at 0."""
+    def _fill_blocks(self, k_cmp: Tensor, v_cmp: Tensor, segments: _Segments, first: int = 0) -> None:
+        """Writes the compressed keys and values of rows, from block `first` on, or of packed sequences from 0."""
         if segments.of_key is None:
-            for blocks, values in zip(self.blocks[:, :, :-1], (k_cmp, v_cmp), strict=True):
+            for blocks, values in zip(self.blocks[:, :, first:-1], (k_cmp, v_cmp), strict=True):
                 blocks[:, : values.shape[1]] = values[:, : blocks.shape[1]]
             return
         first, position = segments.of_key
