@@ -89,9 +89,13 @@ def random() -> Random:
 
 @pytest.fixture(autouse=True)
 def on_the_gpu() -> Iterator[None]:
-    """Tensors made without a device, those of the oracle among them, are on the GPU."""
+    """Tensors made without a device, those of the oracle among them, are on the GPU; its memory goes back afterwards.
+
+    Other processes may test on the same GPU.
+    """
     with torch.device(DEVICE):
         yield
+    torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -193,10 +197,15 @@ def warm_up_packed(packing: Packing, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """Compile what the tests below need with all cores: one after the other it would take longer than the tests."""
+    """Compile what the tests below need with all cores: one after the other it would take longer than the tests.
+
+    Where pytest-xdist runs several workers, each compiles its share; they find the others' in Triton's cache.
+    """
     jobs = [*SWEEP, (LONG, torch.bfloat16), *((LAYOUT_CASE, torch.bfloat16, layout) for layout in LAYOUTS)]
     jobs = [*((warm_up, *job) for job in jobs), *((warm_up_packed, *job) for job in PACKED)]
-    processes = min(len(jobs), len(os.sched_getaffinity(0)), 16)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    jobs = jobs[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) :: workers]
+    processes = min(len(jobs), max(len(os.sched_getaffinity(0)) // workers, 1), 16)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for job in [pool.submit(*job) for job in reversed(jobs)]:
             job.exception()  # a failure is reported by the test that meets it
