@@ -603,7 +603,9 @@ class NativeSparseAttention(nn.Module):
         """(B, T, K, D) → (B, C, K, D), before rotation."""
         both = (self.compress_k, k), (self.compress_v, v)
         if all(type(c) is TokenCompressor and c._has_kernels(x) and _untouched(c, c.method) for c, x in both):
-            return _compress_heads(*((c.method, x) for c, x in both))  # they are one node of autograd
+            of_k, of_v = self.compress_k.method, self.compress_v.method
+            if type(of_k) is type(of_v) and (of_k.block, of_k.stride) == (of_v.block, of_v.stride):
+                return _compress_heads((of_k, k), (of_v, v))  # share their launches
         return self.compress_k(k, heads=True), self.compress_v(v, heads=True)
 
     def _finish_blocks(self, cache: NSACache, batch: _Batch, tokens: int) -> None:
@@ -649,7 +651,7 @@ def _untouched(*modules: nn.Module) -> bool:
     """Whether a call of each of these modules does what its class says and nothing else."""
     for m in modules:
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        if hooks or "forward" in vars(m):
+        if hooks or "forward" in m.__dict__:
             return False
     return True
 
@@ -745,10 +747,10 @@ class _LearnedCompressor(_Compressor):
     def has_kernels(self, x: Tensor) -> bool:
         """Whether kernels serve x, (b, T, dim) or with heads (B, T, K, dim), which the forward then takes as it stands.
 
-        They are for eager calls: torch.compile, torch.func and dispatch modes look at plain operations.
+        Transforms of torch.func and dispatch modes look at plain operations.
         """
         kernels = _BACKENDS.get("triton")
-        if kernels is None or _traced() or type(x) is not Tensor:
+        if kernels is None or _transformed() or type(x) is not Tensor:
             return False
         allowed = self.config is None or self.config.use_flash
         return allowed and x.numel() > 0 and x.shape[1] >= self.block and kernels.compresses(x, self.position)
@@ -827,11 +829,16 @@ class Conv1dCompressor(_LearnedCompressor):
 
 
 def _compress_heads(*pairs: tuple[_LearnedCompressor, Tensor]) -> tuple[Tensor, ...]:
-    """Heads (B, T, K, dim) through the compressor beside them, by kernels: (B, C, K, dim) of each."""
-    tensors = []
+    """Heads (B, T, K, dim) through the compressor beside them, by kernels: (B, C, K, dim) of each.
+
+    Two pairs must be alike in all but their numbers.
+    """
+    inputs, weights, missing = [], [], [None] * (2 - len(pairs))
     for compressor, x in pairs:
-        x, *weights = _autocast(x, *compressor._layers())
-        tensors += [x, *[w if w is None else w.contiguous() for w in weights]]
+        x, *layers = _autocast(x, *compressor._layers())
+        inputs.append(x)
+        weights += [w if w is None else w.contiguous() for w in layers]
+    tensors = _apart(*inputs, *missing, *weights, *missing * 5)
     return _apply(_CompressionFunction, pairs[0][0].stride, *tensors)
 
 
@@ -1829,8 +1836,7 @@ class _Backend(NamedTuple):
 
     Where it has kernels for the learned compressors, it brings three more:
     compresses(x, weight) → whether they serve such an input and such weights
-    compress(x, position, w_in, b_in, w_out, b_out, stride) → y, and what backward needs of the hidden units
-    compress_backward(dy, x, position, w_in, w_out, hidden, stride, of_x, of_weights) → dx and those of the weights
+    compress, compress_backward: the operators `_compress_forward` and `_compress_backward`
     """
 
     span_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -1847,8 +1853,8 @@ class _Backend(NamedTuple):
     obstacle: Callable[..., str | None]
     preferred: Callable[[torch.device], bool]
     compresses: Callable[[Tensor, Tensor], bool] = lambda *_: False
-    compress: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-    compress_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
+    compress: Callable[..., tuple[Tensor, Tensor]] | None = None
+    compress_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 _BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton" by section 14
@@ -2235,6 +2241,64 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return *_fake_like(*inputs), *local
 
 
+# Two compressors, of keys and of values, that are alike in shapes, or the first alone.
+
+
+@_operator
+def _compress_forward(
+    k: Tensor, v: Tensor | None,
+    k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None, k_b_out: Tensor | None,
+    v_position: Tensor | None, v_w_in: Tensor | None, v_b_in: Tensor | None, v_w_out: Tensor | None,
+    v_b_out: Tensor | None, stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compressed keys and values (1 or 2, B, C, K, D); hidden units (1 or 2, C·B·K, N), empty if there is one layer."""
+    of_k, of_v = (k_position, k_w_in, k_b_in, k_w_out, k_b_out), (v_position, v_w_in, v_b_in, v_w_out, v_b_out)
+    return _BACKENDS["triton"].compress((k, v), of_k, of_v, stride)
+
+
+@_fake_of(_compress_forward)
+def _(
+    k: Tensor, v: Tensor | None, k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, T, K, D = k.shape
+    n, C = 1 if v is None else 2, _compressed_count(T, k_position.shape[0], others[-1])
+    hidden = k.new_empty(0 if k_w_out is None else (n, C * B * K, k_w_in.shape[0]))
+    return k.new_empty(n, B, C, K, D), hidden
+
+
+torch.library.register_autograd(_compress_forward.operator, _refuse_gradients, lib=_OPERATORS)
+
+
+@_operator
+def _compress_backward(
+    dk_cmp: Tensor, dv_cmp: Tensor | None, k: Tensor, v: Tensor | None,
+    k_position: Tensor, k_w_in: Tensor, k_w_out: Tensor | None,
+    v_position: Tensor | None, v_w_in: Tensor | None, v_w_out: Tensor | None,
+    hidden: Tensor, stride: int, of_x: bool, of_weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv (1 or 2, B, T, K, D); gradients of the layers, one after another (1 or 2, ...); empty if not wanted."""
+    of_k, of_v = (k_position, k_w_in, k_w_out), (v_position, v_w_in, v_w_out)
+    settings = (hidden, stride, of_x, of_weights)
+    return _BACKENDS["triton"].compress_backward((dk_cmp, dv_cmp), (k, v), of_k, of_v, *settings)
+
+
+@_fake_of(_compress_backward)
+def _(
+    dk_cmp: Tensor, dv_cmp: Tensor | None, k: Tensor, v: Tensor | None, k_position: Tensor, k_w_in: Tensor,
+    k_w_out: Tensor | None, *others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, of_x, of_weights = 1 if v is None else 2, *others[-2:]
+    shapes = _layer_shapes(*k_position.shape, k_w_in.shape[0], 1 if k_w_out is None else 2)
+    size = sum(map(math.prod, shapes))
+    return k.new_empty((n, *k.shape) if of_x else 0), k.new_empty((n, size) if of_weights else 0)
+
+
+def _layer_shapes(block: int, D: int, N: int, layers: int) -> list[tuple[int, ...]]:
+    """Shapes of the layers of a learned compressor: position, w_in, b_in; of a second layer w_out, b_out."""
+    return [(block, D), (N, block * D), (N,), (D, N), (D,)][: 1 + 2 * layers]
+
+
 # torch.compile takes no tensor twice as an argument of an autograd function. Where nothing needs a gradient, it counts
 # the parameters of `forward` to learn whether a context comes first, so that *tensors would mislead it.
 
@@ -2316,33 +2380,40 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 class _CompressionFunction(torch.autograd.Function):
-    """Layers of learned compressors by kernels: x, position, w_in, b_in, w_out, b_out of each → y of each.
+    """Layers of learned compressors by kernels → k_cmp and v_cmp; without v, k_cmp alone.
 
     Once differentiable, and without a context for torch.func, whose transforms take the plain composition.
     """
 
     @staticmethod
-    def forward(ctx: Any, stride: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, saved = [], []
-        for i in range(0, len(tensors), 6):
-            x, position, w_in, _, w_out, _ = tensors[i : i + 6]
-            y, hidden = _run(_BACKENDS["triton"].compress, *tensors[i : i + 6], stride)
-            outputs.append(y)
-            saved += [x, position, w_in, w_out, hidden]
+    def forward(
+        ctx: Any, stride: int, k: Tensor, v: Tensor | None,
+        k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None, k_b_out: Tensor | None,
+        v_position: Tensor | None, v_w_in: Tensor | None, v_b_in: Tensor | None, v_w_out: Tensor | None,
+        v_b_out: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        of_k, of_v = (k_position, k_w_in, k_b_in, k_w_out, k_b_out), (v_position, v_w_in, v_b_in, v_w_out, v_b_out)
+        y, hidden = _compress_forward(k, v, *of_k, *of_v, stride)
         ctx.stride = stride
-        ctx.save_for_backward(*saved)
-        return tuple(outputs)
+        ctx.save_for_backward(k, v, k_position, k_w_in, k_w_out, v_position, v_w_in, v_w_out, hidden)
+        return y.unbind()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved, wanted, gradients = ctx.saved_tensors, ctx.needs_input_grad[1:], []
+    def backward(ctx: Any, dk_cmp: Tensor, dv_cmp: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        of_x, of_weights = any(wanted[1:3]), any(wanted[3:])
         with torch.no_grad():
-            for i, dy in enumerate(upstream):
-                of_x, *of_weights = wanted[6 * i : 6 * i + 6]
-                settings = (ctx.stride, of_x, any(of_weights))
-                tensors = saved[5 * i : 5 * i + 5]
-                gradients += _run(_BACKENDS["triton"].compress_backward, dy, *tensors, *settings)
-        return None, *_first_gradients(tuple(gradients), *upstream, *saved)
+            dx, dw = _compress_backward(dk_cmp, dv_cmp, *saved, ctx.stride, of_x, of_weights)
+        _, _, position, w_in, w_out, *_ = saved
+        shapes = _layer_shapes(*position.shape, w_in.shape[0], 1 if w_out is None else 2)
+        of_layers: list[Tensor | None] = []
+        for each in dw.unbind() if of_weights else ():
+            parts = each.split_with_sizes([math.prod(shape) for shape in shapes])
+            of_layers += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            of_layers += [None] * (5 - len(shapes))
+        inputs = [*dx.unbind(), None][:2] if of_x else [None, None]
+        gradients = (*inputs, *of_layers, *[None] * (10 - len(of_layers)))
+        return None, *_first_gradients(gradients, dk_cmp, dv_cmp, *saved)
 
 
 class _FirstGradients(torch.autograd.Function):
@@ -2367,9 +2438,14 @@ class _FirstGradients(torch.autograd.Function):
 
 def _traced() -> bool:
     """Whether others look at each operation: torch.compile, a transform of torch.func, or a dispatch mode."""
-    if torch.compiler.is_compiling():
+    return torch.compiler.is_compiling() or _transformed()
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func looks at each operation, or a dispatch mode other than torch.compile's own."""
+    if torch._C._are_functorch_transforms_active():
         return True
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _first_gradients(gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -3438,9 +3514,9 @@ _TILES = {
 _LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
 _MAX_ROWS = 128  # the most query rows in a tile; where a row keeps a number, rows are padded by that many
 
-# Compression: rows of blocks whose gradient of the weights one program sums up, 32 at a time; tokens of a block that
-# one program gives their gradient.
-_COMPRESS_ROWS, _COMPRESS_TILE, _COMPRESS_TOKENS = 1024, 32, 4
+# Compression: rows of blocks whose gradient of the weights one program sums up; tokens of a block that are enough for a
+# program.
+_COMPRESS_ROWS, _COMPRESS_TOKENS = 1024, 4
 
 # Bytes of memory that the intermediate results of one chunk of queries may take.
 _SCORE_BYTES = 256 << 20  # importance of selection blocks
@@ -6037,7 +6113,22 @@ def _triton_cached(
 # which lie side by side. N hidden units, rounded up to BLOCK_N; where there is one layer only, they are the D outputs.
 # A block is read token by token where it stands: no copy, with overlap neither. The gradient of a token has one summand
 # for each of the l/d blocks that it is in. Types of 16 bits only: of float32, the products are better left to cuBLAS.
+#
+# The last axis of every grid is the compressors, of keys and of values. Where the rows make few programs, each program
+# takes a part of the block's tokens, and the output kernel adds up the parts.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@_kernel
+def _of_compressor(first_ptr, second_ptr):
+    """Pointer for the compressor that this program works for."""
+    return tl.where(tl.program_id(2) == 0, first_ptr, second_ptr)
+
+
+@_kernel
+def _compressor_offset(size):
+    """Offset of the tensor of this program's compressor where one of this size follows another."""
+    return tl.program_id(2).to(tl.int64) * size
 
 
 @_kernel
@@ -6063,59 +6154,93 @@ def _gelu_cdf(x):
 
 @_kernel(do_not_specialize=["n_rows", "B"])
 def _compress_kernel(
-    x_ptr, position_ptr, w_in_ptr, b_in_ptr, w_out_ptr, b_out_ptr, hidden_ptr, y_ptr, n_rows, B, x_strides, y_strides,
+    x_ptr, x2_ptr, position_ptr, position2_ptr, w_in_ptr, w_in2_ptr, b_in_ptr, b_in2_ptr, out_ptr, n_rows, B,
+    x_strides, out_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """hidden = w_in·(x + position) + b_in; y = w_out·GELU(hidden) + b_out, or hidden itself."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Part of w_in·(x + position) + b_in, of TOKENS tokens of each block; the first part has b_in."""
+    row, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     n, exists = tl.arange(0, BLOCK_N), row < n_rows
+    x_ptr, w_in_ptr = _of_compressor(x_ptr, x2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
+    position_ptr, b_in_ptr = _of_compressor(position_ptr, position2_ptr), _of_compressor(b_in_ptr, b_in2_ptr)
     first = _block_offsets(row, B, x_strides, K, STRIDE)
-    hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for s in range(BLOCK):
+    b_in = tl.load(b_in_ptr + n, mask=n < tl.where(split == 0, N, 0), other=0.0).to(tl.float32)
+    hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + b_in[None, :]
+    for s in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, BLOCK)):
         x = _load_positioned(x_ptr, position_ptr, first + s * x_strides[1], s, exists, D, BLOCK_D)
         w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D)
         hidden += tl.dot(x, tl.trans(w))
-    hidden += tl.load(b_in_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    size = tl.cast(n_rows, tl.int64) * N
+    out_ptr += _compressor_offset(tl.num_programs(1) * size) + split * size
+    _store_rows(out_ptr, _block_offsets(row, B, out_strides, K, 1), hidden, exists, N, BLOCK_N)
+
+
+@_kernel(do_not_specialize=["n_rows", "B"])
+def _compress_output_kernel(
+    parts_ptr, w_out_ptr, w_out2_ptr, b_out_ptr, b_out2_ptr, hidden_ptr, y_ptr, n_rows, B, y_strides,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """hidden = Σ of its parts, if it is in parts; y = w_out·GELU(hidden) + b_out, or hidden itself."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d, exists = tl.arange(0, BLOCK_D), row < n_rows
+    rows, size = row.to(tl.int64) * N, tl.cast(n_rows, tl.int64) * N
+    y_ptr += _compressor_offset(tl.cast(n_rows, tl.int64) * D)
     y_rows = _block_offsets(row, B, y_strides, K, 1)
+    if hidden_ptr is not None:
+        hidden_ptr += _compressor_offset(size)
+    if parts_ptr is None:
+        hidden = _load_rows(hidden_ptr, rows, exists, N, BLOCK_N).to(tl.float32)
+    else:
+        parts_ptr += _compressor_offset(SPLITS * size)
+        hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for split in tl.static_range(SPLITS):
+            hidden += _load_rows(parts_ptr + split * size, rows, exists, N, BLOCK_N)
     if w_out_ptr is None:
         _store_rows(y_ptr, y_rows, hidden, exists, D, BLOCK_D)
     else:
-        _store_rows(hidden_ptr, row.to(tl.int64) * N, hidden, exists, N, BLOCK_N)
-        d = tl.arange(0, BLOCK_D)
-        w = _load_rows(w_out_ptr, d * N, d < D, N, BLOCK_N)
+        if parts_ptr is not None:
+            _store_rows(hidden_ptr, rows, hidden, exists, N, BLOCK_N)
+        w = _load_rows(_of_compressor(w_out_ptr, w_out2_ptr), d * N, d < D, N, BLOCK_N)
+        b_out = tl.load(_of_compressor(b_out_ptr, b_out2_ptr) + d, mask=d < D, other=0.0).to(tl.float32)
         active = (hidden * _gelu_cdf(hidden)).to(w.dtype)
-        y = tl.dot(active, tl.trans(w))
-        y += tl.load(b_out_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        # Turned, so that the units are the operand that the warps share: as the other, each would compute all of them.
+        y = tl.trans(tl.dot(w, tl.trans(active))) + b_out[None, :]
         _store_rows(y_ptr, y_rows, y, exists, D, BLOCK_D)
 
 
 @_kernel(do_not_specialize=["n_rows", "B"])
 def _compress_dhidden_kernel(
-    dy_ptr, w_out_ptr, hidden_ptr, dhidden_ptr, n_rows, B, dy_strides,
+    dy_ptr, dy2_ptr, w_out_ptr, w_out2_ptr, hidden_ptr, dhidden_ptr, active_ptr, n_rows, B, dy_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dhidden = (w_outᵀ·dy)·GELU'(hidden), where GELU'(x) = Φ(x) + x·exp(−x²/2)/√(2π)."""
+    """dhidden = (w_outᵀ·dy)·GELU'(hidden), where GELU'(x) = Φ(x) + x·exp(−x²/2)/√(2π); and GELU(hidden) again."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d, exists = tl.arange(0, BLOCK_D), row < n_rows
-    dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), exists, D, BLOCK_D)
-    w = _load_rows(w_out_ptr, d * N, d < D, N, BLOCK_N)
-    h = _load_rows(hidden_ptr, row.to(tl.int64) * N, exists, N, BLOCK_N).to(tl.float32)
-    slope = _gelu_cdf(h) + h * tl.exp2(h * h * (-0.5 * _TL_LOG2E)) * 0.3989422804014327
-    dh = tl.dot(dy, w) * slope
-    _store_rows(dhidden_ptr, row.to(tl.int64) * N, dh, exists, N, BLOCK_N)
+    rows = _compressor_offset(tl.cast(n_rows, tl.int64) * N) + row.to(tl.int64) * N
+    dy_rows = _block_offsets(row, B, dy_strides, K, 1)
+    dy = _load_rows(_of_compressor(dy_ptr, dy2_ptr), dy_rows, exists, D, BLOCK_D)
+    w = _load_rows(_of_compressor(w_out_ptr, w_out2_ptr), d * N, d < D, N, BLOCK_N)
+    h = _load_rows(hidden_ptr, rows, exists, N, BLOCK_N).to(tl.float32)
+    cdf = _gelu_cdf(h)
+    slope = cdf + h * tl.exp2(h * h * (-0.5 * _TL_LOG2E)) * 0.3989422804014327
+    _store_rows(active_ptr, rows, h * cdf, exists, N, BLOCK_N)
+    _store_rows(dhidden_ptr, rows, tl.dot(dy, w) * slope, exists, N, BLOCK_N)
 
 
 @_kernel(do_not_specialize=["n_blocks", "B", "T"])
 def _compress_dx_kernel(
-    dh_ptr, w_in_ptr, dx_ptr, n_blocks, B, T, dh_strides, dx_strides,
+    dh_ptr, dh2_ptr, w_in_ptr, w_in2_ptr, dx_ptr, n_blocks, B, T, dh_strides, dx_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dx[t] = Σ over the blocks c of token t of w_in[:, t − c·d]ᵀ·dhidden[c]; a row is d tokens, a program TOKENS."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, last = tl.arange(0, BLOCK_N), row // (B * K)  # the last block that its tokens may be in
+    dh_ptr, w_in_ptr = _of_compressor(dh_ptr, dh2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
+    dx_ptr += _compressor_offset(tl.cast(B, tl.int64) * T * (K * D))
     first = _block_offsets(row, B, dx_strides, K, STRIDE)
     parts: tl.constexpr = BLOCK // STRIDE
     dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -6131,81 +6256,116 @@ def _compress_dx_kernel(
 
 @_kernel(do_not_specialize=["n_rows", "B", "rows_per_split"])
 def _compress_dw_kernel(
-    dh_ptr, x_ptr, position_ptr, w_in_ptr, dy_ptr, hidden_ptr, out_ptr, n_rows, B, rows_per_split,
-    dh_strides, x_strides, dy_strides,
+    dh_ptr, dh2_ptr, x_ptr, x2_ptr, position_ptr, position2_ptr, w_in_ptr, w_in2_ptr, dy_ptr, dy2_ptr, active_ptr,
+    out_ptr, n_rows, B, rows_per_split, dh_strides, x_strides, dy_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dw_in[:, s] = Σ dhiddenᵀ·(x + position)[s], db_in = Σ dhidden, dposition[s] = w_in[:, s]ᵀ·db_in; one s a program.
 
-    One more program: dw_out = Σ dyᵀ·GELU(hidden), db_out = Σ dy. All in a buffer, as the wrapper cuts it.
+    One more program: dw_out = Σ dyᵀ·GELU(hidden), db_out = Σ dy. All in a buffer, in the order of `_layer_shapes`.
     """
-    s = tl.program_id(0)
-    start = tl.program_id(1) * rows_per_split
+    s, split = tl.program_id(0), tl.program_id(1)
+    start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, n_rows)
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    dposition = out_ptr + tl.program_id(1) * (BLOCK * D * (N + 1) + N + D * (N + 1))
+    size: tl.constexpr = BLOCK * D * (N + 1) + N + (0 if active_ptr is None else D * (N + 1))
+    dposition = out_ptr + _compressor_offset(tl.num_programs(1) * size) + split * size
     dw_in = dposition + BLOCK * D
     db_in = dw_in + N * BLOCK * D
     if s < BLOCK:
-        dw, db = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        dh_ptr, x_ptr = _of_compressor(dh_ptr, dh2_ptr), _of_compressor(x_ptr, x2_ptr) + s * x_strides[1]
+        dw, sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for r in range(start, end, BLOCK_M):
             row = r + tl.arange(0, BLOCK_M)
-            exists = row < end
-            dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), exists, N, BLOCK_N)
-            rows = _block_offsets(row, B, x_strides, K, STRIDE) + s * x_strides[1]
-            x = _load_positioned(x_ptr, position_ptr, rows, s, exists, D, BLOCK_D)
+            dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), row < end, N, BLOCK_N)
+            x = _load_rows(x_ptr, _block_offsets(row, B, x_strides, K, STRIDE), row < end, D, BLOCK_D)
             dw += tl.dot(tl.trans(dh), x)
-            db += tl.sum(dh.to(tl.float32), axis=0)
-        _store_rows(dw_in, (n * BLOCK + s) * D, dw, n < N, D, BLOCK_D)
+            sums += dh.to(tl.float32)
+        db = tl.sum(sums, axis=0)
+        position_ptr, w_in_ptr = _of_compressor(position_ptr, position2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
+        position = tl.load(position_ptr + s * D + d, mask=d < D, other=0.0).to(tl.float32)
+        _store_rows(dw_in, (n * BLOCK + s) * D, dw + db[:, None] * position[None, :], n < N, D, BLOCK_D)
         w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D).to(tl.float32)
         dp = tl.sum(w * db[:, None], axis=0)
         tl.store(dposition + s * D + d, dp.to(out_ptr.dtype.element_ty), mask=d < D)
         if s == 0:
             tl.store(db_in + n, db.to(out_ptr.dtype.element_ty), mask=n < N)
-    elif hidden_ptr is not None:
-        dw_2, db_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    elif active_ptr is not None:
+        dy_ptr, active_ptr = _of_compressor(dy_ptr, dy2_ptr), active_ptr + _compressor_offset(n_rows * N)
+        dw_2, sums_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for r in range(start, end, BLOCK_M):
             row = r + tl.arange(0, BLOCK_M)
-            exists = row < end
-            dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), exists, D, BLOCK_D)
-            h = _load_rows(hidden_ptr, row.to(tl.int64) * N, exists, N, BLOCK_N).to(tl.float32)
-            dw_2 += tl.dot(tl.trans(dy), (h * _gelu_cdf(h)).to(dy.dtype))
-            db_2 += tl.sum(dy.to(tl.float32), axis=0)
+            dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), row < end, D, BLOCK_D)
+            active = _load_rows(active_ptr, row.to(tl.int64) * N, row < end, N, BLOCK_N)
+            dw_2 += tl.dot(tl.trans(dy), active)
+            sums_2 += dy.to(tl.float32)
         _store_rows(db_in + N, d * N, dw_2, d < D, N, BLOCK_N)
-        tl.store(db_in + N + D * N + d, db_2.to(out_ptr.dtype.element_ty), mask=d < D)
+        tl.store(db_in + N + D * N + d, tl.sum(sums_2, axis=0).to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def _alike(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two tensors of one layout, the last dimension contiguous; the first again in place of a second."""
+    first = _unit_stride(first)
+    second = first if second is None else _unit_stride(second)
+    return (first, second) if first.stride() == second.stride() else (first.contiguous(), second.contiguous())
 
 
 def _compress_constants(
     rows: int, K: int, D: int, N: int, block: int, stride: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants of the kernels that know blocks, and of the one that does not. Few rows are cut into smaller tiles."""
-    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": _block_d(N)}
-    layer |= {"BLOCK_M": 32 if rows > 2048 else 16}
-    layer |= {"num_warps": 4, "num_stages": 3} if N <= 128 else {"num_warps": 8, "num_stages": 2}
-    return layer | {"BLOCK": block, "STRIDE": stride}, layer
+    """Constants of the kernels that know blocks, and of those that do not. Few rows are cut into smaller tiles."""
+    wide, many = _block_d(N) > 128, rows > 2048
+    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": _block_d(N), "BLOCK_M": 32 if many else 16}
+    layer |= {"num_warps": 8 if wide else 4, "num_stages": 2 if wide and many else 3}
+    return layer | {"BLOCK": block, "STRIDE": stride, "BLOCK_M": 64 if many else 32}, layer
+
+
+class _CompressPlan(NamedTuple):
+    y: tuple[int, ...]  # shapes
+    hidden: tuple[int, ...]
+    parts: tuple[int, ...] | None
+    first: _Launch
+    output: _Launch | None
 
 
 @functools.lru_cache(maxsize=4096)
-def _compress_plan(layout: tuple[Any, ...], N: int, block: int, stride: int) -> tuple[_Launch, int]:
-    """The forward of x of that layout, and the number of its blocks."""
-    (((B, T, K, D), strides, *_),) = layout
+def _compress_plan(layout: tuple[Any, ...], n: int, N: int, layers: int, block: int, stride: int) -> _CompressPlan:
+    """The forward of n compressors of inputs of that layout."""
+    (((B, T, K, D), strides, _, device),) = layout
     C = _compressed_count(T, block, stride)
-    constants, _ = _compress_constants(C * B * K, K, D, N, block, stride)
-    grid, numbers = (_cdiv(C * B * K, constants["BLOCK_M"]),), (C * B * K, B, strides, (C * K * D, K * D, D, 1))
-    return _Launch(_compress_kernel, grid, numbers, **constants), C
+    rows, y_strides = C * B * K, (C * K * D, K * D, D, 1)
+    constants, layer = _compress_constants(rows, K, D, N, block, stride)
+    tiles = _cdiv(rows, constants["BLOCK_M"])
+    tokens = _cdiv(block, max(min(_num_sms(device) // (tiles * n), block // _COMPRESS_TOKENS), 1))
+    splits = _cdiv(block, tokens)
+    out_strides = y_strides if (layers, splits) == (1, 1) else (K * N, B * K * N, N, 1)
+    grid, numbers = (tiles, splits, n), (rows, B, strides, out_strides)
+    first, output = _Launch(_compress_kernel, grid, numbers, **constants, TOKENS=tokens), None
+    if (layers, splits) != (1, 1):
+        grid = (_cdiv(rows, layer["BLOCK_M"]), 1, n)
+        output = _Launch(_compress_output_kernel, grid, (rows, B, y_strides), **layer, SPLITS=splits)
+    parts = None if splits == 1 else (n, splits, rows, N)
+    return _CompressPlan((n, B, C, K, D), (n, rows, N) if layers == 2 else (0,), parts, first, output)
 
 
 def _triton_compress(
-    x: Tensor, position: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor | None, b_out: Tensor | None, stride: int
-) -> tuple[Tensor, Tensor | None]:
-    """y (B, C, K, D), and where there is a second layer the hidden units (C·B·K, N)."""
-    x, N = _unit_stride(x), w_in.shape[0]
-    B, _, K, D = x.shape
-    launch, C = _compress_plan(_layout(x), N, position.shape[0], stride)
-    y = torch.empty((B, C, K, D), dtype=x.dtype, device=x.device)
-    hidden = None if w_out is None else torch.empty((C * B * K, N), dtype=x.dtype, device=x.device)
-    launch(x, position, w_in, b_in, w_out, b_out, hidden, y)
+    inputs: tuple[Tensor, Tensor | None], first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...],
+    stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Results of `_compress_forward`, of the inputs and the layers of both compressors."""
+    n, (x, x_2) = 1 if inputs[1] is None else 2, _alike(*inputs)
+    positions, w_ins, b_ins, w_outs, b_outs = zip(first, first if n == 1 else second, strict=True)
+    layers = 1 if w_outs[0] is None else 2
+    plan = _compress_plan(_layout(x), n, w_ins[0].shape[0], layers, positions[0].shape[0], stride)
+    options = {"dtype": x.dtype, "device": x.device}
+    y, hidden = torch.empty(plan.y, **options), torch.empty(plan.hidden, **options)
+    parts = None if plan.parts is None else torch.empty(plan.parts, dtype=torch.float32, device=x.device)
+    units = hidden if layers == 2 else None
+    out = parts if parts is not None else y if units is None else units
+    plan.first(x, x_2, *positions, *w_ins, *b_ins, out)
+    if plan.output is not None:
+        plan.output(parts, *w_outs, *b_outs, units, y)
     return y, hidden
 
 
@@ -6213,13 +6373,13 @@ class _CompressBackwardPlan(NamedTuple):
     dhidden: _Launch
     dx: _Launch
     dw: _Launch
-    sizes: tuple[int, ...]  # of the gradients of position, w_in, b_in, w_out and b_out, which share a buffer
     splits: int  # parts that the rows are split into, whose gradients are added
+    size: int  # of the gradients of one compressor's layers
 
 
 @functools.lru_cache(maxsize=4096)
 def _compress_backward_plan(
-    layout: tuple[Any, ...], N: int, layers: int, block: int, stride: int
+    layout: tuple[Any, ...], n: int, N: int, layers: int, block: int, stride: int
 ) -> _CompressBackwardPlan:
     ((B, T, K, D), strides, *_), (_, dy_strides) = layout
     C = _compressed_count(T, block, stride)
@@ -6227,40 +6387,42 @@ def _compress_backward_plan(
     constants, layer = _compress_constants(rows, K, D, N, block, stride)
     dh_strides = dy_strides if layers == 1 else (K * N, B * K * N, N, 1)
     splits = min(max(rows // _COMPRESS_ROWS, 1), 16)
-    grid = (_cdiv(rows, layer["BLOCK_M"]),)
+    grid = (_cdiv(rows, layer["BLOCK_M"]), 1, n)
     dhidden = _Launch(_compress_dhidden_kernel, grid, (rows, B, dy_strides), **layer)
-    grid = (_cdiv(_cdiv(T, stride) * B * K, layer["BLOCK_M"]), stride // tokens)
+    grid = (_cdiv(_cdiv(T, stride) * B * K, constants["BLOCK_M"]), stride // tokens, n)
     numbers = (C, B, T, dh_strides, (T * K * D, K * D, D, 1))
     dx = _Launch(_compress_dx_kernel, grid, numbers, **constants, TOKENS=tokens)
     numbers = (rows, B, _cdiv(rows, splits), dh_strides, strides, dy_strides)
-    grid, constants = (block + layers - 1, splits), constants | {"BLOCK_M": _COMPRESS_TILE}
-    dw = _Launch(_compress_dw_kernel, grid, numbers, **constants)
-    return _CompressBackwardPlan(dhidden, dx, dw, (block * D, N * block * D, N, D * N, D), splits)
+    constants |= {"BLOCK_M": 64 if constants["BLOCK_N"] * constants["BLOCK_D"] <= 8192 else 32}
+    dw = _Launch(_compress_dw_kernel, (block + layers - 1, splits, n), numbers, **constants)
+    size = sum(map(math.prod, _layer_shapes(block, D, N, layers)))
+    return _CompressBackwardPlan(dhidden, dx, dw, splits, size)
 
 
 def _triton_compress_backward(
-    dy: Tensor, x: Tensor, position: Tensor, w_in: Tensor, w_out: Tensor | None, hidden: Tensor | None, stride: int,
-    of_x: bool, of_weights: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, where they are wanted; of position, w_in, b_in, w_out and b_out, likewise."""
-    dy, x, layers = _unit_stride(dy), _unit_stride(x), 1 if w_out is None else 2
-    plan = _compress_backward_plan(_layout(x, dy), w_in.shape[0], layers, position.shape[0], stride)
-    dh, dx, of_layers = dy, None, (None,) * 5
+    upstream: tuple[Tensor, Tensor | None], inputs: tuple[Tensor, Tensor | None], first: tuple[Tensor | None, ...],
+    second: tuple[Tensor | None, ...], hidden: Tensor, stride: int, of_x: bool, of_weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Results of `_compress_backward`."""
+    n, dy, (x, x_2) = 1 if inputs[1] is None else 2, _alike(*upstream), _alike(*inputs)
+    positions, w_ins, w_outs = zip(first, first if n == 1 else second, strict=True)
+    layers = 1 if w_outs[0] is None else 2
+    plan = _compress_backward_plan(_layout(x, dy[0]), n, w_ins[0].shape[0], layers, positions[0].shape[0], stride)
+    dh, active = dy, None
     if layers == 2:
-        dh = _empty(hidden)
-        plan.dhidden(dy, w_out, hidden, dh)
+        dhidden, active = torch.empty((2, *hidden.shape), dtype=hidden.dtype, device=x.device).unbind()
+        plan.dhidden(*dy, *w_outs, hidden, dhidden, active)
+        dh = dhidden[0], dhidden[-1]
+    dx = torch.empty((n, *x.shape) if of_x else 0, dtype=x.dtype, device=x.device)
     if of_x:
-        dx = _empty(x)
-        plan.dx(dh, w_in, dx)
+        plan.dx(*dh, *w_ins, dx)
+    dw = torch.empty(0, dtype=x.dtype, device=x.device)
     if of_weights:
         dtype = torch.float32 if plan.splits > 1 else x.dtype
-        dw = torch.empty((plan.splits, sum(plan.sizes)), dtype=dtype, device=x.device)
-        plan.dw(dh, x, position, w_in, dy, hidden, dw)
-        dw = dw.sum(0).to(x.dtype) if plan.splits > 1 else dw[0]
-        dposition, dw_in, db_in, dw_out, db_out = dw.split_with_sizes(plan.sizes)
-        of_second = (dw_out.view_as(w_out), db_out) if layers == 2 else (None, None)
-        of_layers = dposition.view_as(position), dw_in.view_as(w_in), db_in, *of_second
-    return dx, *of_layers
+        dw = torch.empty((n, plan.splits, plan.size), dtype=dtype, device=x.device)
+        plan.dw(*dh, x, x_2, *positions, *w_ins, *dy, active, dw)
+        dw = dw.sum(1).to(x.dtype) if plan.splits > 1 else dw.view(n, -1)
+    return dx, dw
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

@@ -588,7 +588,8 @@ def calls_of_modules(dtype: torch.dtype, tokens: int, **options: Any) -> list[tu
 def test_opcheck() -> None:
     made = calls(CASE, "torch", torch.bfloat16)
     made |= calls_of_a_cache()
-    assert {operator for operator, _ in made.values()} == set(OPERATORS)
+    kernels_only = {nsa._compress_forward, nsa._compress_backward}
+    assert {operator for operator, _ in made.values()} == set(OPERATORS) - kernels_only
     for operator, arguments in made.values():
         torch.library.opcheck(operator.operator, arguments)
     for arguments in (*calls_of_modules(torch.bfloat16, 11), *calls_of_modules(torch.float64, 11, separate_kv=True)):

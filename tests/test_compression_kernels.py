@@ -80,6 +80,7 @@ def test_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, kernels: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(nsa, "_COMPRESS_ROWS", rows)
+    monkeypatch.setattr(nsa, "_num_sms", lambda device: 8 if rows == 4 else 1)
     dtype = torch.float16
     compressor = build(method, dim, block, stride, random, dtype)
     # Keys of one branch among three, as with separate_kv: strided.
@@ -93,6 +94,49 @@ def test_values_and_gradients(
     for name, *three in zip(("y", "x", *dict(compressor.named_parameters())), actual, plain, exact, strict=True):
         assert three[0].dtype == dtype
         assert_within_budget(*three, name, terms=block * dim + batch * tokens * heads)
+
+
+@every_method
+@pytest.mark.parametrize("same", ["compressors", "layouts", "nothing"])
+def test_keys_and_values_at_a_time(
+    method: str, same: str, random: Random, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each by itself, split into parts or not; one compressor may serve both."""
+    first = build(method, 8, 4, 2, random, torch.float16)
+    second = first if same == "compressors" else build(method, 8, 4, 2, random, torch.float16)
+    k, v = random((2, 2, 29, 3, 8), torch.float16).unbind()
+    v = v.transpose(1, 2).contiguous().transpose(1, 2) if same == "nothing" else v
+    inputs, upstream = [k.requires_grad_(), v.requires_grad_()], list(random((2, 2, 13, 3, 8), torch.float16).unbind())
+    if same == "nothing":
+        upstream[1] = upstream[1].transpose(1, 3).contiguous().transpose(1, 3)
+    leaves = [*inputs, *first.parameters(), *([] if second is first else second.parameters())]
+
+    def together() -> list[Tensor]:
+        y = nsa._compress_heads((first.method, k), (second.method, v))
+        return [*y, *torch.autograd.grad(y, leaves, upstream)]
+
+    monkeypatch.setattr(nsa, "_num_sms", lambda device: 1)
+    actual = together()
+    assert kernels == ["compress", "compress_backward"]
+    y = first(k, heads=True), second(v, heads=True)
+    expected = [*y, *torch.autograd.grad(y, leaves, upstream)]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    monkeypatch.setattr(nsa, "_num_sms", lambda device: 64)
+    nsa._compress_plan.cache_clear()
+    for ours, theirs in zip(together(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.01)
+
+
+def test_compressors_unlike_each_other(random: Random, kernels: list[str]) -> None:
+    attention = NativeSparseAttention(NSAConfig(dim=16, heads=2, seq_len=64, block_size=4)).half()
+    attention.compress_v = build("conv1d", 8, 4, 4, random, torch.float16)
+    x = random((1, 29, 16), torch.float16)
+    actual = attention(x)
+    assert kernels == ["compress"] * 2
+    attention.compress_v.method.config = attention.cfg
+    attention.cfg.use_flash = False
+    torch.testing.assert_close(actual, attention(x), rtol=0.02, atol=0.01)
 
 
 @every_method
@@ -137,6 +181,52 @@ def test_gradients_of_gradients_raise(random: Random) -> None:
     (dx,) = torch.autograd.grad(compressor(x.requires_grad_(), heads=True).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         dx.square().sum().backward()
+
+
+@every_method
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_opcheck(method: str, tensors: int, random: Random) -> None:
+    x = [random((2, 13, 3, 8), torch.float16).transpose(0, 2).contiguous().transpose(0, 2) for _ in range(tensors)]
+    layers = [build(method, 8, 4, 2, random, torch.float16).method._layers() for _ in range(tensors)]
+    layers = [[w if w is None else w.detach().contiguous() for w in each] for each in layers]
+    missing = [None] * (2 - tensors)
+    arguments = (*x, *missing, *sum(layers, []), *missing * 5, 2)
+    torch.library.opcheck(nsa._compress_forward.operator, arguments)
+    y, hidden = nsa._compress_forward(*arguments)
+    saved = [*x, *missing, *[each[i] for each in layers for i in (0, 1, 3)], *missing * 3, hidden, 2]
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(nsa._compress_backward.operator, (*y.unbind(), *missing, *saved, *wanted))
+
+
+@every_method
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiled(method: str, shared: bool, random: Random, kernels: list[str]) -> None:
+    """Forward and backward are one operator each, for both compressors."""
+    torch._dynamo.reset()
+    cfg = NSAConfig(dim=16, heads=2, seq_len=64, block_size=4, stride=2, compression=method, separate_kv=True)
+    attention, x = NativeSparseAttention(cfg).half(), random((1, 29, 16), torch.float16).requires_grad_()
+    if shared:
+        attention.compress_v = attention.compress_k
+    results = []
+    for call in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
+        assert kernels == ["compress", "compress_backward"]
+        kernels.clear()
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_transforms_take_the_plain_operations(random: Random, kernels: list[str]) -> None:
+    torch._dynamo.reset()
+    compressor, x = build("grouped_mlp", 8, 4, 4, random, torch.float16), random((1, 9, 2, 8), torch.float16)
+    for call in (
+        lambda x: torch.func.grad(lambda x: compressor(x, heads=True).sum())(x),
+        torch.func.vmap(lambda x: compressor(x[None], heads=True)),
+    ):
+        actual = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(actual, call(x), rtol=1e-2, atol=1e-2)
+    assert kernels == []
 
 
 @every_method
@@ -201,6 +291,6 @@ def test_in_attention(method: str, packed: bool, random: Random, kernels: list[s
         attention.cfg.use_flash = use_flash
         y = attention(x, **options)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
-        assert len(kernels) == 4, "two compressors, forward and backward, and none without use_flash"
+        assert kernels == ["compress", "compress_backward"], "both compressors at a time; none without use_flash"
     for pair in zip(*results, strict=True):
         torch.testing.assert_close(*pair, rtol=0.02, atol=0.01)

@@ -442,22 +442,34 @@ def assert_trains_alike(tokens: int) -> None:
 def test_compression(
     D: int, block_size: int, stride: int, tokens: int, dtype: torch.dtype, method: str, random: Random
 ) -> None:
-    """Few and many rows, which differ in tiles and splits; twice the same bits."""
-    with torch.device(DEVICE):
-        compressor = nsa.TokenCompressor(D, block_size, stride, method).to(dtype)
-    for parameter in compressor.parameters():
-        parameter.data = random(parameter.shape, dtype) * 0.1
-    x, upstream = random((2, tokens, 4, D), dtype), random((2, (tokens - block_size) // stride + 1, 4, D), dtype)
+    """Keys and values, few and many rows, which differ in tiles and splits; twice the same bits."""
+    compressors = []
+    for _ in range(2):
+        with torch.device(DEVICE):
+            compressors.append(nsa.TokenCompressor(D, block_size, stride, method).to(dtype))
+        for parameter in compressors[-1].parameters():
+            parameter.data = random(parameter.shape, dtype) * 0.1
+    inputs = [random((2, tokens, 4, D), dtype) for _ in compressors]
+    upstream = [random((2, (tokens - block_size) // stride + 1, 4, D), dtype) for _ in compressors]
 
-    def step(compressor: nn.Module, x: Tensor, kernels: bool) -> list[Tensor]:
-        y = compressor(x.requires_grad_(), heads=True)
-        assert ("Compression" in y.grad_fn.name()) == kernels
-        return [y, *torch.autograd.grad(y, [x, *compressor.parameters()], upstream.to(y.dtype))]
+    def step(kernels: bool, dtype: torch.dtype = dtype) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        if kernels:
+            outputs = nsa._compress_heads(*((c.method, x) for c, x in zip(compressors, given, strict=True)))
+        else:
+            outputs = [c.to(dtype)(x, heads=True) for c, x in zip(compressors, given, strict=True)]
+        assert all(("Compression" in y.grad_fn.name()) == kernels for y in outputs)
+        leaves = [*given, *(p for c in compressors for p in c.parameters())]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in upstream])]
 
-    actual, again = (step(compressor, x, True) for _ in range(2))
-    compressor.method.config = nsa.NSAConfig(use_flash=False)
-    plain, exact = step(compressor, x, False), step(compressor.double(), x.detach().double(), False)
-    names = ["y", "dx", *dict(compressor.named_parameters())]
+    actual, again = step(True), step(True)
+    alone = compressors[0](inputs[0], heads=True)
+    for compressor in compressors:
+        compressor.method.config = nsa.NSAConfig(use_flash=False)
+    plain, exact = step(False), step(False, torch.float64)
+    names = [f"{name} of {x}" for name in ("y", "dx") for x in "kv"]
+    names += [f"{name} of {x}" for x in "kv" for name in dict(compressors[0].named_parameters())]
+    assert_within_budget(alone, plain[0], exact[0], "y of k alone", terms=block_size * D)
     for name, a, b, *others in zip(names, actual, again, plain, exact, strict=True):
         assert torch.equal(a, b), name
         assert_within_budget(a, *others, name, terms=block_size * D + 2 * tokens)

@@ -603,6 +603,8 @@ BUILDS = {
     "1_head_a_group_of_64_unlike": (1, 64, ("select",), [8000, *range(20)]),
     "16_heads_a_group_of_128_packed": (16, 128, (*BRANCHES_AND_CHOICE, "masked", "whole"), [600, 0, 1, 423]),
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
+    "many_compressed_rows_of_128": (1, 128, ("compress",), [20_000]),
+    "many_compressed_rows_of_64": (1, 64, ("compress",), [20_000]),
     "1_head_a_group_of_64_by_pointer": (1, 64, BY_POINTER, [1024]),
     "4_heads_a_group_of_64_packed_by_pointer": (4, 64, BY_POINTER, [600, 0, 1, 423]),
 }
@@ -616,7 +618,7 @@ BY_BLOCK, BY_QUERY = ["selected_by_block", "selected_gradient"], ["selected_grad
 
 def with_products(name: str) -> list[str]:
     """Kernels of a build that multiply matrices."""
-    G, _, launched, _ = BUILDS[name]
+    G, _, launched, lengths = BUILDS[name]
     kernels = []
     if "selective" in launched:
         kernels += BY_QUERY if G >= 16 else BY_BLOCK
@@ -628,8 +630,10 @@ def with_products(name: str) -> list[str]:
         kernels += COMPRESSED
     if "select" in launched or "whole" in launched:
         kernels.append("block_scores")
-    if "compress" in launched:  # forward and dx take 32 rows at most, of mma.sync
-        kernels.append("compress_dw")
+    if "compress" in launched:
+        kernels += ["compress_output", "compress_dw"]
+        if sum(lengths) > 16 * 2048 // 2:  # else few rows, which do not fill wgmma
+            kernels += ["compress", "compress_dx"]
     return kernels
 
 
@@ -696,9 +700,11 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
         on.project(x := q[:, :1, 0].contiguous(), [x.new_empty(64, D)] * 3 + [None], [None] * 4)
     if "compress" in launched:
         w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
-        for layers in ((w_in[:D], bias[:D], None, None), (w_in, bias, w_out, bias[:D])):
-            y, hidden = on.compress(k, w_in[:32, :D].contiguous(), *layers, 16)
-            on.compress_backward(y, k, w_in[:32, :D].contiguous(), layers[0], layers[2], hidden, 16, True, True)
+        position = w_in[:32, :D].contiguous()
+        for layers in ((position, w_in[:D], bias[:D], None, None), (position, w_in, bias, w_out, bias[:D])):
+            y, hidden = on.compress((k, k), layers, layers, 16)
+            saved = layers[0], layers[1], layers[3]
+            on.compress_backward(tuple(y), (k, k), saved, saved, hidden, 16, True, True)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
@@ -728,6 +734,7 @@ def build(names: list[str], folder: str) -> None:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
     driver.set_active(Hopper())
+    nsa._num_sms = lambda device: 132
     compile_and_launch, built = JITFunction.run, {}
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -773,7 +780,7 @@ def built(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_for_hopper(name: str, folder: Path) -> None:
     kernels = built(folder)[name]
-    everything = {"choose", "preprocess", "compress", "compress_dhidden", "compress_dx"}
+    everything = {"choose", "preprocess", "compress", "compress_output", "compress_dhidden", "compress_dx"}
     everything |= set(STEP)
     launched = BUILDS[name][2]
     rest = everything if launched == EVERYTHING else {"sum_slots"} if "selective" in launched else set()
