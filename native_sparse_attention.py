@@ -2277,7 +2277,7 @@ def _compress_backward(
     v_position: Tensor | None, v_w_in: Tensor | None, v_w_out: Tensor | None,
     hidden: Tensor, stride: int, of_x: bool, of_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv (1 or 2, B, T, K, D); gradients of the layers, one after another (1 or 2, ...); empty if not wanted."""
+    """dk and dv (1 or 2, B, T, K, D); gradients of the layers of both, one after another; empty if not wanted."""
     of_k, of_v = (k_position, k_w_in, k_w_out), (v_position, v_w_in, v_w_out)
     settings = (hidden, stride, of_x, of_weights)
     return _BACKENDS["triton"].compress_backward((dk_cmp, dv_cmp), (k, v), of_k, of_v, *settings)
@@ -2290,8 +2290,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, of_x, of_weights = 1 if v is None else 2, *others[-2:]
     shapes = _layer_shapes(*k_position.shape, k_w_in.shape[0], 1 if k_w_out is None else 2)
-    size = sum(map(math.prod, shapes))
-    return k.new_empty((n, *k.shape) if of_x else 0), k.new_empty((n, size) if of_weights else 0)
+    size = n * sum(map(math.prod, shapes))
+    return k.new_empty((n, *k.shape) if of_x else 0), k.new_empty(size if of_weights else 0)
 
 
 def _layer_shapes(block: int, D: int, N: int, layers: int) -> list[tuple[int, ...]]:
@@ -2405,13 +2405,14 @@ class _CompressionFunction(torch.autograd.Function):
         with torch.no_grad():
             dx, dw = _compress_backward(dk_cmp, dv_cmp, *saved, ctx.stride, of_x, of_weights)
         _, _, position, w_in, w_out, *_ = saved
-        shapes = _layer_shapes(*position.shape, w_in.shape[0], 1 if w_out is None else 2)
-        of_layers: list[Tensor | None] = []
-        for each in dw.unbind() if of_weights else ():
-            parts = each.split_with_sizes([math.prod(shape) for shape in shapes])
-            of_layers += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-            of_layers += [None] * (5 - len(shapes))
         inputs = [*dx.unbind(), None][:2] if of_x else [None, None]
+        of_layers: list[Tensor | None] = []
+        if of_weights:
+            shapes, n = _layer_shapes(*position.shape, len(w_in), 1 if w_out is None else 2), 1 if dv_cmp is None else 2
+            parts = dw.split_with_sizes([math.prod(shape) for shape in shapes] * n)
+            parts = [x if len(shape) == 1 else x.view(shape) for x, shape in zip(parts, shapes * n, strict=True)]
+            for i in range(0, len(parts), len(shapes)):
+                of_layers += [*parts[i : i + len(shapes)], *[None] * (5 - len(shapes))]
         gradients = (*inputs, *of_layers, *[None] * (10 - len(of_layers)))
         return None, *_first_gradients(gradients, dk_cmp, dv_cmp, *saved)
 
@@ -6373,8 +6374,7 @@ class _CompressBackwardPlan(NamedTuple):
     dhidden: _Launch
     dx: _Launch
     dw: _Launch
-    splits: int  # parts that the rows are split into, whose gradients are added
-    size: int  # of the gradients of one compressor's layers
+    dw_shape: tuple[int, ...]  # (n, splits of the rows, size of the layers), to be added up; or (n · size,)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -6393,10 +6393,10 @@ def _compress_backward_plan(
     numbers = (C, B, T, dh_strides, (T * K * D, K * D, D, 1))
     dx = _Launch(_compress_dx_kernel, grid, numbers, **constants, TOKENS=tokens)
     numbers = (rows, B, _cdiv(rows, splits), dh_strides, strides, dy_strides)
-    constants |= {"BLOCK_M": 64 if constants["BLOCK_N"] * constants["BLOCK_D"] <= 8192 else 32}
+    constants |= {"BLOCK_M": 64 if constants["BLOCK_N"] * constants["BLOCK_D"] <= 8192 else 32, "num_stages": 3}
     dw = _Launch(_compress_dw_kernel, (block + layers - 1, splits, n), numbers, **constants)
     size = sum(map(math.prod, _layer_shapes(block, D, N, layers)))
-    return _CompressBackwardPlan(dhidden, dx, dw, splits, size)
+    return _CompressBackwardPlan(dhidden, dx, dw, (n * size,) if splits == 1 else (n, splits, size))
 
 
 def _triton_compress_backward(
@@ -6416,13 +6416,11 @@ def _triton_compress_backward(
     dx = torch.empty((n, *x.shape) if of_x else 0, dtype=x.dtype, device=x.device)
     if of_x:
         plan.dx(*dh, *w_ins, dx)
-    dw = torch.empty(0, dtype=x.dtype, device=x.device)
-    if of_weights:
-        dtype = torch.float32 if plan.splits > 1 else x.dtype
-        dw = torch.empty((n, plan.splits, plan.size), dtype=dtype, device=x.device)
-        plan.dw(*dh, x, x_2, *positions, *w_ins, *dy, active, dw)
-        dw = dw.sum(1).to(x.dtype) if plan.splits > 1 else dw.view(n, -1)
-    return dx, dw
+    if not of_weights:
+        return dx, x.new_empty(0)
+    dw = torch.empty(plan.dw_shape, dtype=torch.float32 if len(plan.dw_shape) > 1 else x.dtype, device=x.device)
+    plan.dw(*dh, x, x_2, *positions, *w_ins, *dy, active, dw)
+    return dx, dw if dw.ndim == 1 else dw.sum(1).flatten().to(x.dtype)
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
