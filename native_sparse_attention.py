@@ -4885,7 +4885,7 @@ def _token_tables(segments: _Segments | None) -> tuple[Tensor | None, Tensor | N
 class _PairIndex(NamedTuple):
     """Pairs of a chunk of queries in order of their block, and their rows (pair, head) cut into tiles of one block."""
 
-    pairs: Tensor  # (Z·n_tokens·S,) int32
+    pairs: Tensor  # (Z·n_tokens·S,) int32; free slots are no pairs, and leave some at the end without a value
     table: Tensor  # (Z, N, 4) int32: a block's first pair and one past its last, its first tile and one past its last
     block: Tensor  # (Z, n_tiles) int32: the block of each tile, N where there is no tile
 
@@ -4929,8 +4929,7 @@ def _index_pairs(
     """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place."""
     options = {"dtype": torch.int32, "device": block_indices.device}
     counts = torch.zeros(plan.counts, **options)
-    pairs = torch.zeros(plan.pairs, **options)  # free slots are no pairs; what is left stays 0
-    table, block = torch.empty(plan.table, **options), torch.empty(plan.block, **options)
+    pairs, table, block = (torch.empty(shape, **options) for shape in (plan.pairs, plan.table, plan.block))
     plan.count(block_indices, counts, of_token, first)
     ends = counts.cumsum(0, dtype=torch.int32)
     plan.place(block_indices, counts, ends, pairs, of_token, first)
