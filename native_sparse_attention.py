@@ -3530,6 +3530,7 @@ _RUN = 1024  # pairs that one program counts or places; more where the counts wo
 _CUT = 2048  # blocks that are cut into tiles at a time
 _MASKED_KEYS = {"forward": 2**27, "backward": 3 * 2**24}  # keys read in vain, over all rows, that save an index
 _SLOT_KEYS = {"forward": 64, "backward": 0}  # keys that a row could read for what a slot costs it besides its block
+_ROWS_IN_DOUBT = 2**18  # packed query rows from which it pays to launch both ways, where lengths decide which one works
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
 _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
@@ -3895,6 +3896,18 @@ def _query_tile(
 
 
 @_kernel
+def _key_tile(tile, cu_seqlens, cu_keys, n_segments, T, C, BLOCK_N: tl.constexpr):
+    """The same for a tile of keys; and how many are written: those behind the last segment's are nobody's, and 0."""
+    key, token, first, keys, written = tile * BLOCK_N, tile * 0, tile * 0, C, C
+    if cu_seqlens is not None:
+        segment, key = _find_segment(tile, cu_keys, n_segments, 1, BLOCK_N)
+        token, first = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
+        T, keys = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - first
+        written = tl.where(segment == n_segments - 1, C - first, keys)
+    return key, token, T, first, keys, written
+
+
+@_kernel
 def _past(first_ptr, b, T_keys):
     """Number of tokens that came before the first query of row b: at most those that have room among the keys."""
     past = b * 0
@@ -4137,6 +4150,15 @@ def _mask_chosen(
     return chosen
 
 
+@_kernel
+def _other_way_works(by_mask, MASKED: tl.constexpr):
+    """Whether a kernel, of the way under a mask or of the one by an index, must leave all as it is: see `_by_mask`."""
+    other = False
+    if by_mask is not None:
+        other = tl.load(by_mask) != MASKED
+    return other
+
+
 # Query rows that stay for a whole program come by plain pointers, so that they are an operand in shared memory: through
 # a descriptor they would be one in registers, and ptxas (13.0) has been seen to overwrite such registers in the loop.
 
@@ -4144,7 +4166,7 @@ def _mask_chosen(
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_forward_kernel(
     q_ptr, k_from, v_from, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, blocks_ptr, cu_seqlens, cu_keys,
-    first_ptr, n_segments, T, C, Z, scale, q_strides, k_strides, v_strides, block_strides, gate_strides,
+    first_ptr, by_mask, n_segments, T, C, Z, scale, q_strides, k_strides, v_strides, block_strides, gate_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -4153,6 +4175,8 @@ def _span_forward_kernel(
 
     With S > 0 only the keys of the S blocks that a query chose count.
     """
+    if _other_way_works(by_mask, True):
+        return
     PACKED: tl.constexpr = cu_seqlens is not None
     # The last tokens see the most keys and go first, so that no long program starts late.
     tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
@@ -4202,16 +4226,18 @@ def _span_forward_kernel(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_dq_kernel(
-    do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, n_segments, T, C, Z,
-    rows_pad, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, by_mask, n_segments,
+    T, C, Z, rows_pad, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_t = scale·sum_i ds_ti k_i, ds_ti = p_ti (do_t·v_i − delta_t), p_ti = exp(scale·q_t·k_i − lse_t).
 
     With ADD it is added to what dq holds.
     """
+    if _other_way_works(by_mask, True):
+        return
     PACKED: tl.constexpr = cu_seqlens is not None
     tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
     b, k = z // K, z % K
@@ -4261,22 +4287,23 @@ def _span_dq_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
 def _span_dkv_kernel(
     do_from, q_from, k_from, v_from, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
-    cu_keys, n_segments, T, C, Z, rows_pad, key_tiles, tiles_per_split, scale, do_strides, q_strides, k_strides,
-    v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
+    cu_keys, by_mask, n_segments, T, C, Z, rows_pad, key_tiles, tiles_per_split, scale, do_strides, q_strides,
+    k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr,
     SELECT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv_i = sum_t p_ti do_t and dk_i = scale·sum_t ds_ti q_t, over a split of the rows; the first adds those given."""
+    if _other_way_works(by_mask, True):
+        return
     PACKED: tl.constexpr = cu_seqlens is not None
     # Later splits are seen by more keys and go first.
     split, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // (Z * key_tiles), tl.program_id(0) % Z
     b, k = z // K, z % K
-    start, token, tokens, key, keys = tl.program_id(0) // Z % key_tiles * BLOCK_N, z * 0, T, z * 0, C
+    start, token, tokens, key, keys, written = _key_tile(
+        tl.program_id(0) // Z % key_tiles, cu_seqlens, cu_keys, n_segments, T, C, BLOCK_N
+    )
     if PACKED:
-        segment, start = _find_segment(tl.program_id(0) // Z % key_tiles, cu_keys, n_segments, 1, BLOCK_N)
-        token, key = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
-        tokens, keys = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - key
-        if start >= tl.where(segment == n_segments - 1, C - key, keys):
+        if start >= written:
             return
     key_high = tl.minimum(start + BLOCK_N, keys) - 1
     first, full, full_end, end = _query_tiles(start, key_high, tokens, GROUP_PAD, BLOCK_M, WINDOW, BLOCK, STRIDE)
@@ -4322,13 +4349,11 @@ def _span_dkv_kernel(
             dk = tl.dot(_dscores(p, dp, delta[None, :]).to(q.dtype), q, dk, input_precision=PRECISION)
 
     out = (((split * (Z // K) + b).to(tl.int64) * C + key + i) * K + k) * D
-    rows = keys
-    if PACKED:  # rows behind the keys of the last sequence are nobody's, and 0
-        rows = tl.where(segment == n_segments - 1, C - key, keys)
+    if PACKED:
         dk, dv = tl.where((i < keys)[:, None], dk, 0.0), tl.where((i < keys)[:, None], dv, 0.0)
     added = i < tl.where(split == 0, keys, 0)
-    _store_sum(dk_ptr, dk_given, out, dk * scale, i < rows, added, D, BLOCK_D)
-    _store_sum(dv_ptr, dv_given, out, dv, i < rows, added, D, BLOCK_D)
+    _store_sum(dk_ptr, dk_given, out, dk * scale, i < written, added, D, BLOCK_D)
+    _store_sum(dv_ptr, dv_given, out, dv, i < written, added, D, BLOCK_D)
 
 
 def _splits(row_tiles: int, programs: int, device: torch.device) -> int:
@@ -4423,6 +4448,7 @@ def _triton_span_forward(
 def _span_forward(
     q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, segments: _Segments | None, first: Tensor | None = None,
     block_indices: Tensor | None = None, select_block_size: int = 0, gated: tuple[Tensor, ...] = (),
+    by_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
     o, lse, mixed = _empty_outputs(q, gated)
@@ -4435,16 +4461,16 @@ def _span_forward(
     gates, *others = gated or (None, None, None)
     layout, settings = _layout(q, k, v, chosen, gates, first), (span, scale, select_block_size, _precision(q))
     launch = _span_forward_plan(layout, _by_descriptor(q, k, v), n, *settings)
-    launch(q, k, v, o, lse, mixed, gates, *others, chosen, *offsets, first)
+    launch(q, k, v, o, lse, mixed, gates, *others, chosen, *offsets, first, by_mask)
     return o, lse, mixed
 
 
 def _triton_span_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
     segments: _Segments | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    block_indices: Tensor | None = None, select_block_size: int = 0,
+    block_indices: Tensor | None = None, select_block_size: int = 0, by_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, added to those that are given."""
+    """dq, dk, dv, added to those that are given; where `by_mask` says no, those themselves."""
     given, masked = (dk, dv), block_indices is not None
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (x.new_zeros(x.shape) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
@@ -4458,13 +4484,17 @@ def _triton_span_backward(
     )
     launch_dq, launch_dkv, splits = plan
     dq = _empty(q) if dq is None else dq
-    launch_dq(do, q, k, v, *terms, dq, chosen, *offsets)
+    launch_dq(do, q, k, v, *terms, dq, chosen, *offsets, by_mask)
     if splits > 1:
         dk, dv = torch.empty((2, splits, *k.shape), dtype=torch.float32, device=k.device).unbind()
     elif dk is None:
         dk, dv = _empty(k), _empty(k)
-    launch_dkv(do, q, k, v, *terms, dk, dv, *given, chosen, *offsets)
-    return (dq, dk, dv) if splits == 1 else (dq, dk.sum(0).to(k.dtype), dv.sum(0).to(k.dtype))
+    launch_dkv(do, q, k, v, *terms, dk, dv, *given, chosen, *offsets, by_mask)
+    if splits > 1:
+        dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(k.dtype)
+        if by_mask is not None and given[0] is not None:
+            dk, dv = (torch.where(by_mask, dx, was) for dx, was in zip((dk, dv), given, strict=True))
+    return dq, dk, dv
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4762,7 +4792,8 @@ def _triton_select(
 # 12  Selected attention
 #
 # In short sequences all keys up to the query are read, as in a span, under a mask of the chosen blocks: `_by_mask`.
-# Elsewhere an index says who chose a block.
+# Elsewhere an index says who chose a block. The device alone knows the lengths of packed sequences: where they decide,
+# both ways are launched, and the kernels of one leave all as it is.
 #
 # A pair is (query t, slot s), numbered t·S + s. The loops are exchanged: the block is outside, the queries that chose
 # it are inside, so that a block's keys are read once a tile and no query gathers keys. A second kernel merges the S
@@ -4794,10 +4825,12 @@ def _load_pair_block(
 
 @_kernel(do_not_specialize=["T", "n_pairs", "n_blocks", "n_runs", "t0"])
 def _count_pairs_kernel(
-    block_indices, counts_ptr, of_token, first_ptr, T, n_pairs, n_blocks, n_runs, t0, strides,
+    block_indices, counts_ptr, of_token, first_ptr, by_mask, T, n_pairs, n_blocks, n_runs, t0, strides,
     K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """counts[z, j, run] = number of pairs of this run of RUN pairs that chose block j."""
+    if _other_way_works(by_mask, False):  # what follows finds no tiles
+        return
     run, z = tl.program_id(0), tl.program_id(1)
     blocks_ptr = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2]
     pair = run * RUN + tl.arange(0, RUN)
@@ -4810,14 +4843,16 @@ def _count_pairs_kernel(
 
 @_kernel(do_not_specialize=["T", "n_pairs", "n_blocks", "n_runs", "t0"])
 def _place_pairs_kernel(
-    block_indices, left_ptr, ends_ptr, pairs_ptr, of_token, first_ptr, T, n_pairs, n_blocks, n_runs, t0, strides,
-    K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+    block_indices, left_ptr, ends_ptr, pairs_ptr, of_token, first_ptr, by_mask, T, n_pairs, n_blocks, n_runs, t0,
+    strides, K: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """pairs[ends[z, j, run] − left[z, j, run] + rank] = pair, for the pairs of this run that chose j: a stable sort.
 
     `left` counts those that have no place yet, at first all; `rank` is a pair's rank among them. A run has one program,
     which takes a tile at a time off what is left; so nothing is left to chance.
     """
+    if _other_way_works(by_mask, False):
+        return
     run, z = tl.program_id(0), tl.program_id(1)
     blocks_ptr = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2]
     lane = tl.arange(0, TILE)
@@ -4924,15 +4959,16 @@ def _index_plan(
 
 
 def _index_pairs(
-    plan: _IndexPlan, block_indices: Tensor, of_token: Tensor | None, first: Tensor | None = None
-) -> _PairIndex:
+    plan: _IndexPlan, block_indices: Tensor, of_token: Tensor | None, first: Tensor | None = None,
+    by_mask: Tensor | None = None,
+) -> _PairIndex:  # fmt: skip
     """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place."""
     options = {"dtype": torch.int32, "device": block_indices.device}
     counts = torch.zeros(plan.counts, **options)
     pairs, table, block = (torch.empty(shape, **options) for shape in (plan.pairs, plan.table, plan.block))
-    plan.count(block_indices, counts, of_token, first)
+    plan.count(block_indices, counts, of_token, first, by_mask)
     ends = counts.cumsum(0, dtype=torch.int32)
-    plan.place(block_indices, counts, ends, pairs, of_token, first)
+    plan.place(block_indices, counts, ends, pairs, of_token, first, by_mask)
     plan.cut(ends, table, block)
     return _PairIndex(pairs, table, block)
 
@@ -5032,11 +5068,13 @@ def _store_selected(
 @_kernel(do_not_specialize=["T", "T_keys", "n_tokens", "t0"])
 def _merge_slots_kernel(
     o_part, lse_part, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token, first_ptr,
-    T, T_keys, n_tokens, t0, strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
+    by_mask, T, T_keys, n_tokens, t0, strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] − lse[t]) o_part[t, s]."""
+    if _other_way_works(by_mask, False):
+        return
     z = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
@@ -5074,7 +5112,7 @@ def _merge_slots_kernel(
 @_kernel(do_not_specialize=["T_keys"])
 def _selected_by_query_kernel(
     q_ptr, k_desc, v_desc, k_ptr, v_ptr, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed,
-    of_token, cu_seqlens, first_ptr, T_keys, scale, q_strides, k_strides, v_strides, strides, gate_strides,
+    of_token, cu_seqlens, first_ptr, by_mask, T_keys, scale, q_strides, k_strides, v_strides, strides, gate_strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -5083,6 +5121,8 @@ def _selected_by_query_kernel(
     A tile that a packed sequence's end cuts is loaded from behind all keys, where a descriptor gives 0, so that nothing
     of a neighbour comes along; it follows after the loop, by masked loads, which in the loop would cost its pipeline.
     """
+    if _other_way_works(by_mask, False):
+        return
     PACKED: tl.constexpr = cu_seqlens is not None
     t, z = tl.program_id(0), tl.program_id(1)
     b, k = z // K, z % K
@@ -5148,16 +5188,47 @@ def _query_chunk(B: int, T: int, row_values: int, dtype: torch.dtype) -> int:
     return min(max(_PARTIAL_BYTES // (B * row_values * dtype.itemsize) // 64, 1) * 64, T)
 
 
-def _by_mask(direction: str, q: Tensor, K: int, S: int, select_block_size: int) -> bool:
+@_kernel(do_not_specialize=["n_segments", "useful", "limit"])
+def _by_mask_kernel(cu_seqlens, by_mask, n_segments, useful, limit, CHUNK: tl.constexpr):
+    """by_mask = whether sum_s T_s·max(T_s − useful, 0) <= limit, over the sequences of T_s tokens."""
+    vain = tl.zeros([CHUNK], tl.int64)
+    for first in range(0, n_segments, CHUNK):
+        s = first + tl.arange(0, CHUNK)
+        start = tl.load(cu_seqlens + s, mask=s < n_segments, other=0)
+        T = (tl.load(cu_seqlens + s + 1, mask=s < n_segments, other=0) - start).to(tl.int64)
+        vain += T * tl.maximum(T - useful, 0)
+    tl.store(by_mask, tl.sum(vain, 0) <= limit)
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_mask_plan(segments: int, useful: int, limit: int, device: torch.device) -> _Launch:
+    return _Launch(_by_mask_kernel, (1,), (segments, useful, limit), CHUNK=min(_power_of_2(segments), 1024))
+
+
+def _by_mask(
+    direction: str, q: Tensor, K: int, S: int, select_block_size: int, segments: _Segments | None = None
+) -> bool | Tensor:
     """Whether to read all keys up to the query, under a mask, and not by an index of the chosen ones.
 
     A row then reads T/2 keys on average, most of them in vain; an index has its price too, in launches and in memory
-    for each slot. Packed sequences count as one: one of them may be as long as all.
+    for each slot. One packed sequence of all tokens reads the most in vain, sequences of equal length the fewest. Where
+    these differ, the answer is on the device: both ways are launched, and the kernels of one of them do nothing.
     """
     B, T, H, _ = q.shape
-    rows, key = B * K * _power_of_2(H // K) * T, 1 if q.dtype.itemsize == 2 else 64  # float32 is that much slower
-    vain = T // 2 - S * (select_block_size + _SLOT_KEYS[direction] // key)
-    return select_block_size >= 8 and rows * vain * key <= _MASKED_KEYS[direction]  # smaller blocks: many in a tile
+    heads, key = K * _power_of_2(H // K), 1 if q.dtype.itemsize == 2 else 64  # float32 is that much slower
+    useful = 2 * S * (select_block_size + _SLOT_KEYS[direction] // key)
+    limit = 2 * _MASKED_KEYS[direction] / (heads * key)
+    if select_block_size < 8:  # many in a tile
+        return False
+    longest = B * T * max(T - useful, 0) <= limit
+    if longest or segments is None or heads * T < _ROWS_IN_DOUBT:
+        return longest
+    _, cu_seqlens, n = _token_tables(segments)
+    if T * max(T / max(n, 1) - useful, 0) > limit:
+        return False
+    by_mask = torch.empty(1, dtype=torch.bool, device=q.device)
+    _by_mask_plan(n, useful, int(limit), q.device)(cu_seqlens, by_mask)
+    return by_mask
 
 
 def _block_count(T: int, select_block_size: int, segments: int) -> int:
@@ -5209,10 +5280,16 @@ def _triton_selected_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
     K, S = block_indices.shape[2:]
-    if _by_mask("forward", q, K, S, select_block_size) and first is None:
-        return _span_forward(q, k, v, _Span(0), scale, segments, None, block_indices, select_block_size, gated)
+    by_mask = first is None and _by_mask("forward", q, K, S, select_block_size, segments)
+    flag = by_mask if isinstance(by_mask, Tensor) else None
+    if by_mask is False:
+        o, lse, mixed = _empty_outputs(q, gated)
+    else:
+        masked = (block_indices, select_block_size, gated, flag)
+        o, lse, mixed = _span_forward(q, k, v, _Span(0), scale, segments, None, *masked)
+    if by_mask is True:
+        return o, lse, mixed
     q, k, v, block_indices = (_unit_stride(x) for x in (q, k, v, block_indices))
-    o, lse, mixed = _empty_outputs(q, gated)
     gates, *others = gated or (None, None, None)
     outputs = (o, lse, mixed, gates, *others)
     of_token, cu_seqlens, n = _token_tables(segments)
@@ -5221,14 +5298,14 @@ def _triton_selected_forward(
     large_group = q.shape[2] // k.shape[2] >= _LARGE_GROUP and q.dtype.itemsize == 2
     if large_group and _addressable(k) and _addressable(v):
         launch = _by_query_plan(layout, *settings)
-        launch(q, k, v, k, v, block_indices, *outputs, of_token, cu_seqlens, first)
+        launch(q, k, v, k, v, block_indices, *outputs, of_token, cu_seqlens, first, flag)
         return o, lse, mixed
     rows, chunks = _by_block_plan(layout, n, *settings)
     o_part, lse_part = q.new_empty((rows, q.shape[3])), q.new_empty(rows, dtype=torch.float32)
     for index_plan, attend, merge in chunks:
-        index = _index_pairs(index_plan, block_indices, of_token, first)
+        index = _index_pairs(index_plan, block_indices, of_token, first, flag)
         attend(q, k, v, *index, o_part, lse_part, cu_seqlens, first)
-        merge(o_part, lse_part, block_indices, *outputs, of_token, first)
+        merge(o_part, lse_part, block_indices, *outputs, of_token, first, flag)
     return o, lse, mixed
 
 
@@ -5297,11 +5374,13 @@ def _selected_gradient_kernel(
 
 @_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles"])
 def _sum_tiles_kernel(
-    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, n_segments, T, n_blocks, n_tiles,
+    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, by_mask, n_segments, T, n_blocks, n_tiles,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; with ADD, added to what they hold."""
+    if _other_way_works(by_mask, False):
+        return
     j, split, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry_ptr = table_ptr + (z.to(tl.int64) * n_blocks + j) * 4
     begin, end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
@@ -5322,11 +5401,13 @@ def _sum_tiles_kernel(
 
 @_kernel(do_not_specialize=["T", "n_tokens", "t0"])
 def _sum_slots_kernel(
-    dq_part, block_indices, dq_ptr, of_token, T, n_tokens, t0, strides,
+    dq_part, block_indices, dq_ptr, of_token, by_mask, T, n_tokens, t0, strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; with ADD, added to what dq holds."""
+    if _other_way_works(by_mask, False):
+        return
     z = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
@@ -5385,13 +5466,16 @@ def _triton_selected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given. A block's sums are made by its own programs, in a fixed order."""
     K, S = block_indices.shape[2:]
-    if _by_mask("backward", q, K, S, select_block_size):
-        sums = {"dq": dq, "dk": dk, "dv": dv}
-        masked = {"segments": segments, "block_indices": block_indices, "select_block_size": select_block_size}
-        return _triton_span_backward(do, terms, q, k, v, _Span(0), scale, **sums, **masked)
+    add = (dq is not None, dk is not None)
+    by_mask = _by_mask("backward", q, K, S, select_block_size, segments)
+    flag = by_mask if isinstance(by_mask, Tensor) else None
+    if by_mask is not False:
+        masked = (block_indices, select_block_size, flag)
+        dq, dk, dv = _triton_span_backward(do, terms, q, k, v, _Span(0), scale, dq, segments, dk, dv, *masked)
+    if by_mask is True:
+        return dq, dk, dv
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
     of_token, cu_seqlens, n = _token_tables(segments)
-    add = (dq is not None, dk is not None)
     layout = _layout(q, k, v, block_indices, do, of_token)
     dq_rows, chunks = _selected_backward_plan(layout, n, select_block_size, scale, *add, _precision(q))
     dq = _empty(q) if dq is None else dq
@@ -5399,11 +5483,11 @@ def _triton_selected_backward(
     dk, dv = (_empty(k, sum_dtype) if x is None else x.to(sum_dtype).contiguous() for x in (dk, dv))
     dq_part = q.new_empty((dq_rows, q.shape[3]))
     for index_plan, dk_rows, gradient, sum_tiles, sum_slots in chunks:
-        index = _index_pairs(index_plan, block_indices, of_token)
+        index = _index_pairs(index_plan, block_indices, of_token, None, flag)
         dk_part, dv_part = torch.empty((2, dk_rows, q.shape[3]), dtype=torch.float32, device=q.device).unbind()
         gradient(do, q, k, v, *terms, *index, dq_part, dk_part, dv_part, cu_seqlens)
-        sum_tiles(dk_part, dv_part, index.table, dk, dv, cu_seqlens)
-        sum_slots(dq_part, block_indices, dq, of_token)
+        sum_tiles(dk_part, dv_part, index.table, dk, dv, cu_seqlens, flag)
+        sum_slots(dq_part, block_indices, dq, of_token, flag)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -279,13 +279,16 @@ every_case = pytest.mark.parametrize("case, dtype", IN_BOTH, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
-# The selected branch goes one of two ways: under a mask of the chosen blocks, or by an index of who chose them.
+# The selected branch goes one of two ways: under a mask of the chosen blocks, or by an index of who chose them. Where
+# lengths on the device decide, both are launched, and the answer says which one works.
 WAYS = {"by_mask": math.inf, "by_index": -math.inf}
+IN_DOUBT = {"in_doubt_by_mask": True, "in_doubt_by_index": False}
 BRANCHES_AND_WAYS = (
     *((branch, "by_rule") for branch in (local, compressed)),
     *((branch, way) for branch in (selective, whole) for way in WAYS),
 )
 every_way = pytest.mark.parametrize("way", WAYS, indirect=True)
+in_doubt = pytest.mark.parametrize("way", IN_DOUBT, indirect=True)
 each_branch_every_way, every_branch_every_way = (
     pytest.mark.parametrize(
         "branch, way", pairs, ids=lambda value: getattr(value, "__name__", value), indirect=["way"]
@@ -297,12 +300,20 @@ each_branch_every_way, every_branch_every_way = (
 @contextmanager
 def going(way: str) -> Iterator[None]:
     """The selected branch goes this way, wherever it can; "by_rule": as it would for a user."""
-    was = nsa._MASKED_KEYS
-    nsa._MASKED_KEYS = dict.fromkeys(was, WAYS[way]) if way in WAYS else was
+    keys, by_mask = nsa._MASKED_KEYS, nsa._by_mask
+
+    def answer(direction: str, q: Tensor, *others: Any) -> bool | Tensor:
+        can = by_mask(direction, q, *others) and q.numel() > 0
+        return torch.tensor([IN_DOUBT[way]], device=q.device) if can else by_mask(direction, q, *others)
+
+    if way != "by_rule":
+        nsa._MASKED_KEYS = dict.fromkeys(keys, WAYS.get(way, math.inf))
+    if way in IN_DOUBT:
+        nsa._by_mask = answer
     try:
         yield
     finally:
-        nsa._MASKED_KEYS = was
+        nsa._MASKED_KEYS, nsa._by_mask = keys, by_mask
 
 
 # Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.

@@ -28,9 +28,11 @@ from cases import (
     BRANCHES,
     BRANCHES_AND_WAYS,
     CASES,
+    IN_DOUBT,
     IN_KERNELS,
     LAYOUTS,
     TRITON,
+    WAYS,
     Branch,
     Case,
     EachAlone,
@@ -190,7 +192,7 @@ def warm_up(case: Case, dtype: torch.dtype, layout: str | None = None) -> None:
 def warm_up_packed(packing: Packing, dtype: torch.dtype) -> None:
     with torch.device(DEVICE):
         of, case, x = draw_packed(packing, dtype)
-        for branch, way in BRANCHES_AND_WAYS:
+        for branch, way in (*BRANCHES_AND_WAYS, *((whole, way) for way in IN_DOUBT)):
             with going(way):
                 run(branch, of, case, x)
 
@@ -262,6 +264,19 @@ def test_packed_sequences(branch: Branch, way: str, packing: Packing, dtype: tor
         assert torch.equal(value, again[name]), f"{name} differs from run to run"
     ulps = 4 + case.D**0.5 * (dtype == torch.float32)
     assert_as_exact_as_plain(branch, case, x, actual, EachAlone(oracle.Dense, replace(packing, case=case)), ulps)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("packing, dtype", PACKED, ids=str)
+def test_packed_sequences_whose_lengths_decide(way: str, packing: Packing, dtype: torch.dtype, compiled: None) -> None:
+    """Both ways are launched, and one works: the same bits as of that one alone."""
+    of, case, x = draw_packed(packing, dtype)
+    with going(f"in_doubt_{way}"), poisoned_memory():
+        actual = run(whole, of, case, x)
+    with going(way):
+        expected = run(whole, of, case, x)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), f"{name} differs"
 
 
 def assert_valid_choice(chosen: Tensor, importance: Tensor, case: Case, tolerance: float) -> None:
@@ -564,6 +579,33 @@ def test_cuda_graph_of_forward_and_backward(packed: bool, compiled: None) -> Non
     for name, actual, expected in zip(("o", *BRANCHES[whole]), captured, step(), strict=True):
         assert torch.equal(actual, expected), f"{name} differs from what runs without a graph"
         assert torch.isfinite(actual).all(), f"{name} is not finite"
+
+
+@pytest.mark.parametrize("G", [4, 16])
+def test_cuda_graph_goes_the_other_way(G: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay on other lengths decides anew between the mask and the index."""
+    answers, ask, packing = [], nsa._by_mask, Packing(real(G, 64), (256,) * 4)
+    monkeypatch.setattr(nsa, "_by_mask", lambda *given: answers.append(ask(*given)) or answers[-1])
+    monkeypatch.setattr(nsa, "_SLOT_KEYS", dict.fromkeys(nsa._SLOT_KEYS, -56))  # a slot is worth 8 keys
+    monkeypatch.setattr(nsa, "_MASKED_KEYS", dict.fromkeys(nsa._MASKED_KEYS, G * 400_000))
+    monkeypatch.setattr(nsa, "_ROWS_IN_DOUBT", 0)
+    of, case, x = draw_packed(packing, torch.bfloat16)
+    rows = (1, 1024 // case.stride, case.K, case.D)
+    x |= {name: DeviceRandom(1)(rows, torch.bfloat16).requires_grad_() for name in ("k_cmp", "v_cmp")}
+    leaves = [x[name] for name in BRANCHES[whole]]
+
+    def step() -> tuple[Tensor, ...]:
+        (o,) = whole(of, case, x)
+        return o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
+
+    graph, captured = capture(step)
+    in_graph = answers[-2:]
+    for lengths, by_mask in (((256,) * 4, True), ((900, 60, 60, 4), False), ((200, 300, 274, 250), True)):
+        of.cu_seqlens.copy_(edges(lengths))
+        graph.replay()
+        assert [answer.item() for answer in in_graph] == [by_mask] * 2
+        for name, actual, expected in zip(("o", *BRANCHES[whole]), captured, step(), strict=True):
+            assert torch.equal(actual, expected), f"{name} differs from what runs without a graph"
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -249,6 +249,25 @@ def test_pairs_in_order_of_their_block(
         assert first_tile <= index.block.shape[1] and (index.block[z, first_tile:] == N).all()
 
 
+@interpreted
+def test_the_way_that_does_not_work_leaves_all_as_it_is(random: Random, poisoned: None) -> None:
+    """A number on the device says which one works: see `_by_mask`."""
+    case = Case("both_ways", T=40, H=6, K=2, D=16, select_block_size=8, topk_blocks=3)
+    x = {name: tensor.detach() for name, tensor in draw(selective, case, random, torch.float16).items()}
+    tensors, chosen, terms = (x["q"], x["k"], x["v"]), x["block_indices"], nsa._RowTerms(torch.ones(1), torch.ones(1))
+    by_mask, by_index = torch.tensor([True]), torch.tensor([False])
+    for o in nsa._span_forward(*tensors, nsa._Span(0), 0.1, None, None, chosen, 8, (), by_index)[:2]:
+        assert o.isnan().all()
+    given = [random(t.shape, torch.float16) for t in tensors]
+    sums = [t.clone() for t in given]
+    of = (nsa._Span(0), 0.1, sums[0], None, *sums[1:], chosen, 8, by_index)
+    for dx, was in zip(nsa._triton_span_backward(x["q"], terms, *tensors, *of), given, strict=True):
+        assert torch.equal(dx, was)
+    plan = nsa._index_plan(nsa._layout(chosen)[0], 0, case.T, 5, 8, 64, 3)
+    assert (nsa._index_pairs(plan, chosen, None, None, by_mask).block == 5).all(), "there are tiles"
+    assert (nsa._index_pairs(plan, chosen, None, None, by_index).block < 5).any(), "there are none"
+
+
 # Sums over chunks are kept in float32: where that is the dtype of the results, they are the results.
 @interpreted
 @pytest.mark.parametrize(
@@ -680,7 +699,8 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
             on.selected_forward(q, k, k, chosen, 64, scale, **packed)
             on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, **packed)
     if "masked" in launched:
-        with going("by_mask"):
+        lengths_decide = cu_seqlens is not None and "selective" in launched
+        with going("in_doubt_by_mask" if lengths_decide else "by_mask"):
             on.selected_forward(q, k, k, chosen, 64, scale, gated=(gates, q, q), **packed)
             on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, dk=k, dv=k, **packed)
     if "select" in launched:

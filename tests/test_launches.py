@@ -103,8 +103,9 @@ def check_launches() -> None:
             torch.autograd.grad(o, x, torch.ones_like(o))
         return dict(counts)
 
-    by_index = {"forward": -(2**40), "backward": -(2**40)}
-    for masked, plain in ((nsa._MASKED_KEYS, 2**15), (nsa._MASKED_KEYS, 0), (by_index, 0)):
+    by_index, in_doubt = ({"forward": keys, "backward": keys} for keys in (-(2**40), 30000))
+    nsa._SLOT_KEYS, nsa._ROWS_IN_DOUBT = {"forward": 0, "backward": 0}, 0
+    for masked, plain in ((nsa._MASKED_KEYS, 2**15), (nsa._MASKED_KEYS, 0), (by_index, 0), (in_doubt, 0)):
         nsa._MASKED_KEYS, nsa._PLAIN_ROWS = masked, plain
         for T, heads, sizes, layout in itertools.product(LENGTHS, HEADS, SIZES, ("plain", "strided", "packed")):
             for dtype in DTYPES:

@@ -33,9 +33,11 @@ from cases import (
     compressed,
     double,
     each_branch_every_way,
+    edges,
     every_branch,
     every_way,
     gradients,
+    in_doubt,
     interpreted,
     local,
     run,
@@ -402,6 +404,91 @@ def test_kernels_of_the_whole(packing: Packing, way: str, random: Random) -> Non
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "branch, packing, dtype",
+    [
+        (whole, GROUP_1, torch.float16),
+        (whole, NO_BLOCK, torch.float32),
+        (selective, GROUP_3, torch.float16),
+        (selective, replace(GROUP_16, case=replace(GROUP_16.case, D=16)), torch.float16),
+        *(slow(whole, *each) for each in IN_KERNELS),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@in_doubt
+def test_kernels_where_lengths_decide(
+    branch: Branch, packing: Packing, dtype: torch.dtype, way: str, random: Random, poisoned: None
+) -> None:
+    """Both ways are launched, and one works; it adds to the gradients of other branches, or to none."""
+    assert_kernels_as_exact_as_plain(branch, packing, dtype, random)
+
+
+@interpreted
+@pytest.mark.parametrize("branch", [slow(selective), whole], ids=lambda branch: branch.__name__)
+@pytest.mark.parametrize("pieces", ["splits_of_the_queries", "chunks_of_64_queries", "every_loop_by_query"])
+@in_doubt
+def test_where_lengths_decide_in_small_pieces(
+    branch: Branch, pieces: str, way: str, random: Random, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over splits, of the way under a mask, and over chunks, of the one by an index, leave those of the other."""
+    for name, value in SMALL_PIECES.get(pieces, {"_splits": lambda *_: 3}).items():
+        monkeypatch.setattr(nsa, name, value)
+    packing = replace(GROUP_1, case=replace(GROUP_1.case, D=16, K=1))
+    assert_kernels_as_exact_as_plain(branch, packing, torch.float16, random)
+
+
+# Sequences of 90 tokens in all: short, long and mixed.
+DECIDED = {(30, 30, 30): True, (23, 38, 29): True, (20, 30, 40): False, (2, 87, 1): False, (90, 0, 0): False}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.float32)], ids=str)
+@pytest.mark.parametrize("lengths", DECIDED, ids=str)
+def test_lengths_decide(
+    lengths: tuple[int, ...], dtype: torch.dtype, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host launches the same for all of them, as it knows only the shapes."""
+    answers, ask, packing = [], nsa._by_mask, replace(GROUP_1, lengths=lengths)
+    key, slot_keys = 1 if dtype == torch.float16 else 64, 1 - packing.case.select_block_size  # a slot is worth one key
+    monkeypatch.setattr(nsa, "_by_mask", lambda *given: answers.append(ask(*given)) or answers[-1])
+    monkeypatch.setattr(nsa, "_MASKED_KEYS", dict.fromkeys(nsa._MASKED_KEYS, 2300 * key))
+    monkeypatch.setattr(nsa, "_SLOT_KEYS", dict.fromkeys(nsa._SLOT_KEYS, slot_keys * key))
+    monkeypatch.setattr(nsa, "_ROWS_IN_DOUBT", 0)
+    assert_kernels_as_exact_as_plain(whole, packing, dtype, random)
+    assert [answer.tolist() for answer in answers] == [[DECIDED[lengths]]] * 2
+
+
+@interpreted
+def test_the_device_decides_as_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of equal length as so many rows; others by the sum of what they read in vain."""
+    monkeypatch.setattr(nsa, "_ROWS_IN_DOUBT", 0)
+    pick, asked = python_random.Random(1), {True: 0, False: 0}
+
+    def decide(direction: str, shape: tuple[int, ...], lengths: list[int] | None = None) -> bool | Tensor:
+        q, segments = torch.empty(shape, dtype=torch.float16), None
+        if lengths is not None:
+            segments = nsa._Segments(edges(lengths), of_token=torch.empty(0))
+        return nsa._by_mask(direction, q, 2, 2, 16, segments)
+
+    for _ in range(300):
+        n, T = pick.choice([1, 2, 7, 40, 1100]), pick.randrange(1, 400)
+        limit, direction = pick.randrange(1, 9 * n * T * T), pick.choice(["forward", "backward"])
+        monkeypatch.setattr(nsa, "_MASKED_KEYS", dict.fromkeys(nsa._MASKED_KEYS, limit))
+        alike = decide(direction, (1, n * T, 6, 1), [T] * n)
+        assert bool(alike) == decide(direction, (n, T, 6, 1))
+        lengths = torch.tensor([0, *sorted(pick.randrange(n * T + 1) for _ in range(n - 1)), n * T]).diff().tolist()
+        answer = decide(direction, (1, n * T, 6, 1), lengths)
+        useful = 2 * 2 * (16 + nsa._SLOT_KEYS[direction])
+        assert bool(answer) == (sum(8 * t * max(t - useful, 0) for t in lengths) <= 2 * limit)
+        if isinstance(answer, Tensor):
+            asked[answer.item()] += 1
+    assert min(asked.values()) > 20, asked
+    monkeypatch.undo()
+    assert decide("forward", (1, 2**14, 6, 1), [512] * 32) is False  # to launch both ways would cost too much
+    assert decide("forward", (1, 2**15, 6, 1), [512] * 64).item() is True
+
+
+@interpreted
 @pytest.mark.parametrize("packing", [GROUP_3, slow(GROUP_16)], ids=str)
 @each_branch_every_way
 def test_keys_through_descriptors(
@@ -495,6 +582,8 @@ def test_kernels_are_blind_to_the_neighbours(way: str, random: Random) -> None:
         (torch.float16, 16, "by_index"),
         (torch.float32, 16, "by_index"),
         (torch.float16, 16, "by_mask"),
+        (torch.float16, 3, "in_doubt_by_index"),
+        (torch.float16, 3, "in_doubt_by_mask"),
     ],
     ids=str,
     indirect=["way"],
