@@ -604,7 +604,8 @@ class NativeSparseAttention(nn.Module):
         both = (self.compress_k, k), (self.compress_v, v)
         if all(type(c) is TokenCompressor and c._has_kernels(x) and _untouched(c, c.method) for c, x in both):
             of_k, of_v = self.compress_k.method, self.compress_v.method
-            if type(of_k) is type(of_v) and (of_k.block, of_k.stride) == (of_v.block, of_v.stride):
+            shapes = [[w.shape for w in c._parameters.values()] for c in (of_k, of_v)]
+            if type(of_k) is type(of_v) and of_k.stride == of_v.stride and shapes[0] == shapes[1]:
                 return _compress_heads((of_k, k), (of_v, v))  # share their launches
         return self.compress_k(k, heads=True), self.compress_v(v, heads=True)
 
@@ -3528,8 +3529,8 @@ _DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
 _NARROW = 64  # the narrowest tile of blocks to choose from, where queries at any position may come
 _RUN = 1024  # pairs that one program counts or places; more where the counts would pass their limit
 _CUT = 2048  # blocks that are cut into tiles at a time
-_MASKED_KEYS = {"forward": 2**27, "backward": 3 * 2**24}  # keys read in vain, over all rows, that save an index
-_SLOT_KEYS = {"forward": 64, "backward": 0}  # keys that a row could read for what a slot costs it besides its block
+_MASKED_KEYS = {"forward": 2**27, "backward": 2**25}  # keys read in vain, over all rows, that save an index
+_SLOT_KEYS = {"forward": 64, "backward": 32}  # keys that a row could read for what a slot costs it besides its block
 _ROWS_IN_DOUBT = 2**18  # packed query rows from which it pays to launch both ways, where lengths decide which one works
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
 _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits

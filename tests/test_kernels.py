@@ -675,7 +675,7 @@ SPILLS = {
 # Triton spill up to 20 in masked_dq.
 PACKED_SPILLS = SPILLS | {"local_dq": (5, 16), "local_dkv": (16, 32), "masked_dkv": (33, 72),
                            "masked_dq": (0, 24), "selected_gradient": (42, 56)}  # fmt: skip
-NARROW_SPILLS = {"merge_slots": (0, 4)}  # at head dim 64: 2 with Triton 3.8
+NARROW_SPILLS = {"merge_slots": (0, 4), "choose": (0, 4)}  # at head dim 64: 2 with Triton 3.8 and with 3.9
 POINTER_SPILLS = NARROW_SPILLS | {"masked_dkv": (3, 8)}  # as found with Triton 3.6
 
 
