@@ -3537,7 +3537,7 @@ _SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
 _DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
 _MERGED = 16384  # numbers of partial outputs that are merged at once
-_PLAIN_ROWS = 2**15  # query rows up to which tensors come by plain pointers, because descriptors cost the host time
+_PLAIN_ROWS = 2**17  # query rows up to which tensors come by plain pointers, because descriptors cost the host time
 _FAR = 2**30  # a window that sees everything, and still fits 32 bits when a position is added
 
 
