@@ -56,6 +56,7 @@ Part I is complete by itself: without Part II the library is pure PyTorch.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -3629,23 +3630,31 @@ class _Launch:
     ) -> None:  # fmt: skip
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self.views = list((views or {}).items())
-        self._dtypes: list[torch.dtype | None] = []
+        self._last: tuple[Any, ...] = None, None, None  # dtypes of a launch, its function, what was compiled
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        dtypes = [None if x is None else x.dtype for x in tensors]
-        addresses: list[Any] = [None if x is None else x.data_ptr() for x in tensors]
-        aligned = not any([x % 16 for x in addresses if x])
-        direct = _DIRECT_LAUNCH and aligned and not _launch_hooks()
-        if direct and dtypes == self._dtypes:
+        dtypes: list[torch.dtype | None] = []
+        addresses: list[Any] = []
+        bits = 0  # that are set in any address
+        for x in tensors:
+            if x is None:
+                dtypes.append(None)
+                addresses.append(None)
+            else:
+                address = x.data_ptr()
+                bits |= address
+                dtypes.append(x.dtype)
+                addresses.append(address)
+        direct = _DIRECT_LAUNCH and bits % 16 == 0 and not _launch_hooks()
+        last, launch, _ = self._last  # at once: another thread may launch the same
+        if direct and dtypes == last:
             for i, view in self.views:
                 addresses[i] = _descriptor(tensors[i], *view)
-            # Of a tensor, Triton would ask the driver whether it is on the GPU.
-            self._run(*self._grid, self._stream_of(self._device), *self._before, *addresses, *self._after)
+            launch(addresses)
             return
         compiled = self.kernel[self.grid](*self.arguments(*tensors), **self.constants)
-        if _DIRECT_LAUNCH and aligned and compiled is not None:
-            self._remember(compiled)
-            self._dtypes = dtypes  # last: another thread may launch the same
+        if direct and compiled is not None:
+            self._last = dtypes, self._direct(compiled), compiled  # kept: Triton unloads what nobody has
 
     def arguments(self, *tensors: Tensor | None) -> list[Any]:
         """Arguments of the kernel but for its constants."""
@@ -3654,14 +3663,36 @@ class _Launch:
             arguments[i] = _descriptor(tensors[i], *view)
         return [*arguments, *self.numbers]
 
-    def _remember(self, compiled: Any) -> None:
-        """Prepares compiled.run(*grid, stream, function, metadata of kernel and launch, two hooks, *arguments)."""
+    def _direct(self, compiled: Any) -> Callable[[list[Any]], None]:
+        """Launch of what was compiled, by the addresses of tensors; all else is prepared.
+
+        Of a tensor itself, Triton would ask the driver whether it is on the GPU.
+        """
         driver, parameters = triton.runtime.driver.active, inspect.signature(self.kernel.fn).parameters
-        self._device, self._stream_of = driver.get_current_device(), driver.get_current_stream
-        self._grid = (*self.grid, 1, 1)[:3]
-        self._before = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._after = (*self.numbers, *(self.constants[name] for name in parameters if name in self.constants))
-        self._run = compiled.run
+        after = (*self.numbers, *(self.constants[name] for name in parameters if name in self.constants))
+        stream, arguments = object(), object()  # stand for what comes with each launch
+        given = (*(*self.grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None)
+        launch, (*given, last) = _driver_call(compiled.run, (*given, arguments))
+        i, device, stream_of = given.index(stream), driver.get_current_device(), driver.get_current_stream
+        before, between = given[:i], given[i + 1 :]
+        if last is arguments:
+            return lambda addresses: launch(*before, stream_of(device), *between, *addresses, *after)
+        return lambda addresses: launch(*before, stream_of(device), *between, (*addresses, *after))
+
+
+def _driver_call(run: Any, given: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Function in C that Triton's launcher, `run`, calls when it is given this, the kernel's arguments last, and how.
+
+    What the launcher adds stays the same, unless it allocates memory or instruments the kernel: then `run` itself.
+    """
+    varying = ("scratch_size", "_enabled")
+    if not hasattr(run, "launch") or any(value for name, value in vars(run).items() if name.endswith(varying)):
+        return run, given
+    recorder, calls = copy.copy(run), []
+    recorder.launch = lambda *arguments: calls.append(arguments)
+    recorder(*given)
+    ((*_, last),) = calls
+    return (run.launch, *calls) if last in (given[-1], given[-1:]) else (run, given)
 
 
 def _launch_hooks() -> bool:

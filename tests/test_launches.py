@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,42 @@ def tensors(random: Random, T: int, H: int, K: int, D: int, C: int, dtype: torch
     return made
 
 
+def launcher(function: Callable[..., None], **sizes: int) -> Any:
+    """Triton's launcher for CUDA, which gives its arguments and what it adds to them to `function`."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    made = CudaLauncher.__new__(CudaLauncher)
+    made.launch, made.launch_cooperative_grid, made.launch_pdl, made.num_ctas = function, False, True, 1
+    made.gsan_enabled, made.arg_annotations, made.kernel_signature = False, ["of arguments"], b"signature"
+    for name in ("global_scratch", "profile_scratch"):
+        setattr(made, f"{name}_size", sizes.get(name, 0))
+        setattr(made, f"{name}_align", 1)
+    return made
+
+
+def check_launchers() -> None:
+    """Triton's launcher is left out where it only passes arguments on."""
+    for kind in ("plain", "global_scratch", "profile_scratch", "unknown"):
+        calls: list[tuple[Any, ...]] = []
+        in_c = lambda *arguments: calls.append(arguments)  # noqa: B023, E731
+        run = in_c if kind == "unknown" else launcher(in_c, **{kind: 64})
+        given = (2, 3, 1, "stream", "function", "metadata", None, None, None, "arguments")
+        function, expected = nsa._driver_call(run, given)
+        assert not calls
+        if kind == "plain":
+            run(*given)
+            assert function is in_c
+            assert calls == [expected]
+        else:
+            assert function is run
+            assert expected is given
+
+
 def check_launches() -> None:
     """Each launch of a compiled kernel is of the one that Triton would choose, with the arguments that it would pass.
 
-    Nothing is compiled: instead of a kernel there is Triton's own description of what it would compile.
+    Nothing is compiled: instead of a kernel there is Triton's own description of what it would compile, and Triton's
+    own launcher, but for the function in C.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -48,17 +81,14 @@ def check_launches() -> None:
         """All that Triton asks about a device."""
 
         get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
+        get_current_stream = staticmethod(lambda device: 7)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
     class Compiled:
-        function = packed_metadata = None
+        function, packed_metadata = 123, (4, 1, 0)
 
         def __init__(self, kind: tuple[str, ...]) -> None:
-            self.kind = kind
-
-        def run(self, *arguments: Any) -> None:
-            launches.append((self.kind, arguments[9:]))  # behind grid, stream, function, two of metadata, two hooks
+            self.run = launcher(lambda *arguments: launches.append((kind, self, arguments)))
 
     def kind_of(kernel: JITFunction, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[str, ...]:
         _, kind, options = kernel.device_caches[0][-1](*arguments, **constants)
@@ -72,18 +102,22 @@ def check_launches() -> None:
         launches.clear()
         before(self, *pointers)
         if launches:
-            ((kind, given),) = launches
+            ((kind, compiled, _),) = launches
             expected = self.arguments(*pointers)
             assert kind == kind_of(self.kernel, expected, self.constants)
             names = self.kernel.arg_names[len(expected) :]
             expected = (*expected, *(self.constants[name] for name in names))
             addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in expected]
-            assert list(given) == addresses, kind[0]
+            metadata = (compiled.packed_metadata, None, None, None)
+            compiled.run(*(*self.grid, 1, 1)[:3], 7, compiled.function, *metadata, *addresses)
+            (_, _, given), (_, _, of_triton) = launches
+            assert given == of_triton, kind[0]
             counts["direct"] += 1
             kernels.add(kind[0])
 
     launches, kernels, counts, before = [], set(), {"looked up": 0, "direct": 0}, nsa._Launch.__call__
     driver.set_active(Hopper())
+    check_launchers()
     JITFunction.run, nsa._Launch.__call__ = look_up, launch
     nsa._num_sms = lambda device: 132
     nsa._BACKENDS["triton"] = nsa._BACKENDS["triton"]._replace(obstacle=lambda *_, **__: None)
