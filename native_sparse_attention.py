@@ -6478,9 +6478,8 @@ def _triton_compress(
     positions, w_ins, b_ins, w_outs, b_outs = zip(first, first if n == 1 else second, strict=True)
     layers = 1 if w_outs[0] is None else 2
     plan = _compress_plan(_layout(x), n, w_ins[0].shape[0], layers, positions[0].shape[0], stride)
-    options = {"dtype": x.dtype, "device": x.device}
-    y, hidden = torch.empty(plan.y, **options), torch.empty(plan.hidden, **options)
-    parts = None if plan.parts is None else torch.empty(plan.parts, dtype=torch.float32, device=x.device)
+    y, hidden = x.new_empty(*plan.y), x.new_empty(*plan.hidden)
+    parts = None if plan.parts is None else x.new_empty(*plan.parts, dtype=torch.float32)
     units = hidden if layers == 2 else None
     out = parts if parts is not None else y if units is None else units
     plan.first(x, x_2, *positions, *w_ins, *b_ins, out)
@@ -6529,15 +6528,15 @@ def _triton_compress_backward(
     plan = _compress_backward_plan(_layout(x, dy[0]), n, w_ins[0].shape[0], layers, positions[0].shape[0], stride)
     dh, active = dy, None
     if layers == 2:
-        dhidden, active = torch.empty((2, *hidden.shape), dtype=hidden.dtype, device=x.device).unbind()
+        dhidden, active = hidden.new_empty(2, *hidden.shape).unbind()
         plan.dhidden(*dy, *w_outs, hidden, dhidden, active)
         dh = dhidden[0], dhidden[-1]
-    dx = torch.empty((n, *x.shape) if of_x else 0, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(n, *x.shape) if of_x else x.new_empty(0)
     if of_x:
         plan.dx(*dh, *w_ins, dx)
     if not of_weights:
         return dx, x.new_empty(0)
-    dw = torch.empty(plan.dw_shape, dtype=torch.float32 if len(plan.dw_shape) > 1 else x.dtype, device=x.device)
+    dw = x.new_empty(*plan.dw_shape, dtype=torch.float32 if len(plan.dw_shape) > 1 else x.dtype)
     plan.dw(*dh, x, x_2, *positions, *w_ins, *dy, active, dw)
     return dx, dw if dw.ndim == 1 else dw.sum(1).flatten().to(x.dtype)
 
