@@ -505,7 +505,7 @@ class NativeSparseAttention(nn.Module):
         for layer in (self.to_q, self.to_k, self.to_v):
             if type(layer) is not nn.Linear or not _untouched(layer):
                 return None
-            tensors += layer._parameters.values()  # weight and bias
+            tensors += [layer.weight, layer.bias]
         if self.gate_weight is not None:
             tensors += [self.gate_weight, self.gate_bias]
         given = [y for y in tensors if y is not None]
@@ -522,7 +522,7 @@ class NativeSparseAttention(nn.Module):
             method = compressor.method
             if type(method) not in _COMPRESSOR_CLASSES.values():
                 return None
-            of = list(method._parameters.values())  # in the order of the kernel's arguments
+            of = [getattr(method, name) for name in method.weights]
             fits = not of or len(of[2]) * k.shape[3] * k.element_size() <= _FUSED_BYTES
             if not fits or any(x.dtype != k.dtype or not x.is_contiguous() for x in of):
                 return None
@@ -608,7 +608,7 @@ class NativeSparseAttention(nn.Module):
         if type(compress_k) is type(compress_v) is TokenCompressor:
             of_k, of_v = compress_k._of_kernels(k), compress_v._of_kernels(v)
             if of_k is not None and of_v is not None and _untouched(compress_k, of_k, compress_v, of_v):
-                shapes = [[w.shape for w in c._parameters.values()] for c in (of_k, of_v)]
+                shapes = [[getattr(c, name).shape for name in c.weights] for c in (of_k, of_v)]
                 if type(of_k) is type(of_v) and of_k.stride == of_v.stride and shapes[0] == shapes[1]:
                     return _compress_heads((of_k, k), (of_v, v))  # share their launches
         return compress_k(k, heads=True), compress_v(v, heads=True)
@@ -694,6 +694,8 @@ class _Compressor(nn.Module):
     Weights are plain parameters rather than nn.Linear or nn.Conv1d: the start near the mean of the block, from which
     the ranking of blocks is useful at once, then survives a model's own `model.apply(init_weights)`.
     """
+
+    weights: tuple[str, ...] = ()  # names of the parameters, in the order in which kernels take them
 
     def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
         super().__init__()
@@ -788,6 +790,8 @@ class GroupedMLPCompressor(_LearnedCompressor):
     torch.Size([2, 5, 64])
     """
 
+    weights = ("position", "w_in", "b_in", "w_out", "b_out")
+
     def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
         super().__init__(dim, block, stride)
         self.w_in, self.b_in = nn.Parameter(torch.empty(2 * dim, block * dim)), nn.Parameter(torch.empty(2 * dim))
@@ -814,6 +818,8 @@ class Conv1dCompressor(_LearnedCompressor):
     >>> Conv1dCompressor(64, block=32, stride=16)(torch.randn(2, 100, 64)).shape
     torch.Size([2, 5, 64])
     """
+
+    weights = ("position", "weight", "bias")
 
     def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
         super().__init__(dim, block, stride)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import Last, Random, interpreted
+from torch.nn.utils import prune
 
 import native_sparse_attention as nsa
 
@@ -175,6 +176,24 @@ def test_layers_that_do_more_than_multiply(random: Random, monkeypatch: pytest.M
         expected = attention(x)
         monkeypatch.setitem(nsa._BACKENDS, "triton", kernels)
         pieces = [attention(piece, cache=cache) for piece in x.split([21, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@interpreted
+def test_parameters_in_another_order(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning that has been made permanent leaves a weight behind the parameters that followed it."""
+    kernels = nsa._BACKENDS["triton"]._replace(preferred=lambda device: True)
+    sizes = {"seq_len": 64, "local_window": 12, "block_size": 8, "topk_blocks": 3}
+    attention = nsa.NativeSparseAttention(nsa.NSAConfig(dim=32, heads=2, dim_head=16, bias=True, **sizes)).eval()
+    for layer, name in ((attention.to_k, "weight"), (attention.compress_k.method, "w_in")):
+        prune.random_unstructured(layer, name, amount=0.5)
+        prune.remove(layer, name)
+        assert list(layer._parameters)[-1] == name
+    x, cache = random((1, 24, 32), torch.float32), nsa.NSACache(attention.cfg, 1, 40)
+    with torch.no_grad():
+        expected = attention(x)
+        monkeypatch.setitem(nsa._BACKENDS, "triton", kernels)
+        pieces = [attention(piece, cache=cache) for piece in x.split([15, *[1] * 9], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
 
 
