@@ -153,7 +153,7 @@ class NoGraph:
 
 @pytest.fixture
 def gpu_on_a_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    once = lambda runs, repeats=1, wall=gpu.wall: wall(runs, 1)  # noqa: E731
+    once = lambda runs, wall=gpu.wall, **_: wall(runs, 1)  # noqa: E731
     fakes = {"DEVICE": "cpu", "DTYPE": torch.float32, "Captured": NoGraph, "leaves_of": on_a_cpu, "wall": once}
     for name, value in fakes.items():
         monkeypatch.setattr(gpu, name, value)
