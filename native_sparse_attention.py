@@ -1837,9 +1837,10 @@ class _Backend(NamedTuple):
     span_forward(q, k, v, span, scale, segments) → o, lse
     span_backward(do, terms, q, k, v, span, scale, dq, segments) → dq, dk, dv; added to the dq that is given
     select(q, k_cmp, lse, choice, scale, segments) → block_indices
-    selected_forward(q, k, v, block_indices, l', scale, gated, segments) → o, lse, and the gated sum of all branches
-        where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
-    selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments) → dq, dk, dv; likewise
+    selected_forward(q, k, v, block_indices, l', scale, gated, segments, index) → o, lse, and the gated sum of all
+        branches where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
+    selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments, index) → dq, dk, dv; likewise
+        `index`: memory from `_index_room`, in which a forward may leave to its backward what it has worked out
     preprocess(do, outputs, lses, kv_heads, gates, dlse) → the terms of each branch, dgates
     decode(q, tokens, blocks, logits, first, of_token, window, choice, scale) → o
     segments(cu_seqlens, total, keys, block_size, stride) → `_Segments`
@@ -2181,6 +2182,15 @@ def _(q: Tensor, k_cmp: Tensor, *others: Any) -> Tensor:
     return q.new_empty(*q.shape[:2], k_cmp.shape[2], topk_blocks, dtype=torch.int32)
 
 
+def _index_room(q: Tensor, K: int, S: int, select_block_size: int, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    """Memory for an index: four numbers of each block, one of each slot of a query; none for PyTorch's backend."""
+    B, T = q.shape[:2]
+    if backend == "torch":
+        return q.new_empty(B, T, 0, dtype=torch.int32)
+    blocks = T // select_block_size + (1 if cu_seqlens is None else cu_seqlens.shape[0])  # as many as there are, or one more
+    return q.new_empty(B * K * (4 * blocks + T * S), dtype=torch.int32)
+
+
 @_operator
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
@@ -2188,18 +2198,19 @@ def _attention_forward(
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o; o of the local, the compressed and the selective branch; their lse; block_indices."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o; o of the local, the compressed and the selective branch; their lse; block_indices, and an index of them."""
     on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
     o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **packed)
     o_compressed, lse_compressed = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, **packed)
     chosen = on.select(q, k_cmp, lse_compressed, choice, scale, **packed)
+    index = _index_room(q, k.shape[2], topk_blocks, select_block_size, cu_seqlens, backend)
     o_selective, lse_selective, o = on.selected_forward(
-        q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), **packed
+        q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), index=index, **packed
     )
-    return o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen
+    return o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen, index
 
 
 @_fake_of(_attention_forward)
@@ -2210,7 +2221,9 @@ def _(
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
-    return *_fake_like(q), *outputs, *lses, q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
+    chosen = q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
+    index = _index_room(q, k.shape[2], topk_blocks, select_block_size, cu_seqlens, backend)
+    return *_fake_like(q), *outputs, *lses, chosen, index
 
 
 torch.library.register_autograd(_attention_forward.operator, _refuse_gradients, lib=_OPERATORS)
@@ -2220,7 +2233,7 @@ torch.library.register_autograd(_attention_forward.operator, _refuse_gradients, 
 def _attention_backward(
     do: Tensor,
     o_local: Tensor, o_compressed: Tensor, o_selective: Tensor,
-    lse_local: Tensor, lse_compressed: Tensor, lse_selective: Tensor, block_indices: Tensor,
+    lse_local: Tensor, lse_compressed: Tensor, lse_selective: Tensor, block_indices: Tensor, index: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
     k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
@@ -2239,7 +2252,9 @@ def _attention_backward(
     span = _Span(0, block_size, stride)
     dq, dk_cmp, dv_cmp = on.span_backward(do, compressed, q, k_cmp, v_cmp, span, scale, dq=dq, **packed)
     sums = {"dq": dq} if own_keys else {"dq": dq, "dk": dk_local, "dv": dv_local}
-    dq, dk, dv = on.selected_backward(do, selective, q, k, v, block_indices, select_block_size, scale, **sums, **packed)
+    dq, dk, dv = on.selected_backward(
+        do, selective, q, k, v, block_indices, select_block_size, scale, index=index, **sums, **packed
+    )
     if not own_keys:
         dk_local, dv_local = k.new_empty(0), v.new_empty(0)
     return dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates, dk_local, dv_local
@@ -2247,7 +2262,7 @@ def _attention_backward(
 
 @_fake_of(_attention_backward)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, k_local, v_local = arguments[8:16]
+    *inputs, k_local, v_local = arguments[9:17]
     local = _fake_like(k_local, v_local) if k_local is not None else [x.new_empty(0) for x in inputs[1:3]]
     return *_fake_like(*inputs), *local
 
@@ -3088,6 +3103,7 @@ def _merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 def _torch_selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
     gated: tuple[Tensor, ...] = (), segments: _Segments | None = None, first: int | Tensor = 0,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o, lse; and the gated sum, where gates and the outputs of the other branches are given."""
     by_query = _by_query(q, segments, first)
@@ -3121,7 +3137,7 @@ def _torch_selected_forward(
 def _torch_selected_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
     scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    segments: _Segments | None = None,
+    segments: _Segments | None = None, index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given."""
     dq = _wide_zeros(q) if dq is None else dq
@@ -4840,7 +4856,8 @@ def _triton_select(
 # A pair is (query t, slot s), numbered t·S + s. The loops are exchanged: the block is outside, the queries that chose
 # it are inside, so that a block's keys are read once a tile and no query gathers keys. A second kernel merges the S
 # partial results of each query. In large groups, whose heads fill a tile by themselves, the forward keeps the query
-# outside. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES.
+# outside. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. Where all are in one,
+# the backward takes the index of its forward.
 #
 # The index is that of a sparse matrix in CSR form, the pairs of each block side by side. Four queries, two slots:
 #
@@ -4940,10 +4957,10 @@ def _cut_tiles_kernel(
         end = tl.load(ends_ptr + (cell + 1) * n_runs - 1, mask=exists, other=0)
         tiles = tl.where(exists, ((end - begin) * GROUP + (SIZE - 1)) // SIZE, 0)
         tile_end = total + tl.cumsum(tiles, axis=0)
-        tl.store(table_ptr + j * 4, begin, mask=exists)
-        tl.store(table_ptr + j * 4 + 1, end, mask=exists)
-        tl.store(table_ptr + j * 4 + 2, tile_end - tiles, mask=exists)
-        tl.store(table_ptr + j * 4 + 3, tile_end, mask=exists)
+        tl.store(table_ptr + j * 4, tile_end - tiles, mask=exists)
+        tl.store(table_ptr + j * 4 + 1, tile_end, mask=exists)
+        tl.store(table_ptr + j * 4 + 2, begin, mask=exists)
+        tl.store(table_ptr + j * 4 + 3, end, mask=exists)
         for i in range(0, tl.max(tiles, axis=0)):
             tl.store(block_ptr + tile_end - tiles + i, j, mask=i < tiles)
         total += tl.sum(tiles, axis=0)
@@ -4963,7 +4980,7 @@ class _PairIndex(NamedTuple):
     """Pairs of a chunk of queries in order of their block, and their rows (pair, head) cut into tiles of one block."""
 
     pairs: Tensor  # (Z·n_tokens·S,) int32; free slots are no pairs, and leave some at the end without a value
-    table: Tensor  # (Z, N, 4) int32: a block's first pair and one past its last, its first tile and one past its last
+    table: Tensor  # (Z, N, 4) int32, before the pairs: first tile of a block, one past its last; first pair, likewise
     block: Tensor  # (Z, n_tiles) int32: the block of each tile, N where there is no tile
 
 
@@ -4973,9 +4990,10 @@ class _IndexPlan(NamedTuple):
     count: _Launch
     place: _Launch
     cut: _Launch
+    cut_again: _Launch  # from a table: an entry's last number is the end of its block, as in the running sum
     counts: int
+    table: int
     pairs: int
-    table: tuple[int, int]
     block: tuple[int, int]  # its tiles: as many as there may be, without a look at the data
 
 
@@ -4995,19 +5013,23 @@ def _index_plan(
     return _IndexPlan(
         _Launch(_count_pairs_kernel, (n_runs, Z), numbers, **constants, num_warps=4),
         _Launch(_place_pairs_kernel, (n_runs, Z), numbers, **constants, **step),
-        _Launch(_cut_tiles_kernel, (Z,), (n_blocks, n_runs, n_tiles), **sizes),
-        Z * n_blocks * n_runs, Z * n_pairs, (Z, 4 * n_blocks), (Z, n_tiles),
+        *(_Launch(_cut_tiles_kernel, (Z,), (n_blocks, ends, n_tiles), **sizes) for ends in (n_runs, 4)),
+        Z * n_blocks * n_runs, Z * n_blocks * 4, Z * n_pairs, (Z, n_tiles),
     )  # fmt: skip
 
 
 def _index_pairs(
     plan: _IndexPlan, block_indices: Tensor, of_token: Tensor | None, first: Tensor | None = None,
-    by_mask: Tensor | None = None,
+    by_mask: Tensor | None = None, room: Tensor | None = None,
 ) -> _PairIndex:  # fmt: skip
-    """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place."""
+    """Counting sort by block: counts of each run of pairs, a running sum, then every pair goes to its place.
+
+    Table and pairs lie side by side, in `room` where that is given.
+    """
     options = {"dtype": torch.int32, "device": block_indices.device}
-    counts = torch.zeros(plan.counts, **options)
-    pairs, table, block = (torch.empty(shape, **options) for shape in (plan.pairs, plan.table, plan.block))
+    counts, block = torch.zeros(plan.counts, **options), torch.empty(plan.block, **options)
+    table = torch.empty(plan.table + plan.pairs, **options) if room is None else room
+    pairs = table[plan.table :]
     plan.count(block_indices, counts, of_token, first, by_mask)
     ends = counts.cumsum(0, dtype=torch.int32)
     plan.place(block_indices, counts, ends, pairs, of_token, first, by_mask)
@@ -5015,12 +5037,19 @@ def _index_pairs(
     return _PairIndex(pairs, table, block)
 
 
+def _cut_again(plan: _IndexPlan, index: Tensor) -> _PairIndex:
+    """The index, table and pairs side by side, with tiles of this plan's size."""
+    table, block = index.new_empty(plan.table), index.new_empty(*plan.block)
+    plan.cut_again(index, table, block)
+    return _PairIndex(index[plan.table :], table, block)
+
+
 @_kernel
 def _rows_of_tile(entry_ptr, tile, GROUP: tl.constexpr, SIZE: tl.constexpr):
     """By the entry of its block in the table: the block's first pair, and the tile's rows [first, end) among its."""
-    first_pair = tl.load(entry_ptr)
-    first = (tile - tl.load(entry_ptr + 2)) * SIZE
-    return first_pair, first, tl.minimum(first + SIZE, (tl.load(entry_ptr + 1) - first_pair) * GROUP)
+    first_pair = tl.load(entry_ptr + 2)
+    first = (tile - tl.load(entry_ptr)) * SIZE
+    return first_pair, first, tl.minimum(first + SIZE, (tl.load(entry_ptr + 3) - first_pair) * GROUP)
 
 
 # Forward ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5273,6 +5302,16 @@ def _by_mask(
     return by_mask
 
 
+def _large_group(q: Tensor, K: int) -> bool:
+    """Whether the forward keeps the query outside, and needs no index, if descriptors can address the keys."""
+    return q.shape[2] // K >= _LARGE_GROUP and q.dtype.itemsize == 2
+
+
+def _forward_made_index(q: Tensor, K: int, S: int, select_block_size: int, segments: _Segments | None) -> bool:
+    """Whether the forward made an index, by shapes alone. Where the backward has one chunk, it has no more."""
+    return not _large_group(q, K) and _by_mask("forward", q, K, S, select_block_size, segments) is False
+
+
 def _block_count(T: int, select_block_size: int, segments: int) -> int:
     """N, or the numbers that the blocks of packed sequences take up."""
     return T // select_block_size + segments if segments else _selection_count(T, select_block_size)
@@ -5319,6 +5358,7 @@ def _by_block_plan(
 def _triton_selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int, scale: float,
     gated: tuple[Tensor, ...] = (), segments: _Segments | None = None, first: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D), lse (B, T, H); and the gated sum, where gates and the outputs of the other branches are given."""
     K, S = block_indices.shape[2:]
@@ -5337,16 +5377,16 @@ def _triton_selected_forward(
     of_token, cu_seqlens, n = _token_tables(segments)
     layout = _layout(q, k, v, block_indices, gates, of_token, first)
     settings = (select_block_size, scale, _precision(q))
-    large_group = q.shape[2] // k.shape[2] >= _LARGE_GROUP and q.dtype.itemsize == 2
-    if large_group and _addressable(k) and _addressable(v):
+    if _large_group(q, K) and _addressable(k) and _addressable(v):
         launch = _by_query_plan(layout, *settings)
         launch(q, k, v, k, v, block_indices, *outputs, of_token, cu_seqlens, first, flag)
         return o, lse, mixed
     rows, chunks = _by_block_plan(layout, n, *settings)
     o_part, lse_part = q.new_empty(rows, q.shape[3]), q.new_empty(rows, dtype=torch.float32)
+    room = index if len(chunks) == 1 else None
     for index_plan, attend, merge in chunks:
-        index = _index_pairs(index_plan, block_indices, of_token, first, flag)
-        attend(q, k, v, *index, o_part, lse_part, cu_seqlens, first)
+        pairs = _index_pairs(index_plan, block_indices, of_token, first, flag, room)
+        attend(q, k, v, *pairs, o_part, lse_part, cu_seqlens, first)
         merge(o_part, lse_part, block_indices, *outputs, of_token, first, flag)
     return o, lse, mixed
 
@@ -5433,7 +5473,7 @@ def _sum_tiles_kernel(
     if ADD:
         dk += _load_rows(dk_ptr, out, in_block, D, BLOCK_D)
         dv += _load_rows(dv_ptr, out, in_block, D, BLOCK_D)
-    for tile in range(tl.load(entry_ptr + 2), tl.load(entry_ptr + 3)):
+    for tile in range(tl.load(entry_ptr), tl.load(entry_ptr + 1)):
         part = (((z.to(tl.int64) * n_tiles + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)) * D
         dk += _load_rows(dk_part, part, in_block, D, BLOCK_D)
         dv += _load_rows(dv_part, part, in_block, D, BLOCK_D)
@@ -5504,7 +5544,7 @@ def _selected_backward_plan(
 def _triton_selected_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
     scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    segments: _Segments | None = None,
+    segments: _Segments | None = None, index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given. A block's sums are made by its own programs, in a fixed order."""
     K, S = block_indices.shape[2:]
@@ -5524,11 +5564,13 @@ def _triton_selected_backward(
     sum_dtype = k.dtype if len(chunks) == 1 else torch.float32  # a sum over several chunks: until the last
     dk, dv = (_empty(k, sum_dtype) if x is None else x.to(sum_dtype).contiguous() for x in (dk, dv))
     dq_part = q.new_empty(dq_rows, q.shape[3])
+    made = index is not None and len(chunks) == 1 and by_mask is False
+    made = made and _forward_made_index(q, K, S, select_block_size, segments)
     for index_plan, dk_rows, gradient, sum_tiles, sum_slots in chunks:
-        index = _index_pairs(index_plan, block_indices, of_token, None, flag)
+        pairs = _cut_again(index_plan, index) if made else _index_pairs(index_plan, block_indices, of_token, None, flag)
         dk_part, dv_part = q.new_empty(2, dk_rows, q.shape[3], dtype=torch.float32).unbind()
-        gradient(do, q, k, v, *terms, *index, dq_part, dk_part, dv_part, cu_seqlens)
-        sum_tiles(dk_part, dv_part, index.table, dk, dv, cu_seqlens, flag)
+        gradient(do, q, k, v, *terms, *pairs, dq_part, dk_part, dv_part, cu_seqlens)
+        sum_tiles(dk_part, dv_part, pairs.table, dk, dv, cu_seqlens, flag)
         sum_slots(dq_part, block_indices, dq, of_token, flag)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 

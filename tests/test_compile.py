@@ -637,7 +637,7 @@ def test_the_file_imported_twice(tmp_path: Path, random: Random, recwarn: pytest
         spec.loader.exec_module(other)
         assert not list(recwarn), [str(each.message) for each in recwarn]
         other._BACKENDS["torch"] = other._BACKENDS["torch"]._replace(
-            selected_forward=lambda q, *_, gated: (q + 1, q[..., 0] + 1, gated[1] + 1)
+            selected_forward=lambda q, *_, gated, **__: (q + 1, q[..., 0] + 1, gated[1] + 1)
         )
         broken = step(lambda: other.nsa_attention(**tensors, **CASE.whole, backend="torch"), tensors)
         assert not torch.equal(broken["output 0"], expected["output 0"])

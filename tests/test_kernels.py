@@ -34,6 +34,8 @@ from cases import (
     TRITON,
     Branch,
     Case,
+    Packed,
+    Packing,
     Random,
     as_cache,
     choice,
@@ -225,7 +227,7 @@ def test_the_log_sum_exp_alone_has_gradients(case: Case, random: Random) -> None
 def test_pairs_in_order_of_their_block(
     cut: int, group: int, size: int, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pairs of the queries from t0 on ascend within their block, and tiles are of one block each."""
+    """Pairs of the queries from t0 on ascend within their block, and tiles are of one block each; cut again, too."""
     monkeypatch.setattr(nsa, "_CUT", cut)
     monkeypatch.setattr(nsa, "_RUN", 64)
     case, t0, n_tokens = Case("pairs", T=90, B=2, H=2, select_block_size=8, topk_blocks=5, local_blocks=0), 20, 70
@@ -241,12 +243,53 @@ def test_pairs_in_order_of_their_block(
         for j in range(N):
             pairs = (of_head == j).nonzero()[:, 0]
             tiles = -(-len(pairs) * group // size)
-            entry = [first_pair, first_pair + len(pairs), first_tile, first_tile + tiles]
-            assert index.table[z].view(N, 4)[j].tolist() == entry
+            entry = [first_tile, first_tile + tiles, first_pair, first_pair + len(pairs)]
+            assert index.table[4 * (z * N + j) :][:4].tolist() == entry
             assert index.pairs[first_pair : first_pair + len(pairs)].tolist() == pairs.tolist()
             assert (index.block[z, first_tile : first_tile + tiles] == j).all()
-            first_pair, first_tile = entry[1], entry[3]
+            first_tile, first_pair = entry[1], entry[3]
         assert first_tile <= index.block.shape[1] and (index.block[z, first_tile:] == N).all()
+    plan = nsa._index_plan(layout, t0, n_tokens, N, case.select_block_size, 2 * size, group)
+    again, anew = nsa._cut_again(plan, index.table), nsa._index_pairs(plan, chosen, None)
+    assert torch.equal(again.pairs[:first_pair], anew.pairs[:first_pair]) and torch.equal(again.block, anew.block)
+    assert torch.equal(again.table, anew.table[: plan.table])
+
+
+def by(forward: bool | Tensor, backward: bool) -> Callable[..., bool | Tensor]:
+    return lambda direction, *_: forward if direction == "forward" else backward
+
+
+# Sizes and ways; how often an index is made, and how often if the backward never took that of the forward.
+INDICES = {
+    "both_by_index": ({"_by_mask": by(False, False)}, (1, 2)),
+    "few_blocks_cut_at_a_time": (SMALL_PIECES["few_blocks_cut_at_a_time"] | {"_by_mask": by(False, False)}, (1, 2)),
+    "chunks": (SMALL_PIECES["chunks_of_64_queries"] | {"_by_mask": by(False, False)}, (4, 4)),
+    "forward_by_query": ({"_LARGE_GROUP": 1, "_by_mask": by(False, False)}, (1, 1)),
+    "forward_by_mask": ({"_by_mask": by(True, False)}, (1, 1)),
+    "forward_in_doubt_by_mask": ({"_by_mask": by(torch.tensor([True]), False)}, (2, 2)),
+    "forward_in_doubt_by_index": ({"_by_mask": by(torch.tensor([False]), False)}, (2, 2)),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("settings, made", INDICES.values(), ids=INDICES)
+@pytest.mark.parametrize("lengths", [(30, 0, 50, 1), slow((81,))], ids=["packed", "row"])
+def test_the_backward_takes_the_index_of_the_forward(
+    lengths: tuple[int, ...], settings: dict[str, Any], made: tuple[int, int], random: Random, poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where both go by one, of all queries: else each makes its own. The gradients are the same to the bit."""
+    for name, value in settings.items():
+        monkeypatch.setattr(nsa, name, value)
+    packing = Packing(replace(MIDDLE, B=1, D=16, select_block_size=8, topk_blocks=3), lengths)
+    x, of = packing.draw(whole, random, torch.float16), Packed(packing.cu_seqlens, "triton")
+    with patch.object(nsa, "_index_pairs", wraps=nsa._index_pairs) as index_pairs:
+        actual = run(whole, of, packing.case, x, torch.float16)
+        taken = index_pairs.call_count
+        monkeypatch.setattr(nsa, "_forward_made_index", lambda *_: False)
+        for name, expected in run(whole, of, packing.case, x, torch.float16).items():
+            assert torch.isfinite(expected).all() and torch.equal(actual[name], expected), name
+    assert (taken, index_pairs.call_count - taken) == made
 
 
 @interpreted
