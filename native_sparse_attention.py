@@ -2187,7 +2187,8 @@ def _index_room(q: Tensor, K: int, S: int, select_block_size: int, cu_seqlens: T
     B, T = q.shape[:2]
     if backend == "torch":
         return q.new_empty(B, T, 0, dtype=torch.int32)
-    blocks = T // select_block_size + (1 if cu_seqlens is None else cu_seqlens.shape[0])  # as many as there are, or one more
+    more = 1 if cu_seqlens is None else cu_seqlens.shape[0]
+    blocks = T // select_block_size + more  # as many as there are, or one more
     return q.new_empty(B * K * (4 * blocks + T * S), dtype=torch.int32)
 
 
