@@ -583,35 +583,38 @@ class NativeSparseAttention(nn.Module):
 
     def _compress(self, p: _Projections, segments: _Segments) -> tuple[Tensor, Tensor]:
         """Compressed keys and values of all blocks, (B, C, K, D), or (1, total // d, K, D) of packed sequences."""
-        if segments.of_key is not None:
-            first, position = segments.of_key
-            tokens = first[:, None] + torch.arange(self.cfg.block_size, device=first.device)
-            tokens = tokens.clamp(max=p.k_raw.shape[1] - 1)  # of rows that no block needs
-            return self._compress_blocks(p.k_raw[0, tokens], p.v_raw[0, tokens], position)
-        k_cmp, v_cmp = self._compress_rows(p.k_raw, p.v_raw)
-        if p.rope is not None:  # key i turns as position i·d, as its first token does
-            k_cmp = _apply_rope(k_cmp, p.rope[..., :: self.cfg.stride, :, :][..., : k_cmp.shape[1], :, :])
+        k_cmp, v_cmp = self._compress_rows(p.k_raw, p.v_raw, segments)
+        if p.rope is not None:  # keys turn as the first token of their block does
+            if segments.of_key is None:
+                rope = p.rope[..., :: self.cfg.stride, :, :][..., : k_cmp.shape[1], :, :]
+            else:
+                rope = p.rope.index_select(-3, segments.of_key[0])
+            k_cmp = _apply_rope(k_cmp, rope)
         return k_cmp, v_cmp
-
-    def _compress_blocks(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Compressed keys and values (1, n, K, D) of single blocks (n, l, K, D), which begin at these positions."""
-        k_cmp, v_cmp = (x.transpose(0, 1) for x in self._compress_rows(k, v))
-        return k_cmp if self.cfg.rope_theta is None else self._rotate_blocks(k_cmp, position), v_cmp
 
     def _rotate_blocks(self, k_cmp: Tensor, position: Tensor) -> Tensor:
         """Compressed keys (B, n, K, D) of blocks that begin at these n positions, turned as their first token is."""
         return _apply_rope(k_cmp, _rope(position, self.cfg.rope_theta, k_cmp))
 
-    def _compress_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _compress_rows(self, k: Tensor, v: Tensor, segments: _Segments | None = None) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) → (B, C, K, D), before rotation."""
-        compress_k, compress_v = self.compress_k, self.compress_v
-        if type(compress_k) is type(compress_v) is TokenCompressor:
+        compress_k, compress_v, of_key = self.compress_k, self.compress_v, None if segments is None else segments.of_key
+        if type(compress_k) is type(compress_v) is TokenCompressor and (of_key is None or of_key.shape[1] > 0):
             of_k, of_v = compress_k._of_kernels(k), compress_v._of_kernels(v)
             if of_k is not None and of_v is not None and _untouched(compress_k, of_k, compress_v, of_v):
                 shapes = [[getattr(c, name).shape for name in c.weights] for c in (of_k, of_v)]
                 if type(of_k) is type(of_v) and of_k.stride == of_v.stride and shapes[0] == shapes[1]:
-                    return _compress_heads((of_k, k), (of_v, v))  # share their launches
-        return compress_k(k, heads=True), compress_v(v, heads=True)
+                    return _compress_heads((of_k, k), (of_v, v), segments=segments)  # share their launches
+        if of_key is None:
+            return compress_k(k, heads=True), compress_v(v, heads=True)
+        tokens = of_key[0][:, None] + torch.arange(self.cfg.block_size, device=k.device)
+        tokens = tokens.clamp(max=k.shape[1] - 1)  # of rows that no block needs
+        return self._compress_blocks(k[0, tokens], v[0, tokens])
+
+    def _compress_blocks(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Single blocks (n, l, K, D) → (1, n, K, D), before rotation."""
+        k_cmp, v_cmp = self._compress_rows(k, v)
+        return k_cmp.transpose(0, 1), v_cmp.transpose(0, 1)
 
     def _finish_blocks(self, cache: NSACache, batch: _Batch, tokens: int) -> None:
         """Compresses the blocks that the new tokens of each row complete, from the tokens in the cache."""
@@ -637,7 +640,10 @@ class NativeSparseAttention(nn.Module):
         token = number[:, None] * cfg.stride + torch.arange(cfg.block_size, device=row.device)
         token = token.clamp(max=cache.max_len - 1)
         k, v = (x[owner[:, None], token] for x in (cache.k_raw, cache.v_raw))  # (n, l, K, D)
-        cache._store_blocks(row, number, *self._compress_blocks(k, v, number * cfg.stride))
+        k_cmp, v_cmp = self._compress_blocks(k, v)
+        if cfg.rope_theta is not None:
+            k_cmp = self._rotate_blocks(k_cmp, number * cfg.stride)
+        cache._store_blocks(row, number, k_cmp, v_cmp)
 
     def _gates(self, x: Tensor) -> Tensor:
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
@@ -839,7 +845,9 @@ class Conv1dCompressor(_LearnedCompressor):
         return self.position, self.weight.transpose(1, 2).flatten(1), self.bias, None, None
 
 
-def _compress_heads(*pairs: tuple[_LearnedCompressor, Tensor]) -> tuple[Tensor, ...]:
+def _compress_heads(
+    *pairs: tuple[_LearnedCompressor, Tensor], segments: _Segments | None = None
+) -> tuple[Tensor, ...]:
     """Heads (B, T, K, dim) through the compressor beside them, by kernels: (B, C, K, dim) of each.
 
     Two pairs must be alike in all but their numbers.
@@ -850,7 +858,8 @@ def _compress_heads(*pairs: tuple[_LearnedCompressor, Tensor]) -> tuple[Tensor, 
         inputs.append(x)
         weights += [w if w is None else w.contiguous() for w in layers]
     tensors = _apart(*inputs, *missing, *weights, *missing * 5)
-    return _apply(_CompressionFunction, pairs[0][0].stride, *tensors)
+    tables = (None, None, None) if segments is None else segments.block_tables()
+    return _apply(_CompressionFunction, pairs[0][0].stride, *tables, *tensors)
 
 
 _COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
@@ -1430,8 +1439,12 @@ class _Segments(NamedTuple):
     of_key: Tensor | None = None  # int32 (2, C): first token of each compressed block, and its position there
 
     def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Tables that the operators take. (torch 2.8 does not trace a slice.)"""
+        """Tables that the operators of attention take. (torch 2.8 does not trace a slice.)"""
         return self.cu_seqlens, self.cu_keys, self.of_token
+
+    def block_tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Tables that the operators of compression take."""
+        return self.cu_seqlens, self.cu_keys, self.of_key
 
 
 def _packed_tables(backend: str, cu_seqlens: Tensor | None, total: int, keys: int, span: _Span) -> _Segments:
@@ -1512,7 +1525,7 @@ def _read_batch(
         padding, counts, known = _read_mask(mask, x)
     elif cu_seqlens is not None:
         segments, known = _read_offsets(cfg, cu_seqlens, x)
-        rows, counts = len(cu_seqlens) - 1, segments.cu_seqlens.diff()
+        rows, counts = len(cu_seqlens) - 1, 0 if cache is None else segments.cu_seqlens.diff()
     if known is None and cu_seqlens is None and tokens > cfg.seq_len:
         _check(False, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
     for i, n in enumerate(known or ()):
@@ -1897,7 +1910,7 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
     if function is None:
         return functools.partial(_operator, mutates=mutates)
     names = list(inspect.signature(function).parameters)
-    packed = names.index("cu_keys") if "cu_keys" in names else None
+    packed = names.index("cu_keys") if {"cu_keys", "backend"} <= {*names} else None
 
     def body(*arguments: Any) -> Any:
         if packed is not None and arguments[packed] is not None:
@@ -2276,11 +2289,12 @@ def _compress_forward(
     k: Tensor, v: Tensor | None,
     k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None, k_b_out: Tensor | None,
     v_position: Tensor | None, v_w_in: Tensor | None, v_b_in: Tensor | None, v_w_out: Tensor | None,
-    v_b_out: Tensor | None, stride: int,
+    v_b_out: Tensor | None, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None, stride: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compressed keys and values (1 or 2, B, C, K, D); hidden units (1 or 2, C·B·K, N), empty if there is one layer."""
     of_k, of_v = (k_position, k_w_in, k_b_in, k_w_out, k_b_out), (v_position, v_w_in, v_b_in, v_w_out, v_b_out)
-    return _BACKENDS["triton"].compress((k, v), of_k, of_v, stride)
+    segments = _Segments(cu_seqlens, cu_keys, of_key=of_key)
+    return _BACKENDS["triton"].compress((k, v), of_k, of_v, segments, stride)
 
 
 @_fake_of(_compress_forward)
@@ -2288,8 +2302,9 @@ def _(
     k: Tensor, v: Tensor | None, k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, T, K, D = k.shape
-    n, C = 1 if v is None else 2, _compressed_count(T, k_position.shape[0], others[-1])
+    (B, T, K, D), of_key, stride = k.shape, *others[-2:]
+    C = _compressed_count(T, k_position.shape[0], stride) if of_key is None else of_key.shape[1]
+    n = 1 if v is None else 2
     hidden = k.new_empty(0 if k_w_out is None else (n, C * B * K, k_w_in.shape[0]))
     return k.new_empty(n, B, C, K, D), hidden
 
@@ -2302,11 +2317,12 @@ def _compress_backward(
     dk_cmp: Tensor, dv_cmp: Tensor | None, k: Tensor, v: Tensor | None,
     k_position: Tensor, k_w_in: Tensor, k_w_out: Tensor | None,
     v_position: Tensor | None, v_w_in: Tensor | None, v_w_out: Tensor | None,
-    hidden: Tensor, stride: int, of_x: bool, of_weights: bool,
+    hidden: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None, stride: int,
+    of_x: bool, of_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv (1 or 2, B, T, K, D); gradients of the layers of both, one after another; empty if not wanted."""
     of_k, of_v = (k_position, k_w_in, k_w_out), (v_position, v_w_in, v_w_out)
-    settings = (hidden, stride, of_x, of_weights)
+    settings = (hidden, _Segments(cu_seqlens, cu_keys, of_key=of_key), stride, of_x, of_weights)
     return _BACKENDS["triton"].compress_backward((dk_cmp, dv_cmp), (k, v), of_k, of_v, *settings)
 
 
@@ -2414,21 +2430,23 @@ class _CompressionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stride: int, k: Tensor, v: Tensor | None,
+        ctx: Any, stride: int, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None,
+        k: Tensor, v: Tensor | None,
         k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None, k_b_out: Tensor | None,
         v_position: Tensor | None, v_w_in: Tensor | None, v_b_in: Tensor | None, v_w_out: Tensor | None,
         v_b_out: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         of_k, of_v = (k_position, k_w_in, k_b_in, k_w_out, k_b_out), (v_position, v_w_in, v_b_in, v_w_out, v_b_out)
-        y, hidden = _compress_forward(k, v, *of_k, *of_v, stride)
+        tables = cu_seqlens, cu_keys, of_key
+        y, hidden = _compress_forward(k, v, *of_k, *of_v, *tables, stride)
         ctx.stride = stride
-        ctx.save_for_backward(k, v, k_position, k_w_in, k_w_out, v_position, v_w_in, v_w_out, hidden)
+        ctx.save_for_backward(k, v, k_position, k_w_in, k_w_out, v_position, v_w_in, v_w_out, hidden, *tables)
         return y.unbind()
 
     @staticmethod
     def backward(ctx: Any, dk_cmp: Tensor, dv_cmp: Tensor | None = None) -> tuple[Tensor | None, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        of_x, of_weights = any(wanted[1:3]), any(wanted[3:])
+        of_x, of_weights = any(wanted[4:6]), any(wanted[6:])
         with torch.no_grad():
             dx, dw = _compress_backward(dk_cmp, dv_cmp, *saved, ctx.stride, of_x, of_weights)
         _, _, position, w_in, w_out, *_ = saved
@@ -2441,7 +2459,7 @@ class _CompressionFunction(torch.autograd.Function):
             for i in range(0, len(parts), len(shapes)):
                 of_layers += [*parts[i : i + len(shapes)], *[None] * (5 - len(shapes))]
         gradients = (*inputs, *of_layers, *[None] * (10 - len(of_layers)))
-        return None, *_first_gradients(gradients, dk_cmp, dv_cmp, *saved)
+        return *(None,) * 4, *_first_gradients(gradients, dk_cmp, dv_cmp, *saved)
 
 
 class _FirstGradients(torch.autograd.Function):
@@ -3923,8 +3941,9 @@ def _segments_plan(layout: tuple[Any, ...], total: int, keys: int, block_size: i
 def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int, stride: int) -> _Segments:
     """Tables of the sequences packed in `total` tokens and in `keys` rows of compressed keys."""
     cu_seqlens = cu_seqlens.contiguous()
-    shapes = (cu_seqlens.shape, cu_seqlens.shape, (2, total), (2, keys))
-    tables = _Segments(*(torch.empty(shape, dtype=torch.int32, device=cu_seqlens.device) for shape in shapes))
+    offsets = [_empty(cu_seqlens, torch.int32) for _ in range(2)]
+    places = [cu_seqlens.new_empty(2, n, dtype=torch.int32) for n in (total, keys)]
+    tables = _Segments(*offsets, *places)
     _segments_plan(_layout(cu_seqlens), total, keys, block_size, stride)(cu_seqlens, *tables)
     return tables
 
@@ -3932,12 +3951,11 @@ def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int,
 @_kernel
 def _find_segment(tile, offsets_ptr, n_segments, UNIT: tl.constexpr, SIZE: tl.constexpr):
     """Segment of a tile of SIZE rows, and the tile's first row there; an item of a segment has UNIT rows."""
-    low = tile * 0
-    high = low + n_segments
-    while high - low > 1:
-        middle = (low + high) // 2
+    low, left = tile * 0, tl.cast(n_segments, tl.int32)
+    while left > 1:  # the segment is one of the `left` from `low` on
+        middle = low + left // 2
         later = tl.load(offsets_ptr + middle) * UNIT // SIZE + middle > tile
-        low, high = tl.where(later, low, middle), tl.where(later, middle, high)
+        low, left = tl.where(later, low, middle), left - left // 2
     return low, (tile - tl.load(offsets_ptr + low) * UNIT // SIZE - low) * SIZE
 
 
@@ -6282,6 +6300,8 @@ def _triton_cached(
 # which lie side by side. N hidden units, rounded up to BLOCK_N; where there is one layer only, they are the D outputs.
 # A block is read token by token where it stands: no copy, with overlap neither. The gradient of a token has one summand
 # for each of the l/d blocks that it is in. Types of 16 bits only: of float32, the products are better left to cuBLAS.
+# Blocks of packed sequences begin where `of_key` says. Rows behind the last block read no token, which may be NaN, and
+# take no part in gradients.
 #
 # The last axis of every grid is the compressors, of keys and of values. Where the rows make few programs, each program
 # takes a part of the block's tokens, and the output kernel adds up the parts.
@@ -6307,6 +6327,24 @@ def _block_offsets(row, B, strides, K: tl.constexpr, UNIT: tl.constexpr):
 
 
 @_kernel
+def _first_tokens(row, exists, B, of_key, strides, K: tl.constexpr, STRIDE: tl.constexpr):
+    """Offsets of the first token of each row's block."""
+    if of_key is None:
+        offsets = _block_offsets(row, B, strides, K, STRIDE)
+    else:
+        offsets = _offsets(strides, 0, tl.load(of_key + row // K, mask=exists, other=0), row % K)
+    return offsets
+
+
+@_kernel
+def _rows_of_blocks(n_rows, cu_keys, n_segments, K: tl.constexpr):
+    """Number of rows that hold a block."""
+    if cu_keys is not None:
+        n_rows = tl.minimum(tl.load(cu_keys + n_segments) * K, n_rows)
+    return n_rows
+
+
+@_kernel
 def _load_positioned(x_ptr, position_ptr, offsets, s, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Token s of each block, with its position added."""
     d = tl.arange(0, BLOCK_D)
@@ -6321,10 +6359,10 @@ def _gelu_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@_kernel(do_not_specialize=["n_rows", "B"])
+@_kernel(do_not_specialize=["n_rows", "B", "n_segments"])
 def _compress_kernel(
-    x_ptr, x2_ptr, position_ptr, position2_ptr, w_in_ptr, w_in2_ptr, b_in_ptr, b_in2_ptr, out_ptr, n_rows, B,
-    x_strides, out_strides,
+    x_ptr, x2_ptr, position_ptr, position2_ptr, w_in_ptr, w_in2_ptr, b_in_ptr, b_in2_ptr, cu_keys, of_key, out_ptr,
+    n_rows, B, n_segments, x_strides, out_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -6333,11 +6371,12 @@ def _compress_kernel(
     n, exists = tl.arange(0, BLOCK_N), row < n_rows
     x_ptr, w_in_ptr = _of_compressor(x_ptr, x2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
     position_ptr, b_in_ptr = _of_compressor(position_ptr, position2_ptr), _of_compressor(b_in_ptr, b_in2_ptr)
-    first = _block_offsets(row, B, x_strides, K, STRIDE)
+    holds = row < _rows_of_blocks(n_rows, cu_keys, n_segments, K)
+    first = _first_tokens(row, holds, B, of_key, x_strides, K, STRIDE)
     b_in = tl.load(b_in_ptr + n, mask=n < tl.where(split == 0, N, 0), other=0.0).to(tl.float32)
     hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + b_in[None, :]
     for s in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, BLOCK)):
-        x = _load_positioned(x_ptr, position_ptr, first + s * x_strides[1], s, exists, D, BLOCK_D)
+        x = _load_positioned(x_ptr, position_ptr, first + s * x_strides[1], s, holds, D, BLOCK_D)
         w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D)
         hidden += tl.dot(x, tl.trans(w))
     size = tl.cast(n_rows, tl.int64) * N
@@ -6399,34 +6438,40 @@ def _compress_dhidden_kernel(
     _store_rows(dhidden_ptr, rows, tl.dot(dy, w) * slope, exists, N, BLOCK_N)
 
 
-@_kernel(do_not_specialize=["n_blocks", "B", "T"])
+@_kernel(do_not_specialize=["n_blocks", "B", "T", "n_segments"])
 def _compress_dx_kernel(
-    dh_ptr, dh2_ptr, w_in_ptr, w_in2_ptr, dx_ptr, n_blocks, B, T, dh_strides, dx_strides,
+    dh_ptr, dh2_ptr, w_in_ptr, w_in2_ptr, cu_seqlens, cu_keys, dx_ptr, n_blocks, B, T, n_segments, dh_strides,
+    dx_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dx[t] = Σ over the blocks c of token t of w_in[:, t − c·d]ᵀ·dhidden[c]; a row is d tokens, a program TOKENS."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n, last = tl.arange(0, BLOCK_N), row // (B * K)  # the last block that its tokens may be in
+    """dx[t] = Σ over the blocks c of token t of w_in[:, t − c·d]ᵀ·dhidden[c]; a row is d tokens, a program TOKENS.
+
+    The d tokens of a row are a tile of their segment: they begin where a block of it begins.
+    """
+    row, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    tile, b, head = row // (B * K), row // K % B, row % K
+    t, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, n_blocks, 1, STRIDE)
+    last = t // STRIDE  # the last block that its tokens may be in
     dh_ptr, w_in_ptr = _of_compressor(dh_ptr, dh2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
     dx_ptr += _compressor_offset(tl.cast(B, tl.int64) * T * (K * D))
-    first = _block_offsets(row, B, dx_strides, K, STRIDE)
+    dx_rows, dh_rows = _offsets(dx_strides, b, token + t, head), _offsets(dh_strides, b, key + last, head)
     parts: tl.constexpr = BLOCK // STRIDE
     dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(TOKENS * parts):  # one loop, which is pipelined, for tokens and their blocks
         s, part = tl.program_id(1) * TOKENS + step // parts, step % parts
-        holds = (last >= part) & (last - part < n_blocks)
-        dh = _load_rows(dh_ptr, _block_offsets(row - part * B * K, B, dh_strides, K, 1), holds, N, BLOCK_N)
+        holds = (last >= part) & (last - part < keys)
+        dh = _load_rows(dh_ptr, dh_rows - part * dh_strides[1], holds, N, BLOCK_N)
         w = _load_rows(w_in_ptr, (n * BLOCK + part * STRIDE + s) * D, n < N, D, BLOCK_D)
         dx = tl.dot(dh, w, tl.where(part == 0, 0.0, dx))
-        complete = last * STRIDE + s < tl.where(part == parts - 1, T, 0)
-        _store_rows(dx_ptr, first + s * dx_strides[1], dx, complete, D, BLOCK_D)
+        complete = t + s < tl.where(part == parts - 1, tokens, 0)
+        _store_rows(dx_ptr, dx_rows + s * dx_strides[1], dx, complete, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["n_rows", "B", "rows_per_split"])
+@_kernel(do_not_specialize=["n_rows", "B", "n_segments", "rows_per_split"])
 def _compress_dw_kernel(
     dh_ptr, dh2_ptr, x_ptr, x2_ptr, position_ptr, position2_ptr, w_in_ptr, w_in2_ptr, dy_ptr, dy2_ptr, active_ptr,
-    out_ptr, n_rows, B, rows_per_split, dh_strides, x_strides, dy_strides,
+    cu_keys, of_key, out_ptr, n_rows, B, n_segments, rows_per_split, dh_strides, x_strides, dy_strides,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -6436,7 +6481,7 @@ def _compress_dw_kernel(
     """
     s, split = tl.program_id(0), tl.program_id(1)
     start = split * rows_per_split
-    end = tl.minimum(start + rows_per_split, n_rows)
+    end = tl.minimum(start + rows_per_split, _rows_of_blocks(n_rows, cu_keys, n_segments, K))
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     size: tl.constexpr = BLOCK * D * (N + 1) + N + (0 if active_ptr is None else D * (N + 1))
     dposition = out_ptr + _compressor_offset(tl.num_programs(1) * size) + split * size
@@ -6448,7 +6493,8 @@ def _compress_dw_kernel(
         for r in range(start, end, BLOCK_M):
             row = r + tl.arange(0, BLOCK_M)
             dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), row < end, N, BLOCK_N)
-            x = _load_rows(x_ptr, _block_offsets(row, B, x_strides, K, STRIDE), row < end, D, BLOCK_D)
+            tokens = _first_tokens(row, row < end, B, of_key, x_strides, K, STRIDE)
+            x = _load_rows(x_ptr, tokens, row < end, D, BLOCK_D)
             dw += tl.dot(tl.trans(dh), x)
             sums += dh.to(tl.float32)
         db = tl.sum(sums, axis=0)
@@ -6498,18 +6544,26 @@ class _CompressPlan(NamedTuple):
     output: _Launch | None
 
 
+def _block_counts(x: Tensor, block: int, stride: int, segments: _Segments) -> tuple[int, int]:
+    """(number of compressed rows of each row of x, number of segments)."""
+    if segments.of_key is None:
+        return _compressed_count(x.shape[1], block, stride), 0
+    return segments.of_key.shape[1], segments.cu_keys.shape[0] - 1
+
+
 @functools.lru_cache(maxsize=4096)
-def _compress_plan(layout: tuple[Any, ...], n: int, N: int, layers: int, block: int, stride: int) -> _CompressPlan:
+def _compress_plan(
+    layout: tuple[Any, ...], C: int, n_segments: int, n: int, N: int, layers: int, block: int, stride: int
+) -> _CompressPlan:
     """The forward of n compressors of inputs of that layout."""
-    (((B, T, K, D), strides, _, device),) = layout
-    C = _compressed_count(T, block, stride)
+    (((B, _, K, D), strides, _, device),) = layout
     rows, y_strides = C * B * K, (C * K * D, K * D, D, 1)
     constants, layer = _compress_constants(rows, K, D, N, block, stride)
     tiles = _cdiv(rows, constants["BLOCK_M"])
     tokens = _cdiv(block, max(min(_num_sms(device) // (tiles * n), block // _COMPRESS_TOKENS), 1))
     splits = _cdiv(block, tokens)
     out_strides = y_strides if (layers, splits) == (1, 1) else (K * N, B * K * N, N, 1)
-    grid, numbers = (tiles, splits, n), (rows, B, strides, out_strides)
+    grid, numbers = (tiles, splits, n), (rows, B, n_segments, strides, out_strides)
     first, output = _Launch(_compress_kernel, grid, numbers, **constants, TOKENS=tokens), None
     if (layers, splits) != (1, 1):
         grid = (_cdiv(rows, layer["BLOCK_M"]), 1, n)
@@ -6520,18 +6574,20 @@ def _compress_plan(layout: tuple[Any, ...], n: int, N: int, layers: int, block: 
 
 def _triton_compress(
     inputs: tuple[Tensor, Tensor | None], first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...],
-    stride: int,
+    segments: _Segments, stride: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Results of `_compress_forward`, of the inputs and the layers of both compressors."""
     n, (x, x_2) = 1 if inputs[1] is None else 2, _alike(*inputs)
     positions, w_ins, b_ins, w_outs, b_outs = zip(first, first if n == 1 else second, strict=True)
     layers = 1 if w_outs[0] is None else 2
-    plan = _compress_plan(_layout(x), n, w_ins[0].shape[0], layers, positions[0].shape[0], stride)
+    block = positions[0].shape[0]
+    counts = _block_counts(x, block, stride, segments)
+    plan = _compress_plan(_layout(x), *counts, n, w_ins[0].shape[0], layers, block, stride)
     y, hidden = x.new_empty(*plan.y), x.new_empty(*plan.hidden)
     parts = None if plan.parts is None else x.new_empty(*plan.parts, dtype=torch.float32)
     units = hidden if layers == 2 else None
     out = parts if parts is not None else y if units is None else units
-    plan.first(x, x_2, *positions, *w_ins, *b_ins, out)
+    plan.first(x, x_2, *positions, *w_ins, *b_ins, segments.cu_keys, segments.of_key, out)
     if plan.output is not None:
         plan.output(parts, *w_outs, *b_outs, units, y)
     return y, hidden
@@ -6546,20 +6602,19 @@ class _CompressBackwardPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _compress_backward_plan(
-    layout: tuple[Any, ...], n: int, N: int, layers: int, block: int, stride: int
+    layout: tuple[Any, ...], C: int, n_segments: int, n: int, N: int, layers: int, block: int, stride: int
 ) -> _CompressBackwardPlan:
     ((B, T, K, D), strides, *_), (_, dy_strides) = layout
-    C = _compressed_count(T, block, stride)
     rows, tokens = C * B * K, math.gcd(stride, _COMPRESS_TOKENS)
     constants, layer = _compress_constants(rows, K, D, N, block, stride)
     dh_strides = dy_strides if layers == 1 else (K * N, B * K * N, N, 1)
     splits = min(max(rows // _COMPRESS_ROWS, 1), 16)
     grid = (_cdiv(rows, layer["BLOCK_M"]), 1, n)
     dhidden = _Launch(_compress_dhidden_kernel, grid, (rows, B, dy_strides), **layer)
-    grid = (_cdiv(_cdiv(T, stride) * B * K, constants["BLOCK_M"]), stride // tokens, n)
-    numbers = (C, B, T, dh_strides, (T * K * D, K * D, D, 1))
+    grid = (_cdiv(_tile_count(T, stride, n_segments) * B * K, constants["BLOCK_M"]), stride // tokens, n)
+    numbers = (C, B, T, n_segments, dh_strides, (T * K * D, K * D, D, 1))
     dx = _Launch(_compress_dx_kernel, grid, numbers, **constants, TOKENS=tokens)
-    numbers = (rows, B, _cdiv(rows, splits), dh_strides, strides, dy_strides)
+    numbers = (rows, B, n_segments, _cdiv(rows, splits), dh_strides, strides, dy_strides)
     constants |= {"BLOCK_M": 64 if constants["BLOCK_N"] * constants["BLOCK_D"] <= 8192 else 32, "num_stages": 3}
     dw = _Launch(_compress_dw_kernel, (block + layers - 1, splits, n), numbers, **constants)
     size = sum(map(math.prod, _layer_shapes(block, D, N, layers)))
@@ -6568,13 +6623,15 @@ def _compress_backward_plan(
 
 def _triton_compress_backward(
     upstream: tuple[Tensor, Tensor | None], inputs: tuple[Tensor, Tensor | None], first: tuple[Tensor | None, ...],
-    second: tuple[Tensor | None, ...], hidden: Tensor, stride: int, of_x: bool, of_weights: bool,
+    second: tuple[Tensor | None, ...], hidden: Tensor, segments: _Segments, stride: int, of_x: bool, of_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Results of `_compress_backward`."""
     n, dy, (x, x_2) = 1 if inputs[1] is None else 2, _alike(*upstream), _alike(*inputs)
     positions, w_ins, w_outs = zip(first, first if n == 1 else second, strict=True)
     layers = 1 if w_outs[0] is None else 2
-    plan = _compress_backward_plan(_layout(x, dy[0]), n, w_ins[0].shape[0], layers, positions[0].shape[0], stride)
+    block = positions[0].shape[0]
+    counts, N = _block_counts(x, block, stride, segments), w_ins[0].shape[0]
+    plan = _compress_backward_plan(_layout(x, dy[0]), *counts, n, N, layers, block, stride)
     dh, active = dy, None
     if layers == 2:
         dhidden, active = hidden.new_empty(2, *hidden.shape).unbind()
@@ -6582,11 +6639,11 @@ def _triton_compress_backward(
         dh = dhidden[0], dhidden[-1]
     dx = x.new_empty(n, *x.shape) if of_x else x.new_empty(0)
     if of_x:
-        plan.dx(*dh, *w_ins, dx)
+        plan.dx(*dh, *w_ins, segments.cu_seqlens, segments.cu_keys, dx)
     if not of_weights:
         return dx, x.new_empty(0)
     dw = x.new_empty(*plan.dw_shape, dtype=torch.float32 if len(plan.dw_shape) > 1 else x.dtype)
-    plan.dw(*dh, x, x_2, *positions, *w_ins, *dy, active, dw)
+    plan.dw(*dh, x, x_2, *positions, *w_ins, *dy, active, segments.cu_keys, segments.of_key, dw)
     return dx, dw if dw.ndim == 1 else dw.sum(1).flatten().to(x.dtype)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def plainly(compressor: TokenCompressor, x: Tensor, monkeypatch: pytest.MonkeyPa
 
 
 def with_gradients(y: Tensor, x: Tensor, compressor: nn.Module, upstream: Tensor) -> list[Tensor]:
-    return [y, *torch.autograd.grad(y, [x, *compressor.parameters()], upstream.to(y.dtype))]
+    leaves = [x, *compressor.parameters()]
+    return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype), materialize_grads=True)]
 
 
 @every_method
@@ -183,17 +185,95 @@ def test_gradients_of_gradients_raise(random: Random) -> None:
         dx.square().sum().backward()
 
 
+def tables(offsets: list[int], total: int, block: int, stride: int) -> nsa._Segments:
+    """Tables of packed sequences for as many compressed rows as any lengths need."""
+    return nsa._triton_segments(torch.tensor(offsets), total, total // stride, block, stride)
+
+
+def packed_with_gradients(
+    compressor: TokenCompressor, x: Tensor, lengths: Sequence[int], upstream: Tensor
+) -> list[Tensor]:
+    """By the kernels; NaN as the gradient of rows that no block needs."""
+    segments = tables([0, *accumulate(lengths)], sum(lengths), compressor.block, compressor.stride)
+    (y,) = nsa._compress_heads((compressor.method, x), segments=segments)
+    needed, upstream_of_all = upstream.shape[1], torch.full(y.shape, torch.nan, dtype=y.dtype)
+    assert y.shape[1] == x.shape[1] // compressor.stride and y[:, needed:].isfinite().all()
+    upstream_of_all[:, :needed] = upstream
+    y, *gradients = with_gradients(y, x, compressor, upstream_of_all)
+    return [y[:, :needed], *gradients]
+
+
+LENGTHS = (0, 1, 3, 29, 8, 0, 17, 5, 0)
+
+
 @every_method
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 1, 2, 2)], ids=["many", "no_block"])
+@pytest.mark.parametrize("dim, block, stride", [(16, 4, 4), (5, 8, 4), (24, 8, 2), (3, 3, 1), (8, 12, 3)])
+@pytest.mark.parametrize("rows", [1024, 4], ids=["whole", "split"])
+def test_packed_sequences(
+    method: str, lengths: tuple[int, ...], dim: int, block: int, stride: int, rows: int, random: Random,
+    monkeypatch: pytest.MonkeyPatch, kernels: list[str], poisoned: None,
+) -> None:  # fmt: skip
+    """As each by itself, where it stands among others; tokens of no block are not read, and their gradient is 0."""
+    monkeypatch.setattr(nsa, "_COMPRESS_ROWS", rows)
+    monkeypatch.setattr(nsa, "_num_sms", lambda device: 8 if rows == 4 else 1)
+    dtype, heads, counts = torch.float16, 3, [blocks(n, block, stride) for n in lengths]
+    compressor = build(method, dim, block, stride, random, dtype)
+    x = random((1, sum(lengths), 3, heads, dim), dtype)[:, :, 1]
+    for part, count in zip(x.split(lengths, dim=1), counts, strict=True):
+        part[:, (count - 1) * stride + block if count else 0 :] = torch.nan
+    x, upstream = x.requires_grad_(), random((1, sum(counts), heads, dim), dtype)
+    actual = packed_with_gradients(compressor, x, lengths, upstream)
+    assert kernels == ["compress", "compress_backward"]
+
+    def each_alone() -> list[Tensor]:
+        y = torch.cat([plainly(compressor, part, monkeypatch) for part in x.split(lengths, dim=1)], 1)
+        return with_gradients(y, x, compressor, upstream)
+
+    plain = each_alone()
+    compressor, x = compressor.double(), x.detach().double().requires_grad_()
+    for name, *three in zip(("y", "x", *dict(compressor.named_parameters())), actual, plain, each_alone(), strict=True):
+        assert three[0].dtype == dtype
+        assert_within_budget(*three, name, terms=block * dim + sum(lengths) * heads)
+
+
+@every_method
+def test_what_is_not_finite_stays_in_its_sequence(method: str, random: Random) -> None:
+    compressor, x = build(method, 4, 4, 2, random, torch.float16), random((1, sum(LENGTHS), 2, 4), torch.float16)
+    upstream, results = random((1, sum(blocks(n, 4, 2) for n in LENGTHS), 2, 4), torch.float16), []
+    for value in (0.0, torch.nan, torch.inf):
+        x[:, 9:12] = value  # of the sequence of 29 tokens, which begins at 4
+        y, dx, *_ = packed_with_gradients(compressor, x.detach().requires_grad_(), LENGTHS, upstream)
+        results.append((y[:, 13:], dx[:, :4], dx[:, 33:]))
+        assert y[:, 3:13].isfinite().all() == (value == 0) and y[:, 4:13].isfinite().all()
+    for pair in (results[:2], results[::2]):
+        assert all(torch.equal(one, other) for one, other in zip(*pair, strict=True))
+
+
+@every_method
+def test_no_offset_reaches_outside(method: str, random: Random, poisoned: None) -> None:
+    """Whatever the offsets are, no access is outside of the tensors, and everything is written."""
+    for given in ([-5, 40, 7, 3, 1000], [3, 3, 3, 3], [63, -(2**31), 2**31 - 1, 0], [0, 0, 63, 63]):
+        compressor, x = build(method, 4, 6, 2, random, torch.float16), random((1, 63, 2, 4), torch.float16)
+        leaves = [x.requires_grad_(), *compressor.parameters()]
+        (y,) = nsa._compress_heads((compressor.method, x), segments=tables(given, 63, 6, 2))
+        assert all(z.isfinite().all() for z in (y, *torch.autograd.grad(y.sum(), leaves)))
+
+
+@every_method
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tensors", [1, 2])
-def test_opcheck(method: str, tensors: int, random: Random) -> None:
-    x = [random((2, 13, 3, 8), torch.float16).transpose(0, 2).contiguous().transpose(0, 2) for _ in range(tensors)]
+def test_opcheck(method: str, tensors: int, packed: bool, random: Random) -> None:
+    shape, segments = ((1, 13, 3, 8), tables([0, 6, 6, 13], 13, 4, 2)) if packed else ((2, 13, 3, 8), nsa._Segments())
+    of = segments.block_tables()
+    x = [random(shape, torch.float16).transpose(0, 2).contiguous().transpose(0, 2) for _ in range(tensors)]
     layers = [build(method, 8, 4, 2, random, torch.float16).method._layers() for _ in range(tensors)]
     layers = [[w if w is None else w.detach().contiguous() for w in each] for each in layers]
     missing = [None] * (2 - tensors)
-    arguments = (*x, *missing, *sum(layers, []), *missing * 5, 2)
+    arguments = (*x, *missing, *sum(layers, []), *missing * 5, *of, 2)
     torch.library.opcheck(nsa._compress_forward.operator, arguments)
     y, hidden = nsa._compress_forward(*arguments)
-    saved = [*x, *missing, *[each[i] for each in layers for i in (0, 1, 3)], *missing * 3, hidden, 2]
+    saved = [*x, *missing, *[each[i] for each in layers for i in (0, 1, 3)], *missing * 3, hidden, *of, 2]
     for wanted in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(nsa._compress_backward.operator, (*y.unbind(), *missing, *saved, *wanted))
 
@@ -215,6 +295,25 @@ def test_compiled(method: str, shared: bool, random: Random, kernels: list[str])
         kernels.clear()
     for pair in zip(*results, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
+
+
+@every_method
+def test_compiled_once_for_all_lengths(method: str, random: Random, kernels: list[str], nobody_looks: None) -> None:
+    torch._dynamo.reset()
+    cfg = NSAConfig(dim=16, heads=2, seq_len=64, block_size=4, stride=2, compression=method, rope_theta=1e4)
+    attention = NativeSparseAttention(cfg).half()
+    call = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((20, 0, 9), (29, 0, 0), (1, 1, 44), (7, 3, 4)):
+            x = random((1, sum(lengths), 16), torch.float16).requires_grad_()
+            cu_seqlens, results = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), []
+            for each in (attention, call):
+                y = each(x, cu_seqlens=cu_seqlens)
+                results.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
+                assert kernels == ["compress", "compress_backward"]
+                kernels.clear()
+            for pair in zip(*results, strict=True):
+                torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
 
 
 def test_compiled_transforms_take_the_plain_operations(random: Random, kernels: list[str]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 
 import oracle
@@ -452,10 +452,11 @@ def assert_trains_alike(tokens: int) -> None:
 @on_hopper
 @pytest.mark.parametrize("method", ["grouped_mlp", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tokens", [417, 33_001])
 @pytest.mark.parametrize("D, block_size, stride", [(64, 32, 32), (128, 32, 16), (80, 24, 4)])
 def test_compression(
-    D: int, block_size: int, stride: int, tokens: int, dtype: torch.dtype, method: str, random: Random
+    D: int, block_size: int, stride: int, tokens: int, packed: bool, dtype: torch.dtype, method: str, random: Random
 ) -> None:
     """Keys and values, few and many rows, which differ in tiles and splits; twice the same bits."""
     compressors = []
@@ -464,21 +465,29 @@ def test_compression(
             compressors.append(nsa.TokenCompressor(D, block_size, stride, method).to(dtype))
         for parameter in compressors[-1].parameters():
             parameter.data = random(parameter.shape, dtype) * 0.1
-    inputs = [random((2, tokens, 4, D), dtype) for _ in compressors]
-    upstream = [random((2, (tokens - block_size) // stride + 1, 4, D), dtype) for _ in compressors]
+    lengths = (0, tokens // 3, 1, 31, tokens - tokens // 3 - 32, 0) if packed else (tokens,)
+    segments, B, C = None, 1 if packed else 2, sum(max((n - block_size) // stride + 1, 0) for n in lengths)
+    if packed:
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+        segments = nsa._triton_segments(cu_seqlens, tokens, tokens // stride, block_size, stride)
+    inputs = [random((B, tokens, 4, D), dtype) for _ in compressors]
+    upstream = [random((B, C, 4, D), dtype) for _ in compressors]
 
     def step(kernels: bool, dtype: torch.dtype = dtype) -> list[Tensor]:
         given = [x.to(dtype).requires_grad_() for x in inputs]
+        pairs = list(zip(compressors, given, strict=True))
         if kernels:
-            outputs = nsa._compress_heads(*((c.method, x) for c, x in zip(compressors, given, strict=True)))
+            outputs = nsa._compress_heads(*((c.method, x) for c, x in pairs), segments=segments)
+            assert all("Compression" in y.grad_fn.name() for y in outputs)
+            outputs = [y[:, :C] for y in outputs]
         else:
-            outputs = [c.to(dtype)(x, heads=True) for c, x in zip(compressors, given, strict=True)]
-        assert all(("Compression" in y.grad_fn.name()) == kernels for y in outputs)
+            each = [[c.to(dtype)(part, heads=True) for part in x.split(lengths, dim=1)] for c, x in pairs]
+            outputs = [torch.cat(parts, dim=1) for parts in each]
         leaves = [*given, *(p for c in compressors for p in c.parameters())]
         return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in upstream])]
 
     actual, again = step(True), step(True)
-    alone = compressors[0](inputs[0], heads=True)
+    alone = nsa._compress_heads((compressors[0].method, inputs[0]), segments=segments)[0][:, :C]
     for compressor in compressors:
         compressor.method.config = nsa.NSAConfig(use_flash=False)
     plain, exact = step(False), step(False, torch.float64)

@@ -668,6 +668,7 @@ BUILDS = {
     "4_heads_a_group_of_128_packed": (4, 128, ("selective",), [600, 0, 1, 423]),
     "many_compressed_rows_of_128": (1, 128, ("compress",), [20_000]),
     "many_compressed_rows_of_64": (1, 64, ("compress",), [20_000]),
+    "many_compressed_rows_of_64_packed": (1, 64, ("compress",), [12_000, 0, 1, 7999]),
     "1_head_a_group_of_64_by_pointer": (1, 64, BY_POINTER, [1024]),
     "4_heads_a_group_of_64_packed_by_pointer": (4, 64, BY_POINTER, [600, 0, 1, 423]),
 }
@@ -767,9 +768,9 @@ def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int
         position = w_in[:32, :D].contiguous()
         for layers in ((position, w_in[:D], bias[:D], None, None), (position, w_in, bias, w_out, bias[:D])):
             with patch.object(nsa, "_num_sms", lambda device: 132):  # few rows are split into parts
-                y, hidden = on.compress((k, k), layers, layers, 16)
+                y, hidden = on.compress((k, k), layers, layers, tables, 16)
             saved = layers[0], layers[1], layers[3]
-            on.compress_backward(tuple(y), (k, k), saved, saved, hidden, 16, True, True)
+            on.compress_backward(tuple(y), (k, k), saved, saved, hidden, tables, 16, True, True)
 
 
 def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
