@@ -6478,6 +6478,9 @@ def _compress_dw_kernel(
     """dw_in[:, s] = Σ dhiddenᵀ·(x + position)[s], db_in = Σ dhidden, dposition[s] = w_in[:, s]ᵀ·db_in; one s a program.
 
     One more program: dw_out = Σ dyᵀ·GELU(hidden), db_out = Σ dy. All in a buffer, in the order of `_layer_shapes`.
+
+    Rows are summed up as products with ones: to add them in registers, Triton (3.6) would keep them in too few buffers,
+    and the next copy would overwrite what a product still reads.
     """
     s, split = tl.program_id(0), tl.program_id(1)
     start = split * rows_per_split
@@ -6487,17 +6490,18 @@ def _compress_dw_kernel(
     dposition = out_ptr + _compressor_offset(tl.num_programs(1) * size) + split * size
     dw_in = dposition + BLOCK * D
     db_in = dw_in + N * BLOCK * D
+    ones = tl.full([BLOCK_M, 16], 1.0, x_ptr.dtype.element_ty)
     if s < BLOCK:
         dh_ptr, x_ptr = _of_compressor(dh_ptr, dh2_ptr), _of_compressor(x_ptr, x2_ptr) + s * x_strides[1]
-        dw, sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        dw, sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, 16], tl.float32)
         for r in range(start, end, BLOCK_M):
             row = r + tl.arange(0, BLOCK_M)
             dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), row < end, N, BLOCK_N)
             tokens = _first_tokens(row, row < end, B, of_key, x_strides, K, STRIDE)
             x = _load_rows(x_ptr, tokens, row < end, D, BLOCK_D)
             dw += tl.dot(tl.trans(dh), x)
-            sums += dh.to(tl.float32)
-        db = tl.sum(sums, axis=0)
+            sums += tl.dot(tl.trans(dh), ones)
+        db = tl.sum(sums, axis=1) / 16
         position_ptr, w_in_ptr = _of_compressor(position_ptr, position2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
         position = tl.load(position_ptr + s * D + d, mask=d < D, other=0.0).to(tl.float32)
         _store_rows(dw_in, (n * BLOCK + s) * D, dw + db[:, None] * position[None, :], n < N, D, BLOCK_D)
@@ -6508,15 +6512,16 @@ def _compress_dw_kernel(
             tl.store(db_in + n, db.to(out_ptr.dtype.element_ty), mask=n < N)
     elif active_ptr is not None:
         dy_ptr, active_ptr = _of_compressor(dy_ptr, dy2_ptr), active_ptr + _compressor_offset(n_rows * N)
-        dw_2, sums_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dw_2, sums_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
         for r in range(start, end, BLOCK_M):
             row = r + tl.arange(0, BLOCK_M)
             dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), row < end, D, BLOCK_D)
             active = _load_rows(active_ptr, row.to(tl.int64) * N, row < end, N, BLOCK_N)
             dw_2 += tl.dot(tl.trans(dy), active)
-            sums_2 += dy.to(tl.float32)
+            sums_2 += tl.dot(tl.trans(dy), ones)
+        db_2 = tl.sum(sums_2, axis=1) / 16
         _store_rows(db_in + N, d * N, dw_2, d < D, N, BLOCK_N)
-        tl.store(db_in + N + D * N + d, tl.sum(sums_2, axis=0).to(out_ptr.dtype.element_ty), mask=d < D)
+        tl.store(db_in + N + D * N + d, db_2.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def _alike(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
