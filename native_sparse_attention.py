@@ -1928,7 +1928,9 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if _traced() or torch.is_grad_enabled() or type(arguments[0]) is not Tensor:
+        x = arguments[0]
+        recorded = torch.is_grad_enabled() and x.is_floating_point()
+        if recorded or _traced() or type(x) is not Tensor:
             return operator(*arguments)
         return run(*arguments)
 
