@@ -791,10 +791,16 @@ def read_twice(ttgir: str) -> list[str]:
 
     Triton (3.6) has been seen to give these too few buffers: the next copy overwrote what the product still read.
     """
-    turned = dict(re.findall(r"(%\w+) = ttg\.memdesc_trans (%\w+)", ttgir))
-    products = re.findall(r"ttng\.warp_group_dot (%\w+), (%\w+), .*isAsync = true", ttgir)
-    operands = {turned.get(name, name) for pair in products for name in pair}
-    loaded = {turned.get(name, name) for name in re.findall(r"ttg\.local_load (%\w+)", ttgir)}
+    tiles: dict[str, str] = {}  # what a name stands for: another loop may use it again
+    operands, loaded = set(), set()
+    for number, line in enumerate(ttgir.splitlines()):
+        name, _, operation = line.strip().partition(" = ")
+        used = [tiles.get(each, each) for each in re.findall(r"%\w+", operation)]
+        if operation.startswith("ttng.warp_group_dot %") and "isAsync = true" in operation:
+            operands.update(used[:2])
+        if operation.startswith("ttg.local_load"):
+            loaded.add(used[0])
+        tiles[name] = used[0] if operation.startswith("ttg.memdesc_trans") else f"{name} of line {number}"
     return sorted(operands & loaded)
 
 
