@@ -882,7 +882,7 @@ class Use:
         return [y, *torch.autograd.grad(y, [x, *leaves.values()], self.upstream)]
 
     def eager(self, seed: int) -> tuple[list[Tensor], tuple[int, ...] | None]:
-        """What a step of those contents gives, and the lengths of the cache then; the contents are drawn once more."""
+        """Outputs of a step on those contents, and the cache's lengths after it; the contents are drawn once more."""
         self.draw(seed)
         outputs = [y.detach().clone() for y in self.step()]
         lengths = None if self.cache is None else self.cache.lengths

@@ -148,7 +148,7 @@ def test_the_whole_with_gates(way: str, case: Case, dtype: torch.dtype, random: 
 @interpreted
 @pytest.mark.parametrize("pieces", ["by_mask", "by_block", "by_query"])
 def test_gates_that_all_tokens_share(pieces: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read where they are, as static ones of a module: no copy is made for each token."""
+    """Gates are read where they are, as static ones of a module: no copy is made for each token."""
     monkeypatch.setattr(nsa, "_LARGE_GROUP", 1 if pieces == "by_query" else 16)
     case = replace(MIDDLE, D=16)
     x = draw(whole, case, random, torch.float16)
@@ -278,7 +278,7 @@ def test_the_backward_takes_the_index_of_the_forward(
     lengths: tuple[int, ...], settings: dict[str, Any], made: tuple[int, int], random: Random, poisoned: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Where both go by one, of all queries: else each makes its own. The gradients are the same to the bit."""
+    """Gradients are the same to the bit as by an index of its own, which it makes where the forward has none of use."""
     for name, value in settings.items():
         monkeypatch.setattr(nsa, name, value)
     packing = Packing(replace(MIDDLE, B=1, D=16, select_block_size=8, topk_blocks=3), lengths)
@@ -395,7 +395,7 @@ def test_slots_in_any_order_and_blocks_that_have_not_begun(way: str, case: Case,
 @interpreted
 @every_way
 def test_indices_of_any_value(way: str, random: Random) -> None:
-    """Those that name no block before the query are free slots."""
+    """Indices that name no block before the query are free slots."""
     x = draw(selective, MIDDLE, random, torch.float32)
     blocks = -(-MIDDLE.T // MIDDLE.select_block_size)
     wild = torch.tensor([blocks, blocks + 32, 2**30, 2**31 - 1, -2, -(2**31)], dtype=torch.int32)
@@ -555,7 +555,7 @@ def test_exact_ties_go_to_the_lower_block(dtype: torch.dtype, group: int, winner
 
 
 def behind_a_past(case: Case, x: dict[str, Tensor], first: list[int], new: int) -> dict[str, Tensor]:
-    """What the branches, and the choice of blocks, give for the queries at first[b] ... of buffers with room to spare.
+    """Results of the branches, and of the choice, for the queries at first[b] ... of buffers with room to spare.
 
     Behind the last query of each row the buffers hold stale numbers.
     """

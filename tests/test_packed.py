@@ -254,7 +254,7 @@ def test_too_few_or_too_many_compressed_blocks(call: str, rows: int, random: Ran
 @every_packing
 @pytest.mark.parametrize("branch", [compressed, whole], ids=lambda branch: branch.__name__)
 def test_spare_rows_of_compressed_keys(branch: Branch, packing: Packing, random: Random) -> None:
-    """They may hold anything, and their gradient is 0."""
+    """Spare rows may hold anything, and their gradient is 0."""
     x = packing.draw(branch, random)
     spare = packing.cu_seqlens[-1].item() // packing.case.stride - x["k_cmp"].shape[1]
     more = {name: F.pad(x[name].detach(), (0, 0, 0, 0, 0, spare), value=torch.nan) for name in ("k_cmp", "v_cmp")}
@@ -314,7 +314,7 @@ def test_what_cumsum_gives(branch: Branch, random: Random) -> None:
 
 
 def test_a_change_before_the_backward_does_not_reach_it(random: Random) -> None:
-    """It reads the tables of the forward."""
+    """The backward reads the tables of the forward."""
     x = Packing(OVERLAPPING, (13, 12)).draw(compressed, random)
     cu_seqlens, gradients = torch.tensor([0, 13, 25], dtype=torch.int32), []
     for change in (13, 5):
@@ -705,7 +705,7 @@ def test_rows_of_compressed_keys_that_no_block_needs(packing: Packing, random: R
 @pytest.mark.parametrize("branch", [compressed, whole], ids=lambda branch: branch.__name__)
 @pytest.mark.parametrize("packing", [NO_BLOCK, *map(slow, (GROUP_1, GROUP_3, GROUP_16, LONG_BLOCKS))], ids=str)
 def test_kernels_and_spare_rows_of_compressed_keys(branch: Branch, packing: Packing, random: Random) -> None:
-    """They may hold NaN, and their gradient is 0."""
+    """Spare rows may hold NaN, and their gradient is 0."""
     case = replace(packing.case, T=sum(packing.lengths))
     x = draw_with_spare_rows(case, packing.cu_seqlens, random, torch.float32)
     actual, expected = (
