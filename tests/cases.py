@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 import random as python_random
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, repeat
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import oracle
 import pytest
@@ -720,3 +725,101 @@ def draw_config(pick: python_random.Random, random: Random) -> NativeSparseAtten
             return build(random, **fields)
         except ValueError:  # a combination that the rules forbid
             continue
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels compiled for a GPU, without one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def launch(
+    G: int, D: int, launched: tuple[str, ...], lengths: list[int], dtype: torch.dtype = torch.bfloat16, K: int = 2
+) -> None:  # fmt: skip
+    """All that Part II registers, once each, with the paper's block sizes."""
+    random, H, T, S = Random(seed=1), K * G, sum(lengths), 16
+    C = sum(max(0, (length - 32) // 16 + 1) for length in lengths)
+    q, k, k_cmp = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
+    lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
+    chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
+    tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
+    on, packed = nsa._backend("triton", *tables[:3])
+    (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
+    for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
+        if name in launched:
+            on.span_forward(q, keys, keys, span, scale, **packed)
+            on.span_backward(q, terms, q, keys, keys, span, scale, dq=q, **packed)
+    if "selective" in launched:
+        with going("by_index"):
+            on.selected_forward(q, k, k, chosen, 64, scale, **packed)
+            on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, **packed)
+    if "masked" in launched:
+        lengths_decide = cu_seqlens is not None and "selective" in launched
+        with going("in_doubt_by_mask" if lengths_decide else "by_mask"):
+            on.selected_forward(q, k, k, chosen, 64, scale, gated=(gates, q, q), **packed)
+            on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, dk=k, dv=k, **packed)
+    if "select" in launched:
+        on.select(q, k_cmp, lse, choice, scale, **packed)
+    if "whole" in launched:
+        tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
+        settings = (*tables[:3], "triton", 512)
+        with going("by_index"):
+            _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
+            nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
+    if "decode" in launched:
+        (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
+        on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)
+        weights = [random(shape, dtype) for shape in ((32, D), (2 * D, 32 * D), (2 * D,), (D, 2 * D), (D,))] * 2
+        raw = random((1, 1, 3 * K, D), dtype)
+        theta = 1e4 if D == 128 else None
+        on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, theta, 32, 16, weights)
+        on.project(x := q[:, :1, 0].contiguous(), [x.new_empty(64, D)] * 3 + [None], [None] * 4)
+    if "compress" in launched:
+        w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
+        position = w_in[:32, :D].contiguous()
+        for layers in ((position, w_in[:D], bias[:D], None, None), (position, w_in, bias, w_out, bias[:D])):
+            with patch.object(nsa, "_num_sms", lambda device: 132):  # few rows are split into parts
+                y, hidden = on.compress((k, k), layers, layers, tables, 16)
+            saved = layers[0], layers[1], layers[3]
+            on.compress_backward(tuple(y), (k, k), saved, saved, hidden, tables, 16, True, True)
+
+
+def compile_only(target: tuple[str, str | int, int], take: Callable[[str, dict[str, Any], Any], None]) -> None:
+    """From now on, launches compile for a target (backend, architecture, lanes of a warp) and do not run.
+
+    `take` is given the name of each kernel, its constants, and what was compiled. For a process of its own.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Device:
+        """All that the compiler asks about a device."""
+
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget(*target))
+
+    def compile_it(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        name = self.fn.__name__.removeprefix("_").removesuffix("_kernel")
+        if name.startswith("span"):
+            branch = "local" if options["WINDOW"] else "masked" if options["S"] else "compressed"
+            name = name.replace("span", branch)
+        take(name, options, kernel)
+
+    driver.set_active(Device())
+    compile_and_launch, JITFunction.run = JITFunction.run, compile_it
+
+
+def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
+    """Counts of NVIDIA's tool, which Triton brings along, in the machine code; None where it is missing."""
+    bundled = Path(nsa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        return None
+    path.write_bytes(cubin)
+    code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "STL", "LDL")}
+    before, _, after = code.rpartition("HGMMA")  # what follows only writes results
+    return counts | {"loads": len(re.findall(r"\bLDSM\b", before)), "loads after": len(re.findall(r"\bLDSM\b", after))}

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,9 +36,10 @@ from cases import (
     Packed,
     Packing,
     Random,
-    as_cache,
     choice,
+    compile_only,
     compressed,
+    disassemble,
     double,
     each_branch_every_way,
     every_branch,
@@ -49,6 +49,7 @@ from cases import (
     going,
     gradients,
     interpreted,
+    launch,
     local,
     needs_triton,
     run,
@@ -723,69 +724,6 @@ NARROW_SPILLS = {"merge_slots": (0, 4), "choose": (0, 4)}  # at head dim 64: 2 w
 POINTER_SPILLS = NARROW_SPILLS | {"masked_dkv": (3, 8)}  # as found with Triton 3.6
 
 
-def launch(G: int, D: int, launched: tuple[str, ...], lengths: list[int], K: int = 2) -> None:
-    """All that Part II registers, once each, in bfloat16 with the paper's block sizes."""
-    random, dtype, H, T, S = Random(seed=1), torch.bfloat16, K * G, sum(lengths), 16
-    C = sum(max(0, (length - 32) // 16 + 1) for length in lengths)
-    q, k, k_cmp = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
-    lse, gates = random((1, T, H), torch.float32), random((1, T, H, 3), dtype)
-    chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
-    tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
-    on, packed = nsa._backend("triton", *tables[:3])
-    (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
-    for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
-        if name in launched:
-            on.span_forward(q, keys, keys, span, scale, **packed)
-            on.span_backward(q, terms, q, keys, keys, span, scale, dq=q, **packed)
-    if "selective" in launched:
-        with going("by_index"):
-            on.selected_forward(q, k, k, chosen, 64, scale, **packed)
-            on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, **packed)
-    if "masked" in launched:
-        lengths_decide = cu_seqlens is not None and "selective" in launched
-        with going("in_doubt_by_mask" if lengths_decide else "by_mask"):
-            on.selected_forward(q, k, k, chosen, 64, scale, gated=(gates, q, q), **packed)
-            on.selected_backward(q, terms, q, k, k, chosen, 64, scale, dq=q, dk=k, dv=k, **packed)
-    if "select" in launched:
-        on.select(q, k_cmp, lse, choice, scale, **packed)
-    if "whole" in launched:
-        tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
-        settings = (*tables[:3], "triton", 512)
-        with going("by_index"):
-            _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
-            nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
-    if "decode" in launched:
-        (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
-        on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)
-        weights = [random(shape, dtype) for shape in ((32, D), (2 * D, 32 * D), (2 * D,), (D, 2 * D), (D,))] * 2
-        raw = random((1, 1, 3 * K, D), dtype)
-        theta = 1e4 if D == 128 else None
-        on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, theta, 32, 16, weights)
-        on.project(x := q[:, :1, 0].contiguous(), [x.new_empty(64, D)] * 3 + [None], [None] * 4)
-    if "compress" in launched:
-        w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
-        position = w_in[:32, :D].contiguous()
-        for layers in ((position, w_in[:D], bias[:D], None, None), (position, w_in, bias, w_out, bias[:D])):
-            with patch.object(nsa, "_num_sms", lambda device: 132):  # few rows are split into parts
-                y, hidden = on.compress((k, k), layers, layers, tables, 16)
-            saved = layers[0], layers[1], layers[3]
-            on.compress_backward(tuple(y), (k, k), saved, saved, hidden, tables, 16, True, True)
-
-
-def disassemble(cubin: bytes, path: Path) -> dict[str, int] | None:
-    """Counts of NVIDIA's tool, which Triton brings along, in the machine code; None where it is missing."""
-    bundled = Path(nsa.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
-    if tool is None:
-        return None
-    path.write_bytes(cubin)
-    code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "STL", "LDL")}
-    before, _, after = code.rpartition("HGMMA")  # what follows only writes results
-    return counts | {"loads": len(re.findall(r"\bLDSM\b", before)), "loads after": len(re.findall(r"\bLDSM\b", after))}
-
-
 def read_twice(ttgir: str) -> list[str]:
     """Tiles that an asynchronous product reads in shared memory, and from which registers are loaded, too.
 
@@ -806,34 +744,16 @@ def read_twice(ttgir: str) -> list[str]:
 
 def build(names: list[str], folder: str) -> None:
     """Compile every launch for sm_90 where it would have run, and print what came out as JSON."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    result: dict[str, dict[str, Any]] = {}
 
-    class Hopper:
-        """All that the compiler asks about a device."""
-
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-    driver.set_active(Hopper())
-    compile_and_launch, built = JITFunction.run, {}
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
-        label = self.fn.__name__.removeprefix("_").removesuffix("_kernel")
-        if label.startswith("span"):
-            branch = "local" if options["WINDOW"] else "masked" if options["S"] else "compressed"
-            label = label.replace("span", branch)
+    def take(label: str, options: dict[str, Any], kernel: Any) -> None:
         machine = disassemble(kernel.asm["cubin"], Path(folder) / "kernel.cubin")
         wgmma, twice = kernel.asm["ptx"].count("wgmma.mma_async"), read_twice(kernel.asm["ttgir"])
-        built[label] = {"wgmma": wgmma, "machine": machine, "read twice": twice}
+        result[name][label] = {"wgmma": wgmma, "machine": machine, "read twice": twice}
 
-    JITFunction.run = compile_only
-    result = {}
+    compile_only(("cuda", 90, 32), take)
     for name in names:
-        built = result[name] = {}
+        result[name] = {}
         nsa._PLAIN_ROWS = math.inf if name.endswith("by_pointer") else 0
         launch(*BUILDS[name])
     print(json.dumps(result))
