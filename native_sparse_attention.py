@@ -523,7 +523,7 @@ class NativeSparseAttention(nn.Module):
             if type(method) not in _COMPRESSOR_CLASSES.values():
                 return None
             of = [getattr(method, name) for name in method.weights]
-            fits = not of or len(of[2]) * k.shape[3] * k.element_size() <= _FUSED_BYTES
+            fits = not of or _BACKENDS["triton"].extends(k, len(of[2]))
             if not fits or any(x.dtype != k.dtype or not x.is_contiguous() for x in of):
                 return None
             weights += of + [None] * (5 - len(of))
@@ -1039,8 +1039,9 @@ def local_attention(
             is that of each sequence alone. On a CPU its values are checked; on a GPU the host does not read them, and
             what is not ascending from 0 to T is clamped.
         scale: factor on q·k; None is 1/sqrt(D).
-        backend: "auto": Triton kernels for float16, bfloat16 and float32 on Hopper GPUs; PyTorch elsewhere, with
-            flash-attn for this branch where it is installed. "torch"; or "triton", which says so where it cannot run.
+        backend: "auto": Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs from sm_80 on and AMD's MI300;
+            PyTorch elsewhere, with flash-attn for this branch where it is installed. "torch"; or "triton", which says
+            so where it cannot run.
 
     Returns:
         (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
@@ -1862,6 +1863,7 @@ class _Backend(NamedTuple):
     extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights) → q, rotated
     obstacle(q, k, scale, choice, decoding) → why it cannot run, or None
     preferred(device) → whether "auto" takes it
+    extends(k, units) → whether `extend` takes the weights of a compressor of so many hidden units
 
     Where it has kernels for the learned compressors, it brings three more:
     compresses(x, weight) → whether they serve such an input and such weights
@@ -1881,6 +1883,7 @@ class _Backend(NamedTuple):
     extend: Callable[..., Tensor]
     obstacle: Callable[..., str | None]
     preferred: Callable[[torch.device], bool]
+    extends: Callable[[Tensor, int], bool] = lambda *_: False
     compresses: Callable[[Tensor, Tensor], bool] = lambda *_: False
     compress: Callable[..., tuple[Tensor, Tensor]] | None = None
     compress_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -2659,7 +2662,6 @@ _TILE_SCORES = 2**20  # scores in a batch of tiles: 4 MiB, near the caches; 2**1
 _PAIR_TILE = 64  # pairs of one selection block in a tile: 32 starves the matrix product, 128 pads more
 _PARTIAL_VALUES = 2**24  # numbers in the partial outputs of a chunk of rows, 64 MiB; short chunks half-fill tiles
 _FEW = 16  # tokens that are a step rather than a prompt
-_FUSED_BYTES = 2**16  # the most that the weights of one token may take there
 _LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
 
@@ -3538,27 +3540,47 @@ except Exception:  # not installed, too old for tensor descriptors, or broken: t
     triton = tl = TensorDescriptor = None
     _INTERPRETED = False
 
-# (BLOCK_M, BLOCK_N, warps, stages) of each kernel for head dims up to 64, 128 and 256, in 16-bit types; one row for all
-# kernels in float32. Tuned on an H200 by tests/benchmarks/gpu.py for head dims 64 and 128. In the query-outer kernel
-# the warps are those of every 16 heads.
+_AMD = torch.version.hip is not None  # a warp has 64 lanes there, and a program 1024
+
+# Tiles (BLOCK_M, BLOCK_N, warps, stages, KiB) of each kernel, for head dims up to 64, 128 and 256 in 16-bit types; one
+# row for all kernels in float32. A GPU takes the first tile that fits its shared memory. KiB are those of the smallest
+# GPU that a tile was built for: 227 are Hopper and B200, 163 A100, 99 other NVIDIA GPUs, 64 MI300. The first tiles are
+# tuned on an H200 by tests/benchmarks/gpu.py for head dims 64 and 128, the others are not tuned. In the query-outer
+# kernel the warps are those of every 16 heads.
 _TILES = {
-    "local_forward": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-    "local_dq": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
-    "local_dkv": ((32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 8, 2)),
-    "compressed_forward": ((64, 64, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2)),
-    "compressed_dq": ((64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
-    "compressed_dkv": ((64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 8, 2)),
-    "scores": ((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2)),
-    "masked_forward": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
-    "masked_dq": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
-    "masked_dkv": ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2)),
-    "selected_by_query": ((64, 64, 1, 2), (64, 64, 1, 2), (64, 64, 2, 2)),
-    "selected_by_block": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
-    "selected_backward": ((64, 64, 4, 2), (32, 64, 4, 4), (16, 32, 8, 1)),
-    "selected_backward_large_group": ((64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 8, 1)),
-    "decode_scan": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
-    "decode_attend": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
-    "float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "local_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
+    "local_dq": (((64, 32, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
+    "local_dkv": (((32, 64, 4, 3, 64),), ((32, 64, 4, 4, 64),), ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
+    "compressed_forward": (((64, 64, 4, 2, 64),), ((128, 64, 4, 2, 64),), ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
+    "compressed_dq": (
+        ((64, 64, 4, 2, 64),),
+        ((128, 64, 8, 3, 163), (128, 64, 8, 2, 64)),
+        ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+    ),
+    "compressed_dkv": (
+        ((64, 64, 4, 3, 64),),
+        ((64, 128, 8, 3, 163), (64, 128, 8, 2, 64)),
+        ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+    ),
+    "scores": (((64, 128, 8, 2, 64),), ((64, 128, 8, 3, 64),), ((64, 64, 4, 2, 64),)),
+    "masked_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
+    "masked_dq": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
+    "masked_dkv": (((64, 64, 4, 2, 64),), ((64, 64, 4, 2, 64),), ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
+    "selected_by_query": (((64, 64, 1, 2, 64),), ((64, 64, 1, 2, 64),), ((64, 64, 2, 2, 99),)),
+    "selected_by_block": (((64, 64, 4, 2, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 1, 64),)),
+    "selected_backward": (((64, 64, 4, 2, 64),), ((32, 64, 4, 4, 163), (32, 64, 4, 3, 64)), ((16, 32, 8, 1, 64),)),
+    "selected_backward_large_group": (((64, 64, 4, 3, 64),), ((32, 64, 4, 3, 64),), ((16, 32, 8, 1, 64),)),
+    "decode_scan": (
+        ((64, 64, 4, 3, 64),),
+        ((64, 64, 4, 3, 99), (64, 64, 4, 2, 64)),
+        ((64, 64, 8, 2, 163), (64, 32, 8, 2, 64)),
+    ),
+    "decode_attend": (
+        ((64, 64, 4, 3, 64),),
+        ((64, 64, 4, 3, 99), (64, 64, 4, 2, 64)),
+        ((64, 64, 8, 2, 163), (64, 32, 8, 2, 64)),
+    ),
+    "float32": (((32, 32, 8, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
 }
 _LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
 _MAX_ROWS = 128  # the most query rows in a tile; where a row keeps a number, rows are padded by that many
@@ -3643,10 +3665,27 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _constants(kernel: str, H: int, K: int, D: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+@_once
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; under the interpreter, those of an H100."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+
+
+def _has_descriptors(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by descriptor: NVIDIA's from Hopper on, and the interpreter."""
+    return device.type != "cuda" or (not _AMD and _capability(device) >= (9, 0))
+
+
+def _constants(
+    kernel: str, H: int, K: int, D: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> dict[str, Any]:
     """Constants and launch options that all matrix kernels take: sizes of heads, groups and tiles."""
-    row = _TILES[kernel if dtype.itemsize == 2 else "float32"]
-    block_m, block_n, warps, stages = row[0 if D <= 64 else 1 if D <= 128 else 2]
+    tiles = _TILES[kernel if dtype.itemsize == 2 else "float32"][0 if D <= 64 else 1 if D <= 128 else 2]
+    kib = _shared_memory(device) >> 10
+    block_m, block_n, warps, stages, _ = next((tile for tile in tiles if tile[4] <= kib), tiles[-1])
     heads = {"K": K, "GROUP": H // K, "D": D, "BLOCK_D": _block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
     return heads | {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
 
@@ -3656,7 +3695,8 @@ def _launches_directly(version: str) -> bool:
     return (3, 4) <= tuple(map(int, version.split(".")[:2])) < (3, 10)
 
 
-_DIRECT_LAUNCH = triton is not None and _launches_directly(triton.__version__)  # if False, every launch is Triton's own
+# If False, every launch is Triton's own. On AMD's GPUs, kernels differ by the size of tensors too.
+_DIRECT_LAUNCH = triton is not None and not _AMD and _launches_directly(triton.__version__)
 
 
 class _Launch:
@@ -3787,7 +3827,7 @@ def _by_descriptor(q: Tensor, *described: Tensor) -> bool:
     """
     B, T, H, D = q.shape
     pays = B * T * H > _PLAIN_ROWS or D > 64
-    return pays and (not q.is_cuda or _capability(q.device) >= (9, 0)) and all(_addressable(x) for x in described)
+    return pays and _has_descriptors(q.device) and all(_addressable(x) for x in described)
 
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
@@ -4449,9 +4489,9 @@ def _span_constants(
     kernel: str, layout: tuple[Any, ...], span: _Span, select_block_size: int, precision: str
 ) -> dict[str, Any]:
     """Constants of a kernel. Where queries chose blocks, no other keys count."""
-    ((_, _, H, D), _, dtype, _), (k_shape, *_), _, chosen, *_ = layout
+    ((_, _, H, D), _, dtype, device), (k_shape, *_), _, chosen, *_ = layout
     branch, window = ("local", min(span.window, _FAR)) if span.window else ("masked" if chosen else "compressed", 0)
-    constants = _constants(f"{branch}_{kernel}", H, k_shape[2], D, dtype, precision)
+    constants = _constants(f"{branch}_{kernel}", H, k_shape[2], D, dtype, precision, device)
     constants |= {"GROUP_PAD": _power_of_2(constants["GROUP"]), "WINDOW": window}
     constants |= {"BLOCK": span.block_size, "STRIDE": span.stride, "S": 0, "SELECT": select_block_size, "BLOCKS": 0}
     if chosen:  # BLOCKS: the most blocks that share a tile, whose first key is a multiple of its size
@@ -4809,7 +4849,7 @@ def _select_plan(
     """Rows are those of a grid of tiles: those that fill up the last tile of a segment are among them."""
     ((B, T, H, D), q_strides, dtype, device), (k_shape, k_strides, *_), _, first = layout
     (C, K), S, slots = k_shape[1:3], choice.topk_blocks, _power_of_2(choice.topk_blocks)
-    constants = _constants("scores", H, K, D, dtype, precision)
+    constants = _constants("scores", H, K, D, dtype, precision, device)
     rows, (ratio, carry) = constants["BLOCK_M"], _carry(choice)
     part = min(_power_of_2(ratio), 32)
     blocks = max(constants.pop("BLOCK_N") // part, _power_of_2(2 * carry), 2)
@@ -4840,7 +4880,7 @@ def _select_plan(
             _choose_kernel, (_cdiv(n_rows, rows_each), B * K), (segments, T, row // rows, n_rows, n_blocks),
             K=K, S=S, SP=slots, SELECT=choice.select_block_size, BLOCK_M=rows, INIT=choice.init_blocks,
             LOCAL=choice.local_blocks, ROWS=rows_each, NP=width, LEAST_NP=least,
-            LEVELS=1 + (width // least).bit_length() // 2, num_warps=min(max(width // 1024, 1), 32),
+            LEVELS=1 + (width // least).bit_length() // 2, num_warps=min(max(width // 1024, 1), 16 if _AMD else 32),
         )  # fmt: skip
         chunks.append((scores, choose))
     return _SelectPlan(B * K * chunk * all_blocks, chunks)
@@ -5268,9 +5308,10 @@ def _selected_by_query_kernel(
 
 
 def _selected_constants(
-    kernel: str, H: int, K: int, D: int, S: int, select_block_size: int, dtype: torch.dtype, precision: str
-) -> dict[str, Any]:
-    constants = _constants(kernel, H, K, D, dtype, precision) | {"S": S, "SELECT": select_block_size}
+    kernel: str, H: int, K: int, D: int, S: int, select_block_size: int, dtype: torch.dtype, precision: str,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    constants = _constants(kernel, H, K, D, dtype, precision, device) | {"S": S, "SELECT": select_block_size}
     constants["BLOCK_N"] = min(constants["BLOCK_N"], max(_power_of_2(select_block_size), 16))
     return constants
 
@@ -5325,7 +5366,7 @@ def _by_mask(
 
 def _large_group(q: Tensor, K: int) -> bool:
     """Whether the forward keeps the query outside, and needs no index, if descriptors can address the keys."""
-    return q.shape[2] // K >= _LARGE_GROUP and q.dtype.itemsize == 2
+    return q.shape[2] // K >= _LARGE_GROUP and q.dtype.itemsize == 2 and _has_descriptors(q.device)
 
 
 def _forward_made_index(q: Tensor, K: int, S: int, select_block_size: int, segments: _Segments | None) -> bool:
@@ -5340,9 +5381,9 @@ def _block_count(T: int, select_block_size: int, segments: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _by_query_plan(layout: tuple[Any, ...], select_block_size: int, scale: float, precision: str) -> _Launch:
-    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
+    ((B, T, H, D), q_strides, dtype, device), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
     (_, _, K, S), strides, *_ = indices
-    constants = _selected_constants("selected_by_query", H, K, D, S, select_block_size, dtype, precision)
+    constants = _selected_constants("selected_by_query", H, K, D, S, select_block_size, dtype, precision, device)
     heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
     constants |= {"BLOCK_M": heads, "STAGES": constants.pop("num_stages")}
     constants["num_warps"] *= heads // 16
@@ -5356,10 +5397,10 @@ def _by_block_plan(
     layout: tuple[Any, ...], segments: int, select_block_size: int, scale: float, precision: str
 ) -> tuple[int, list[tuple[_IndexPlan, _Launch, _Launch]]]:
     """Rows of a chunk of queries; and for each chunk the index, the launch for partial results and their merger."""
-    ((B, T, H, D), q_strides, dtype, _), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
+    ((B, T, H, D), q_strides, dtype, device), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
     (_, _, K, S), strides, *_ = indices
     T_keys, G = k_shape[1], H // K
-    constants = _selected_constants("selected_by_block", H, K, D, S, select_block_size, dtype, precision)
+    constants = _selected_constants("selected_by_block", H, K, D, S, select_block_size, dtype, precision, device)
     sizes = {name: constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
     sizes |= {"SP": _power_of_2(S), "BLOCK_M": _merge_rows(D), "UNROLL": _unroll(S)}
     n_blocks, chunk = _block_count(T_keys, select_block_size, segments), _query_chunk(B, T, H * S * D, dtype)
@@ -5535,11 +5576,11 @@ def _selected_backward_plan(
     precision: str,
 ) -> tuple[int, list[tuple[_IndexPlan, int, _Launch, _Launch, _Launch]]]:  # fmt: skip
     """Rows of dq of a chunk of queries; and for each chunk the index, rows of dk, launches for parts and their sums."""
-    ((B, T, H, D), q_strides, dtype, _), (_, k_strides, *_), (_, v_strides, *_), *others = layout
+    ((B, T, H, D), q_strides, dtype, device), (_, k_strides, *_), (_, v_strides, *_), *others = layout
     ((_, _, K, S), strides, *_), (_, do_strides, *_), _ = others
     G = H // K
     kernel = "selected_backward_large_group" if G >= _LARGE_GROUP else "selected_backward"
-    constants = _selected_constants(kernel, H, K, D, S, select_block_size, dtype, precision)
+    constants = _selected_constants(kernel, H, K, D, S, select_block_size, dtype, precision, device)
     keys, size, merge_rows = constants["BLOCK_N"], _SUM_ROWS[dtype.itemsize], _merge_rows(D)
     splits = _cdiv(select_block_size, keys)
     n_blocks, chunk = _block_count(T, select_block_size, segments), _query_chunk(B, T, H * S * splits * D, dtype)
@@ -5876,7 +5917,9 @@ def _append_plan(
     constants = {"H": H, "K": K, "SETS": heads // K, "D": D, "BLOCK_D": _block_d(D), "ROWS": size, "TURNS": turns}
     constants |= {"BLOCK": block_size, "STRIDE": stride, "UNITS": units, "UNITS_PAD": max(_power_of_2(units), 16)}
     stage_bytes = max(_block_d(D), 128) * constants["UNITS_PAD"] * dtype.itemsize
-    constants |= {"BLOCK_M": 16, "STAGES": 1 + min(2**17 // stage_bytes, 4), "PRECISION": precision}
+    most = _shared_memory(device) * constants["UNITS_PAD"] // (constants["UNITS_PAD"] + 16)  # beside 16 rows
+    constants |= {"BLOCK_M": 16, "STAGES": 1 + min(2**17 // stage_bytes, most // stage_bytes, 4)}
+    constants |= {"PRECISION": precision}
     constants |= {"num_warps": 8 if block_size else 4}
     programs = 2 * _cdiv(n_tokens * heads, size) + (0 if theta is None else _cdiv(n_tokens * H, size))
     chunks = _cdiv(B * _cdiv(M, stride) * K, constants["BLOCK_M"] - 1) if block_size else 0
@@ -6216,7 +6259,7 @@ def _decode_plan(
     streams, cache_rows, room, K, _ = tokens
     T, C = room - 1, C_room - 1
     ratio, carry = _carry(choice)
-    scan, attend = (_constants(f"decode_{kernel}", H, K, D, dtype, precision) for kernel in ("scan", "attend"))
+    scan, attend = (_constants(f"decode_{kernel}", H, K, D, dtype, precision, device) for kernel in ("scan", "attend"))
     for constants in (scan, attend):
         constants["STAGES"] = constants.pop("num_stages")
         constants["BLOCK_M"] = heads = min(max(_power_of_2(H // K), 16), constants["BLOCK_M"])
@@ -6534,13 +6577,17 @@ def _alike(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _compress_constants(
-    rows: int, K: int, D: int, N: int, block: int, stride: int
+    rows: int, K: int, D: int, N: int, block: int, stride: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of the kernels that know blocks, and of those that do not. Few rows are cut into smaller tiles."""
-    wide, many = _block_d(N) > 128, rows > 2048
-    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": _block_d(N), "BLOCK_M": 32 if many else 16}
-    layer |= {"num_warps": 8 if wide else 4, "num_stages": 2 if wide and many else 3}
-    return layer | {"BLOCK": block, "STRIDE": stride, "BLOCK_M": 64 if many else 32}, layer
+    units, many, columns = _block_d(N), rows > 2048, max(_block_d(N), _block_d(D))
+    wide, weights, limit = units > 128, units * _block_d(D), _shared_memory(device) // 2
+    tiles = [(m, stages) for m in ((64, 32) if many else (32,)) for stages in ((2,) if wide and many else (3, 2))]
+    fits = [(m, n) for m, n in tiles if (n - 1) * (weights + m * columns) + m * columns <= limit]
+    block_m, stages = fits[0]  # see `_weights_fit`
+    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": units, "BLOCK_M": 32 if many else 16}
+    layer |= {"num_warps": 8 if wide else 4, "num_stages": stages}
+    return layer | {"BLOCK": block, "STRIDE": stride, "BLOCK_M": block_m}, layer
 
 
 class _CompressPlan(NamedTuple):
@@ -6565,7 +6612,7 @@ def _compress_plan(
     """The forward of n compressors of inputs of that layout."""
     (((B, _, K, D), strides, _, device),) = layout
     rows, y_strides = C * B * K, (C * K * D, K * D, D, 1)
-    constants, layer = _compress_constants(rows, K, D, N, block, stride)
+    constants, layer = _compress_constants(rows, K, D, N, block, stride, device)
     tiles = _cdiv(rows, constants["BLOCK_M"])
     tokens = _cdiv(block, max(min(_num_sms(device) // (tiles * n), block // _COMPRESS_TOKENS), 1))
     splits = _cdiv(block, tokens)
@@ -6611,9 +6658,9 @@ class _CompressBackwardPlan(NamedTuple):
 def _compress_backward_plan(
     layout: tuple[Any, ...], C: int, n_segments: int, n: int, N: int, layers: int, block: int, stride: int
 ) -> _CompressBackwardPlan:
-    ((B, T, K, D), strides, *_), (_, dy_strides) = layout
+    ((B, T, K, D), strides, _, device), (_, dy_strides) = layout
     rows, tokens = C * B * K, math.gcd(stride, _COMPRESS_TOKENS)
-    constants, layer = _compress_constants(rows, K, D, N, block, stride)
+    constants, layer = _compress_constants(rows, K, D, N, block, stride, device)
     dh_strides = dy_strides if layers == 1 else (K * N, B * K * N, N, 1)
     splits = min(max(rows // _COMPRESS_ROWS, 1), 16)
     grid = (_cdiv(rows, layer["BLOCK_M"]), 1, n)
@@ -6664,9 +6711,19 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@_once
+def _architecture(device: torch.device) -> str:
+    """Name of an AMD GPU's architecture: "gfx942"."""
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+
+
 def _triton_preferred(device: torch.device) -> bool:
-    """Whether "auto" takes the kernels: where they have been tested, on Hopper."""
-    return device.type == "cuda" and _capability(device)[0] == 9
+    """Whether "auto" takes the kernels: on the GPUs that they are built for, NVIDIA's from sm_80 on and AMD's MI300."""
+    if device.type != "cuda":
+        return False
+    if _AMD:
+        return _architecture(device) in ("gfx942", "gfx950")
+    return _capability(device) >= (8, 0)
 
 
 def _triton_obstacle(
@@ -6692,16 +6749,30 @@ def _triton_obstacle(
             sizes = f"l/d/l' = {choice.block_size}/{choice.stride}/{choice.select_block_size}"
             return f"for {sizes} the importance takes more keys than fit in a tile"
     if q.is_cuda:
-        return "the GPU is older than sm_80" if _capability(q.device) < (8, 0) else None
+        old = not _AMD and _capability(q.device) < (8, 0)
+        return "the GPU is older than sm_80" if old else None
     interpreted = _INTERPRETED and q.device.type == "cpu"
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
+
+
+def _weights_fit(units: int, D: int, size: int, device: torch.device) -> bool:
+    """Whether the weights of a token, a tile of numbers of this size, leave room for the tokens that they multiply."""
+    return _block_d(units) * _block_d(D) * size <= _shared_memory(device) * 5 // 8
+
+
+def _triton_extends(k: Tensor, units: int) -> bool:
+    """Whether a step compresses by itself: where the weights of a token are not too many to be read so often."""
+    D, size = k.shape[3], k.element_size()
+    return units * D * size <= 2**16 and _weights_fit(units, D, size, k.device)
 
 
 def _triton_compresses(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels of compression serve x (..., dim) and weights like that one."""
     cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    fits = cast or x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return fits and x.shape[-1] <= 128 and triton is not None and _triton_preferred(x.device)
+    served = cast or x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if not served or triton is None or not _triton_preferred(x.device):
+        return False
+    return x.shape[-1] <= 128 and _weights_fit(2 * x.shape[-1], x.shape[-1], 2, x.device)
 
 
 _BACKENDS["triton"] = _Backend(
@@ -6718,6 +6789,7 @@ _BACKENDS["triton"] = _Backend(
     _triton_extend,
     _triton_obstacle,
     _triton_preferred,
+    _triton_extends,
     _triton_compresses,
     _triton_compress,
     _triton_compress_backward,

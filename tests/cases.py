@@ -769,12 +769,15 @@ def launch(
     if "decode" in launched:
         (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
         on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)
-        weights = [random(shape, dtype) for shape in ((32, D), (2 * D, 32 * D), (2 * D,), (D, 2 * D), (D,))] * 2
+        weights: list[Tensor | None] = [None] * 10
+        if nsa._triton_extends(k, 2 * D):
+            shapes = (32, D), (2 * D, 32 * D), (2 * D,), (D, 2 * D), (D,)
+            weights = [random(shape, dtype) for shape in shapes] * 2
         raw = random((1, 1, 3 * K, D), dtype)
         theta = 1e4 if D == 128 else None
         on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, theta, 32, 16, weights)
         on.project(x := q[:, :1, 0].contiguous(), [x.new_empty(64, D)] * 3 + [None], [None] * 4)
-    if "compress" in launched:
+    if "compress" in launched and nsa._weights_fit(2 * D, D, 2, q.device):
         w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
         position = w_in[:32, :D].contiguous()
         for layers in ((position, w_in[:D], bias[:D], None, None), (position, w_in, bias, w_out, bias[:D])):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -464,8 +464,10 @@ def operators(function: Callable[..., Any], *arguments: Any) -> list[str]:
     [
         ((9, 0), "no_flash", ["attention_forward triton"]),
         ((9, 0), "a_flash", ["attention_forward triton"]),
-        ((8, 0), "no_flash", ["attention_forward torch"]),
-        ((8, 0), "a_flash", ["tanh", "branch_forward torch", "select torch", "branch_forward torch"]),
+        ((8, 0), "no_flash", ["attention_forward triton"]),
+        ((12, 0), "a_flash", ["attention_forward triton"]),
+        ((7, 5), "no_flash", ["attention_forward torch"]),
+        ((7, 5), "a_flash", ["tanh", "branch_forward torch", "select torch", "branch_forward torch"]),
     ],
 )  # fmt: skip
 def test_choice_of_a_backend_on_a_gpu(
@@ -490,6 +492,14 @@ def test_choice_of_a_backend_on_a_gpu(
         x = CASE.tensors(Random(seed=0), torch.bfloat16)
         x = {name: torch.empty_like(tensor, device="cuda", requires_grad=False) for name, tensor in x.items()}
         assert operators(attend, x) == expected
+
+
+@pytest.mark.parametrize("name, taken", [("gfx942:sramecc+:xnack-", True), ("gfx950", True), ("gfx1100", False)])
+def test_amd_gpus_that_take_the_kernels(name: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    monkeypatch.setattr(nsa, "_architecture", nsa._once(nsa._architecture.__wrapped__))
+    monkeypatch.setattr(nsa, "_AMD", True)
+    assert nsa._triton_preferred(torch.device("cuda")) is taken
 
 
 # ---------------------------------------------------------------------------------------------------------------------

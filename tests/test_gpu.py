@@ -69,8 +69,8 @@ from nsa_gpt_training import NSALanguageModel
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-on_hopper = pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="'auto' takes the kernels on Hopper only"
+with_kernels = pytest.mark.skipif(
+    DEVICE == "cuda" and not nsa._triton_preferred(torch.device(DEVICE)), reason="'auto' takes no kernels on this GPU"
 )
 
 
@@ -449,7 +449,7 @@ def assert_trains_alike(tokens: int) -> None:
     assert_within_budget(*parameters, "parameters after ten steps", terms=2 * tokens)
 
 
-@on_hopper
+@with_kernels
 @pytest.mark.parametrize("method", ["grouped_mlp", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
@@ -499,7 +499,7 @@ def test_compression(
         assert_within_budget(a, *others, name, terms=block_size * D + 2 * tokens)
 
 
-@on_hopper
+@with_kernels
 def test_ten_steps_of_training() -> None:
     q = torch.empty(1, 1, 1, 32)
     assert nsa._choose_backend("auto", q, q, 1.0) == "triton"
@@ -746,7 +746,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@on_hopper
+@with_kernels
 def test_compiled_block_for_any_number_of_tokens(fresh_compiler: None) -> None:
     module = fresh_block(torch.bfloat16, use_flash=True)
     call = torch.compile(module, fullgraph=True, dynamic=True)
@@ -755,7 +755,7 @@ def test_compiled_block_for_any_number_of_tokens(fresh_compiler: None) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@on_hopper
+@with_kernels
 def test_compiled_block_in_cuda_graphs(fresh_compiler: None) -> None:
     module = fresh_block(torch.bfloat16, use_flash=True)
     call = torch.compile(module, fullgraph=True, mode="reduce-overhead")
@@ -766,7 +766,7 @@ def test_compiled_block_in_cuda_graphs(fresh_compiler: None) -> None:
     assert skipped == 0, f"{skipped} graphs ran without a CUDA graph"
 
 
-@on_hopper
+@with_kernels
 def test_compiled_training(fresh_compiler: None) -> None:
     """The language model under bfloat16 autocast: ten steps, compiled and not."""
 
@@ -791,7 +791,7 @@ def test_compiled_training(fresh_compiler: None) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.0)
 
 
-@on_hopper
+@with_kernels
 def test_training_script_in_cuda_graphs(tmp_path: Path) -> None:
     """From its start to the text that it writes, steps and evaluations: as without compiling anything."""
     text = tmp_path / "text.txt"
@@ -898,7 +898,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float =
         assert error <= tolerance, f"tensor {i} differs by {error:.2g}"
 
 
-@on_hopper
+@with_kernels
 @every_module
 @every_kind
 def test_the_host_never_waits_for_a_module(kind: str, of: type[nn.Module]) -> None:
@@ -909,7 +909,7 @@ def test_the_host_never_waits_for_a_module(kind: str, of: type[nn.Module]) -> No
         use.step()
 
 
-@on_hopper
+@with_kernels
 def test_the_host_never_waits_for_a_cache() -> None:
     use = Use("step", nsa.NSABlock)
     prompt, rows = torch.zeros(3, 30, EVEN.dim, dtype=torch.bfloat16), torch.tensor([2, 0, 5])
@@ -929,7 +929,7 @@ def test_the_host_never_waits_for_a_cache() -> None:
         assert use.cache.lengths == (14, 21, 8)
 
 
-@on_hopper
+@with_kernels
 @every_module
 @every_kind
 def test_a_module_in_a_cuda_graph(kind: str, of: type[nn.Module]) -> None:
@@ -943,7 +943,7 @@ def test_a_module_in_a_cuda_graph(kind: str, of: type[nn.Module]) -> None:
         assert lengths is None or use.cache.lengths == lengths
 
 
-@on_hopper
+@with_kernels
 @pytest.mark.parametrize("kind", ["step", "piece", "packed_step"])
 def test_a_graph_of_the_first_call_serves_later_ones(kind: str) -> None:
     """The cache is empty when the call is captured, and is not when it is replayed."""
@@ -955,7 +955,7 @@ def test_a_graph_of_the_first_call_serves_later_ones(kind: str) -> None:
     assert use.cache.lengths == lengths
 
 
-@on_hopper
+@with_kernels
 @torch.no_grad()
 def test_300_captured_steps() -> None:
     """Steps of two rows, against one forward."""
@@ -972,7 +972,7 @@ def test_300_captured_steps() -> None:
     assert_within_budget(torch.cat(outputs, dim=1), plain(x), exact(x.double()), "y", terms=2 * 340)
 
 
-@on_hopper
+@with_kernels
 @pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
 def test_training_steps_in_a_cuda_graph(kind: str) -> None:
     """Forward, backward and optimizer, with other tokens and other lengths in each step."""
@@ -1008,7 +1008,7 @@ def test_training_steps_in_a_cuda_graph(kind: str) -> None:
         assert apart <= 0.2 * moved, f"{name} went elsewhere"
 
 
-@on_hopper
+@with_kernels
 @pytest.mark.parametrize("kind", ["packed", "padded", "step", "packed_step"])
 def test_compiled_once_for_all_lengths(kind: str, fresh_compiler: None) -> None:
     use = Use(kind, nsa.NSABlock)
@@ -1020,7 +1020,7 @@ def test_compiled_once_for_all_lengths(kind: str, fresh_compiler: None) -> None:
             assert lengths is None or use.cache.lengths == lengths
 
 
-@on_hopper
+@with_kernels
 @every_module
 @pytest.mark.parametrize("kind", ["packed", "packed_step"])
 def test_garbage_in_a_module(kind: str, of: type[nn.Module]) -> None:
@@ -1036,7 +1036,7 @@ def test_garbage_in_a_module(kind: str, of: type[nn.Module]) -> None:
         assert_same(*results)
 
 
-@on_hopper
+@with_kernels
 @pytest.mark.parametrize("kind", ["step", "piece", "packed_step", "padded_step"])
 def test_a_full_cache_in_a_cuda_graph(kind: str) -> None:
     """Never written past its end: what had room stays, the memory around it too, and the rows go on after a cut."""
@@ -1070,7 +1070,7 @@ def test_a_full_cache_in_a_cuda_graph(kind: str) -> None:
 PROMPT = replace(COMPILED, seq_len=1024, topk_blocks=16)
 
 
-@on_hopper
+@with_kernels
 @pytest.mark.parametrize("pieces", [(1000,), (400, 1, 599), (16, 17, 967), (512, 488)], ids=str)
 @torch.no_grad()
 def test_a_prompt_in_pieces(pieces: tuple[int, ...]) -> None:
@@ -1081,7 +1081,7 @@ def test_a_prompt_in_pieces(pieces: tuple[int, ...]) -> None:
     assert_within_budget(y, plain(x), exact(x.double()), "y", terms=2 * 1000)
 
 
-@on_hopper
+@with_kernels
 @torch.no_grad()
 def test_ragged_prompts_in_pieces() -> None:
     """Rows of different lengths go on together, by padding and packed."""

@@ -587,7 +587,7 @@ def sweep_decode(shapes: list[tuple[int, int]]) -> None:
 
 def set_tiles(kernel: str, values: tuple[int, ...]) -> None:
     """Another entry of the library's table of tiles: keys, warps and stages."""
-    nsa._TILES[kernel] = ((64, *values),) * 3
+    nsa._TILES[kernel] = (((64, *values, 64),),) * 3
     nsa._decode_plan.cache_clear()
 
 
