@@ -3551,7 +3551,11 @@ _TILES = {
     "local_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
     "local_dq": (((64, 32, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
     "local_dkv": (((32, 64, 4, 3, 64),), ((32, 64, 4, 4, 64),), ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
-    "compressed_forward": (((64, 64, 4, 2, 64),), ((128, 64, 4, 2, 64),), ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
+    "compressed_forward": (
+        ((64, 64, 4, 2, 64),),
+        ((128, 64, 4, 2, 227), (128, 64, 8, 2, 64)),
+        ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64)),
+    ),
     "compressed_dq": (
         ((64, 64, 4, 2, 64),),
         ((128, 64, 8, 3, 163), (128, 64, 8, 2, 64)),
@@ -3677,6 +3681,11 @@ def _shared_memory(device: torch.device) -> int:
 def _has_descriptors(device: torch.device) -> bool:
     """Whether the GPU copies tiles by descriptor: NVIDIA's from Hopper on, and the interpreter."""
     return device.type != "cuda" or (not _AMD and _capability(device) >= (9, 0))
+
+
+def _multiplies_in_shared(device: torch.device) -> bool:
+    """Whether products take both operands from shared memory: on Hopper, B200 and Thor, but not on the RTX 5090."""
+    return device.type != "cuda" or (not _AMD and _capability(device)[0] in (9, 10, 11))
 
 
 def _constants(
@@ -3823,11 +3832,11 @@ def _by_descriptor(q: Tensor, *described: Tensor) -> bool:
     """Whether kernels read these tensors through descriptors, which Hopper copies by itself, or by plain pointers.
 
     A descriptor costs the host time, which counts where there are few query rows; pointers cost registers, of which
-    wide heads leave none.
+    wide heads leave none. Where products take their operands from registers, descriptors cost more of them.
     """
     B, T, H, D = q.shape
     pays = B * T * H > _PLAIN_ROWS or D > 64
-    return pays and _has_descriptors(q.device) and all(_addressable(x) for x in described)
+    return pays and _multiplies_in_shared(q.device) and all(_addressable(x) for x in described)
 
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
@@ -5709,7 +5718,8 @@ def _project_plan(
     precision: str,
 ) -> _Launch:  # fmt: skip
     constants = {"Q": sizes[0], "KV": sizes[1], "GATES": sizes[3], "DIM": dim, "BLOCK_M": _FEW, "BLOCK_N": 16}
-    constants |= {"BLOCK_D": 512 // dtype.itemsize, "STAGES": 4, "PRECISION": precision, "num_warps": 4}
+    stages = 1 + min(_shared_memory(device) >> 16, 3)  # 16 KiB each in the loop of each of four layers
+    constants |= {"BLOCK_D": 512 // dtype.itemsize, "STAGES": stages, "PRECISION": precision, "num_warps": 4}
     grid = (sum(_cdiv(size, constants["BLOCK_N"]) for size in sizes),)
     return _Launch(_project_kernel, grid, (rows,), **constants)
 
@@ -6757,7 +6767,7 @@ def _triton_obstacle(
 
 def _weights_fit(units: int, D: int, size: int, device: torch.device) -> bool:
     """Whether the weights of a token, a tile of numbers of this size, leave room for the tokens that they multiply."""
-    return _block_d(units) * _block_d(D) * size <= _shared_memory(device) * 5 // 8
+    return _block_d(units) * _block_d(D) * size <= _shared_memory(device) * 2 // 3
 
 
 def _triton_extends(k: Tensor, units: int) -> bool:

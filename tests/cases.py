@@ -776,7 +776,7 @@ def launch(
         raw = random((1, 1, 3 * K, D), dtype)
         theta = 1e4 if D == 128 else None
         on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, theta, 32, 16, weights)
-        on.project(x := q[:, :1, 0].contiguous(), [x.new_empty(64, D)] * 3 + [None], [None] * 4)
+        on.project(random((1, 1, 1024), dtype), [random((64, 1024), dtype)] * 4, [None] * 4)
     if "compress" in launched and nsa._weights_fit(2 * D, D, 2, q.device):
         w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)
         position = w_in[:32, :D].contiguous()
