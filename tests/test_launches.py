@@ -198,3 +198,17 @@ def test_launches_are_those_that_triton_would_choose() -> None:
 @pytest.mark.parametrize("version, direct", [("3.3.1", False), ("3.4.0", True), ("3.6.0+git1", True), ("4.0.0", False)])
 def test_versions(version: str, direct: bool) -> None:
     assert nsa._launches_directly(version) is direct
+
+
+@pytest.mark.parametrize("kib", [227, 163, 99, 64])
+def test_a_gpu_takes_the_first_tile_that_fits(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nsa, "_shared_memory", lambda device: (kib << 10) + 512)
+    for name, D, dtype in itertools.product(nsa._TILES, (64, 80, 256), (torch.float16, torch.float32)):
+        if kib == 64 and name == "selected_by_query":  # by descriptor, which these GPUs do not have
+            continue
+        tiles = nsa._TILES["float32" if dtype == torch.float32 else name][[64, 80, 256].index(D)]
+        made = nsa._constants(name, 4, 2, D, dtype, "ieee", torch.device("cpu"))
+        made = tuple(made[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+        fitting = [tile[:4] for tile in tiles if tile[4] <= kib]
+        assert made == fitting[0]
+        assert [tile[4] for tile in tiles] == sorted((tile[4] for tile in tiles), reverse=True)
