@@ -204,7 +204,7 @@ def test_versions(version: str, direct: bool) -> None:
 def test_a_gpu_takes_the_first_tile_that_fits(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nsa, "_shared_memory", lambda device: (kib << 10) + 512)
     for name, D, dtype in itertools.product(nsa._TILES, (64, 80, 256), (torch.float16, torch.float32)):
-        if kib == 64 and name == "selected_by_query":  # by descriptor, which these GPUs do not have
+        if kib == 64 and name == "selected_by_query":
             continue
         tiles = nsa._TILES["float32" if dtype == torch.float32 else name][[64, 80, 256].index(D)]
         made = nsa._constants(name, 4, 2, D, dtype, "ieee", torch.device("cpu"))

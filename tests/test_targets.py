@@ -38,7 +38,7 @@ WITHOUT_PRODUCTS = INDEX | {"preprocess", "merge_slots", "sum_tiles", "sum_slots
 WITHOUT_PRODUCTS |= {"append"}  # unless a step compresses, which it does where the weights fit
 # Registers that a kernel may keep in memory, by head dim; 4 bytes each, of the 255 or, on AMD's, 512 of a lane.
 SPILLS = {64: 64, 128: 400, 256: 800}
-MORE = {"compress_output": 2600}  # 2407 on sm_86 at head dim 128, where the weights are an operand in registers
+MORE = {"compress_output": 3000}  # 2605 on sm_80 at head dim 128, where the weights are an operand in registers
 
 # (target, dtype, head dim) of each build: a cover, of 10 minutes of one core. sm_80, sm_86 and sm_89 have the same
 # products, sm_86, sm_89 and sm_120 the same shared memory; test_kernels.py builds for sm_90 at head dims 64 and 128.
