@@ -3545,8 +3545,8 @@ _AMD = torch.version.hip is not None  # a warp has 64 lanes there, and a program
 # Tiles (BLOCK_M, BLOCK_N, warps, stages, KiB) of each kernel, for head dims up to 64, 128 and 256 in 16-bit types; one
 # row for all kernels in float32. A GPU takes the first tile that fits its shared memory. KiB are those of the smallest
 # GPU that a tile was built for: 227 are Hopper and B200, 163 A100, 99 other NVIDIA GPUs, 64 MI300. The first tiles are
-# tuned on an H200 by tests/benchmarks/gpu.py for head dims 64 and 128, the others are not tuned. In the query-outer
-# kernel the warps are those of every 16 heads.
+# tuned on an H200 by tests/benchmarks/gpu.py for head dims 64 and 128; of the others, none has run on its GPU. In the
+# query-outer kernel the warps are those of every 16 heads.
 _TILES = {
     "local_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
     "local_dq": (((64, 32, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
@@ -3568,8 +3568,16 @@ _TILES = {
     ),
     "scores": (((64, 128, 8, 2, 64),), ((64, 128, 8, 3, 64),), ((64, 64, 4, 2, 64),)),
     "masked_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
-    "masked_dq": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
-    "masked_dkv": (((64, 64, 4, 2, 64),), ((64, 64, 4, 2, 64),), ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
+    "masked_dq": (
+        ((64, 64, 4, 3, 227), (64, 32, 4, 3, 64)),
+        ((64, 64, 4, 2, 64),),
+        ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+    ),
+    "masked_dkv": (
+        ((64, 64, 4, 2, 227), (32, 64, 4, 3, 64)),
+        ((64, 64, 4, 2, 64),),
+        ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+    ),
     "selected_by_query": (
         ((64, 64, 1, 2, 99),),  # by descriptor, which no GPU of less has
         ((64, 64, 1, 2, 99),),
