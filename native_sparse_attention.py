@@ -3607,7 +3607,7 @@ _COMPRESS_ROWS, _COMPRESS_TOKENS = 1024, 4
 
 # Bytes of memory that the intermediate results of one chunk of queries may take.
 _SCORE_BYTES = 256 << 20  # importance of selection blocks
-_PARTIAL_BYTES = 2 << 30  # partial outputs and gradients of the selective branch
+_PARTIAL_BYTES = 512 << 20  # partial outputs, or gradients of queries, of the selective branch
 _COUNT_BYTES = 64 << 20  # counts of pairs
 _DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
 
@@ -4938,8 +4938,9 @@ def _triton_select(
 # A pair is (query t, slot s), numbered t·S + s. The loops are exchanged: the block is outside, the queries that chose
 # it are inside, so that a block's keys are read once a tile and no query gathers keys. A second kernel merges the S
 # partial results of each query. In large groups, whose heads fill a tile by themselves, the forward keeps the query
-# outside. Queries go in chunks, so that the partial results never take more than _PARTIAL_BYTES. Where all are in one,
-# the backward takes the index of its forward.
+# outside. Partial results are those of some key heads z0, z0 + 1 ..., or of some queries t0, t0 + 1 ... of one head, so
+# that they never take more than _PARTIAL_BYTES. Where all queries are in one chunk, the backward takes the index of its
+# forward.
 #
 # The index is that of a sparse matrix in CSR form, the pairs of each block side by side. Four queries, two slots:
 #
@@ -5137,10 +5138,10 @@ def _rows_of_tile(entry_ptr, tile, GROUP: tl.constexpr, SIZE: tl.constexpr):
 # Forward ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_kernel(do_not_specialize=["n_segments", "T_keys", "n_blocks", "n_tiles", "n_pairs", "t0"])
+@_kernel(do_not_specialize=["n_segments", "T_keys", "n_blocks", "n_tiles", "n_pairs", "t0", "z0"])
 def _selected_by_block_kernel(
     q_ptr, k_ptr, v_ptr, pairs_ptr, table_ptr, block_ptr, o_part, lse_part, cu_seqlens, first_ptr,
-    n_segments, T_keys, n_blocks, n_tiles, n_pairs, t0, scale, q_strides, k_strides, v_strides,
+    n_segments, T_keys, n_blocks, n_tiles, n_pairs, t0, z0, scale, q_strides, k_strides, v_strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -5148,7 +5149,7 @@ def _selected_by_block_kernel(
 
     One program: a block, whose keys stay, and SIZE of the rows (pair, head) that chose it, a tile at a time.
     """
-    tile, z = tl.program_id(0), tl.program_id(1)
+    tile, z = tl.program_id(0), z0 + tl.program_id(1)
     j = tl.load(block_ptr + z.to(tl.int64) * n_tiles + tile)
     if j >= n_blocks:
         return
@@ -5183,7 +5184,7 @@ def _selected_by_block_kernel(
                     acc, m_i, q, tl.trans(k_more), v_more, visible, scale * _TL_LOG2E, PRECISION
                 )
                 l_i = l_i * alpha + tl.sum(p, 1)
-        out = (z.to(tl.int64) * n_pairs + pair) * GROUP + row % GROUP
+        out = (tl.program_id(1).to(tl.int64) * n_pairs + pair) * GROUP + row % GROUP
         _store_rows(o_part, out * D, acc / tl.where(exists, l_i, 1.0)[:, None], exists, D, BLOCK_D)
         tl.store(lse_part + out, m_i + tl.log2(l_i), mask=exists)
         # early: rows that are gathered by numbers of the same round would wait for them
@@ -5218,24 +5219,24 @@ def _store_selected(
         _store_rows(mixed_ptr, row * D, mixed, exists, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["T", "T_keys", "n_tokens", "t0"])
+@_kernel(do_not_specialize=["T", "T_keys", "n_tokens", "t0", "z0"])
 def _merge_slots_kernel(
     o_part, lse_part, block_indices, o_ptr, lse_ptr, mixed_ptr, gates_ptr, o_local, o_compressed, of_token, first_ptr,
-    by_mask, T, T_keys, n_tokens, t0, strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
+    by_mask, T, T_keys, n_tokens, t0, z0, strides, gate_strides, K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr,
     SP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, BLOCK_M: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """lse[t] = log sum_s exp lse_part[t, s]; o[t] = sum_s exp(lse_part[t, s] − lse[t]) o_part[t, s]."""
     if _other_way_works(by_mask, False):
         return
-    z = tl.program_id(1)
+    z = z0 + tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
     _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
     own = position // SELECT
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
-    part = (z.to(tl.int64) * n_tokens + row // GROUP) * (S * GROUP) + row % GROUP  # slot 0; the next is GROUP further
+    part = (tl.program_id(1).to(tl.int64) * n_tokens + row // GROUP) * (S * GROUP) + row % GROUP  # slot 0
 
     # log-sum-exp over the slots
     s = tl.arange(0, SP)[None, :]
@@ -5337,9 +5338,19 @@ def _selected_constants(
     return constants
 
 
-def _query_chunk(B: int, T: int, row_values: int, dtype: torch.dtype) -> int:
-    """Queries whose partial results, so many numbers for each, are in memory at a time."""
-    return min(max(_PARTIAL_BYTES // (B * row_values * dtype.itemsize) // 64, 1) * 64, T)
+def _partial_chunk(Z: int, T: int, query_bytes: int) -> tuple[int, int]:
+    """Key heads and queries whose partial results, of so many bytes a query and head, are in memory at a time.
+
+    All queries of some heads, or where they do not fit, some queries of one head: a block's keys then serve more rows.
+    """
+    queries = max(_PARTIAL_BYTES // query_bytes, 1)
+    heads = _cdiv(Z, _cdiv(Z, max(queries // T, 1)))
+    return heads, min(_cdiv(queries, 64) * 64, T)
+
+
+def _pieces(n: int, size: int) -> list[tuple[int, int]]:
+    """Start and length of each piece of range(n)."""
+    return [(start, min(size, n - start)) for start in range(0, n, size)]
 
 
 @_kernel(do_not_specialize=["n_segments", "useful", "limit"])
@@ -5416,26 +5427,29 @@ def _by_query_plan(layout: tuple[Any, ...], select_block_size: int, scale: float
 @functools.lru_cache(maxsize=4096)
 def _by_block_plan(
     layout: tuple[Any, ...], segments: int, select_block_size: int, scale: float, precision: str
-) -> tuple[int, list[tuple[_IndexPlan, _Launch, _Launch]]]:
-    """Rows of a chunk of queries; and for each chunk the index, the launch for partial results and their merger."""
+) -> tuple[int, list[tuple[_IndexPlan, list[tuple[_Launch, _Launch]]]]]:
+    """Rows of partial results; for each chunk of queries its index, and for each of key heads attention and merger."""
     ((B, T, H, D), q_strides, dtype, device), (k_shape, k_strides), (_, v_strides), indices, gates, *_ = layout
     (_, _, K, S), strides, *_ = indices
     T_keys, G = k_shape[1], H // K
     constants = _selected_constants("selected_by_block", H, K, D, S, select_block_size, dtype, precision, device)
     sizes = {name: constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
     sizes |= {"SP": _power_of_2(S), "BLOCK_M": _merge_rows(D), "UNROLL": _unroll(S)}
-    n_blocks, chunk = _block_count(T_keys, select_block_size, segments), _query_chunk(B, T, H * S * D, dtype)
+    n_blocks = _block_count(T_keys, select_block_size, segments)
+    heads, queries = _partial_chunk(B * K, T, G * S * D * dtype.itemsize)
     chunks = []
-    for t0 in range(0, T, chunk):
-        n_tokens = min(chunk, T - t0)
+    for t0, n_tokens in _pieces(T, queries):
         index = _index_plan(indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, G)
-        n_tiles = index.block[1]
-        numbers = (segments, T_keys, n_blocks, n_tiles, n_tokens * S, t0, scale, q_strides, k_strides, v_strides)
-        attend = _Launch(_selected_by_block_kernel, (n_tiles, B * K), numbers, SIZE=_FORWARD_ROWS, **constants)
-        grid = (_cdiv(n_tokens * G, _merge_rows(D)), B * K)
-        merge = _Launch(_merge_slots_kernel, grid, (T, T_keys, n_tokens, t0, strides, gates and gates[1]), **sizes)
-        chunks.append((index, attend, merge))
-    return B * H * chunk * S, chunks
+        n_tiles, launches = index.block[1], []
+        rows = (segments, T_keys, n_blocks, n_tiles)
+        for z0, n_heads in _pieces(B * K, heads):
+            numbers = (*rows, n_tokens * S, t0, z0, scale, q_strides, k_strides, v_strides)
+            attend = _Launch(_selected_by_block_kernel, (n_tiles, n_heads), numbers, SIZE=_FORWARD_ROWS, **constants)
+            numbers = (T, T_keys, n_tokens, t0, z0, strides, gates and gates[1])
+            merge_grid = (_cdiv(n_tokens * G, _merge_rows(D)), n_heads)
+            launches.append((attend, _Launch(_merge_slots_kernel, merge_grid, numbers, **sizes)))
+        chunks.append((index, launches))
+    return heads * queries * S * G, chunks
 
 
 def _triton_selected_forward(
@@ -5467,20 +5481,21 @@ def _triton_selected_forward(
     rows, chunks = _by_block_plan(layout, n, *settings)
     o_part, lse_part = q.new_empty(rows, q.shape[3]), q.new_empty(rows, dtype=torch.float32)
     room = index if len(chunks) == 1 else None
-    for index_plan, attend, merge in chunks:
+    for index_plan, launches in chunks:
         pairs = _index_pairs(index_plan, block_indices, of_token, first, flag, room)
-        attend(q, k, v, *pairs, o_part, lse_part, cu_seqlens, first)
-        merge(o_part, lse_part, block_indices, *outputs, of_token, first, flag)
+        for attend, merge in launches:
+            attend(q, k, v, *pairs, o_part, lse_part, cu_seqlens, first)
+            merge(o_part, lse_part, block_indices, *outputs, of_token, first, flag)
     return o, lse, mixed
 
 
 # Backward ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0"])
+@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0", "z0"])
 def _selected_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, pairs_ptr, table_ptr, block_ptr, dq_part, dk_part, dv_part,
-    cu_seqlens, n_segments, T, n_blocks, n_tiles, n_pairs, rows_pad, t0, scale,
+    cu_seqlens, n_segments, T, n_blocks, n_tiles, n_pairs, rows_pad, t0, z0, scale,
     do_strides, q_strides, k_strides, v_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -5489,7 +5504,7 @@ def _selected_gradient_kernel(
     """p = exp(scale·q·k − lse), ds = p (do·v − delta): dq_part[t, s] = scale·ds·k, and over a tile of the rows that
     chose the block dv_part = p'·do, dk_part = scale·ds'·q. One program: BLOCK_N keys of a block, SIZE rows.
     """
-    tile, split, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, split, part, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), z0 + tl.program_id(2)
     j = tl.load(block_ptr + z.to(tl.int64) * n_tiles + tile)
     if j >= n_blocks:
         return
@@ -5504,7 +5519,7 @@ def _selected_gradient_kernel(
     do_ptr += _offsets(do_strides, b, 0, k * GROUP)
     lse_ptr += z.to(tl.int64) * rows_pad
     delta_ptr += z.to(tl.int64) * rows_pad
-    dq_part += (z.to(tl.int64) * n_pairs * SPLITS + split) * GROUP * D
+    dq_part += (part * n_pairs * SPLITS + split) * GROUP * D
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     row = first + tl.arange(0, BLOCK_M)
     pair = tl.load(pairs_ptr + first_pair + row // GROUP, mask=row < end, other=0)
@@ -5532,21 +5547,21 @@ def _selected_gradient_kernel(
         # early: rows that are gathered by numbers of the same round would wait for them
         pair = tl.load(pairs_ptr + first_pair + (row + BLOCK_M) // GROUP, mask=row + BLOCK_M < end, other=0)
 
-    out = ((z.to(tl.int64) * n_tiles + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = ((part * n_tiles + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)
     _store_rows(dk_part, out * D, dk * scale, in_block, D, BLOCK_D)
     _store_rows(dv_part, out * D, dv, in_block, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles"])
+@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "z0"])
 def _sum_tiles_kernel(
-    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, by_mask, n_segments, T, n_blocks, n_tiles,
+    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, by_mask, n_segments, T, n_blocks, n_tiles, z0,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; with ADD, added to what they hold."""
     if _other_way_works(by_mask, False):
         return
-    j, split, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j, split, z = tl.program_id(0), tl.program_id(1), z0 + tl.program_id(2)
     entry_ptr = table_ptr + (z.to(tl.int64) * n_blocks + j) * 4
     begin, end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
     s = begin + split * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -5556,30 +5571,31 @@ def _sum_tiles_kernel(
     if ADD:
         dk += _load_rows(dk_ptr, out, in_block, D, BLOCK_D)
         dv += _load_rows(dv_ptr, out, in_block, D, BLOCK_D)
+    first_tile = tl.program_id(2).to(tl.int64) * n_tiles
     for tile in range(tl.load(entry_ptr), tl.load(entry_ptr + 1)):
-        part = (((z.to(tl.int64) * n_tiles + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)) * D
-        dk += _load_rows(dk_part, part, in_block, D, BLOCK_D)
-        dv += _load_rows(dv_part, part, in_block, D, BLOCK_D)
+        part = ((first_tile + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)
+        dk += _load_rows(dk_part, part * D, in_block, D, BLOCK_D)
+        dv += _load_rows(dv_part, part * D, in_block, D, BLOCK_D)
     _store_rows(dk_ptr, out, dk, in_block, D, BLOCK_D)
     _store_rows(dv_ptr, out, dv, in_block, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["T", "n_tokens", "t0"])
+@_kernel(do_not_specialize=["T", "n_tokens", "t0", "z0"])
 def _sum_slots_kernel(
-    dq_part, block_indices, dq_ptr, of_token, by_mask, T, n_tokens, t0, strides,
+    dq_part, block_indices, dq_ptr, of_token, by_mask, T, n_tokens, t0, z0, strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """dq[t] = sum_s dq_part[t, s], over the slots that hold a block; with ADD, added to what dq holds."""
     if _other_way_works(by_mask, False):
         return
-    z = tl.program_id(1)
+    z = z0 + tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
     _, position = _position_of_token(t, z // K, of_token, None, T, T, exists)
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
-    part = (z.to(tl.int64) * n_tokens + row // GROUP) * (S * SPLITS * GROUP) + row % GROUP
+    part = (tl.program_id(1).to(tl.int64) * n_tokens + row // GROUP) * (S * SPLITS * GROUP) + row % GROUP
     out = (((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP) * D
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if ADD:
@@ -5595,8 +5611,9 @@ def _sum_slots_kernel(
 def _selected_backward_plan(
     layout: tuple[Any, ...], segments: int, select_block_size: int, scale: float, add_dq: bool, add_dk: bool,
     precision: str,
-) -> tuple[int, list[tuple[_IndexPlan, int, _Launch, _Launch, _Launch]]]:  # fmt: skip
-    """Rows of dq of a chunk of queries; and for each chunk the index, rows of dk, launches for parts and their sums."""
+) -> tuple[int, list[tuple[_IndexPlan, int, list[tuple[_Launch, _Launch, _Launch]]]]]:  # fmt: skip
+    """Rows of partial dq; for each chunk of queries its index and rows of partial dk, and for each of key heads the
+    launches for parts and their sums."""
     ((B, T, H, D), q_strides, dtype, device), (_, k_strides, *_), (_, v_strides, *_), *others = layout
     ((_, _, K, S), strides, *_), (_, do_strides, *_), _ = others
     G = H // K
@@ -5604,24 +5621,25 @@ def _selected_backward_plan(
     constants = _selected_constants(kernel, H, K, D, S, select_block_size, dtype, precision, device)
     keys, size, merge_rows = constants["BLOCK_N"], _SUM_ROWS[dtype.itemsize], _merge_rows(D)
     splits = _cdiv(select_block_size, keys)
-    n_blocks, chunk = _block_count(T, select_block_size, segments), _query_chunk(B, T, H * S * splits * D, dtype)
+    n_blocks = _block_count(T, select_block_size, segments)
+    heads, queries = _partial_chunk(B * K, T, G * S * splits * D * dtype.itemsize)
     sizes = {name: constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
     constants |= {"GROUP_PAD": _power_of_2(G), "SIZE": size, "SPLITS": splits}
     slot_sizes = sizes | {"GROUP": G, "S": S, "BLOCK_M": merge_rows, "ADD": add_dq, "UNROLL": _unroll(S * splits)}
     chunks = []
-    for t0 in range(0, T, chunk):
-        n_tokens = min(chunk, T - t0)
+    for t0, n_tokens in _pieces(T, queries):
         index = _index_plan(others[0], t0, n_tokens, n_blocks, select_block_size, size, G)
-        n_tiles = index.block[1]
-        numbers = (segments, T, n_blocks, n_tiles)
-        more = (n_tokens * S, _padded_rows(T, G), t0, scale, do_strides, q_strides, k_strides, v_strides)
-        grid, merge_grid = (n_tiles, splits, B * K), (_cdiv(n_tokens * G, merge_rows), B * K)
-        gradient = _Launch(_selected_gradient_kernel, grid, (*numbers, *more), **constants)
-        add = {"BLOCK_N": keys, "ADD": add_dk or t0 > 0}
-        sum_tiles = _Launch(_sum_tiles_kernel, (n_blocks, splits, B * K), numbers, **sizes, **add)
-        sum_slots = _Launch(_sum_slots_kernel, merge_grid, (T, n_tokens, t0, strides), **slot_sizes)
-        chunks.append((index, B * K * n_tiles * splits * keys, gradient, sum_tiles, sum_slots))
-    return B * H * chunk * S * splits, chunks
+        n_tiles, launches = index.block[1], []
+        numbers, add = (segments, T, n_blocks, n_tiles), {"BLOCK_N": keys, "ADD": add_dk or t0 > 0}
+        for z0, n_heads in _pieces(B * K, heads):
+            more = (n_tokens * S, _padded_rows(T, G), t0, z0, scale, do_strides, q_strides, k_strides, v_strides)
+            merge_grid = (_cdiv(n_tokens * G, merge_rows), n_heads)
+            gradient = _Launch(_selected_gradient_kernel, (n_tiles, splits, n_heads), (*numbers, *more), **constants)
+            sum_tiles = _Launch(_sum_tiles_kernel, (n_blocks, splits, n_heads), (*numbers, z0), **sizes, **add)
+            sum_slots = _Launch(_sum_slots_kernel, merge_grid, (T, n_tokens, t0, z0, strides), **slot_sizes)
+            launches.append((gradient, sum_tiles, sum_slots))
+        chunks.append((index, heads * n_tiles * splits * keys, launches))
+    return heads * queries * G * S * splits, chunks
 
 
 def _triton_selected_backward(
@@ -5649,12 +5667,13 @@ def _triton_selected_backward(
     dq_part = q.new_empty(dq_rows, q.shape[3])
     made = index is not None and len(chunks) == 1 and by_mask is False
     made = made and _forward_made_index(q, K, S, select_block_size, segments)
-    for index_plan, dk_rows, gradient, sum_tiles, sum_slots in chunks:
+    for index_plan, dk_rows, launches in chunks:
         pairs = _cut_again(index_plan, index) if made else _index_pairs(index_plan, block_indices, of_token, None, flag)
         dk_part, dv_part = q.new_empty(2, dk_rows, q.shape[3], dtype=torch.float32).unbind()
-        gradient(do, q, k, v, *terms, *pairs, dq_part, dk_part, dv_part, cu_seqlens)
-        sum_tiles(dk_part, dv_part, pairs.table, dk, dv, cu_seqlens, flag)
-        sum_slots(dq_part, block_indices, dq, of_token, flag)
+        for gradient, sum_tiles, sum_slots in launches:
+            gradient(do, q, k, v, *terms, *pairs, dq_part, dk_part, dv_part, cu_seqlens)
+            sum_tiles(dk_part, dv_part, pairs.table, dk, dv, cu_seqlens, flag)
+            sum_slots(dq_part, block_indices, dq, of_token, flag)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

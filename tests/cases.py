@@ -324,6 +324,7 @@ def going(way: str) -> Iterator[None]:
 # Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.
 SMALL_PIECES = {
     "chunks_of_64_queries": {"_PARTIAL_BYTES": 1},
+    "two_key_heads_at_a_time": {"_partial_chunk": lambda Z, T, query_bytes: (2, T)},
     "short_runs_of_pairs": {"_RUN": 64},
     "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 600},
     "short_spans_of_rows": {"_FORWARD_ROWS": 64, "_SUM_ROWS": {2: 64, 4: 32}},

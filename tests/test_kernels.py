@@ -318,7 +318,7 @@ def test_the_way_that_does_not_work_leaves_all_as_it_is(random: Random, poisoned
     "branch, pieces, dtype",
     [
         *((selective, name, torch.float16) for name in SMALL_PIECES if name != "chunks_of_64_queries"),
-        *((whole, name, torch.float16) for name in ("chunks_of_64_queries", "every_loop_by_query")),
+        *((whole, name, torch.float16) for name in SMALL_PIECES if name.startswith(("chunks", "two", "every"))),
         (whole, "chunks_of_64_queries", torch.float32),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -330,7 +330,8 @@ def test_selective_attention_in_small_pieces(
     """By itself, and as the last branch of the whole, which adds to the other branches' gradients."""
     for name, value in SMALL_PIECES[pieces].items():
         monkeypatch.setattr(nsa, name, value)
-    case = replace(MIDDLE, T=81, B=1, K=1, D=16)
+    heads = {"H": 6, "K": 3} if "heads" in pieces else {"K": 1}
+    case = replace(MIDDLE, T=81, B=1, D=16, **heads)
     x = draw(branch, case, random, dtype)
     assert_as_exact_as_plain(branch, case, x, run(branch, TRITON, case, x, dtype))
 
