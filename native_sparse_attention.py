@@ -134,6 +134,8 @@ class NSAConfig:
         ffn_mult: hidden width of the feed-forward, in units of dim.
         use_flash: True: accelerated kernels where they exist; False: plain PyTorch everywhere. May be changed at any
             time, and takes effect with the next forward.
+        recompute: True: the backward computes the local branch's output again, which takes some 3 % of the time, in
+            place of keeping it: a tensor as large as the queries. May be changed at any time, too.
 
     Raises:
         ValueError: a field is out of range or contradicts another; the message names the field, its value, the rule.
@@ -161,6 +163,7 @@ class NSAConfig:
     bias: bool = False
     ffn_mult: int = 4
     use_flash: bool = True
+    recompute: bool = False
     _derived: InitVar[dict[str, int] | None] = None  # what was derived; dataclasses.replace hands it to the copy
 
     def __post_init__(self, _derived: dict[str, int] | None) -> None:
@@ -205,7 +208,7 @@ class NSAConfig:
             self.gate_init,
             "must be 3 finite numbers: the local, compressed and selective logit",
         )
-        for name in ("separate_kv", "bias", "use_flash"):
+        for name in ("separate_kv", "bias", "use_flash", "recompute"):
             value = getattr(self, name)
             _check(isinstance(value, bool), name, value, "must be True or False", TypeError)
         _check(_finite(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
@@ -549,12 +552,12 @@ class NativeSparseAttention(nn.Module):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """Window, choice and backend of a forward. There are no more slots than blocks to fill them."""
+        """Window, choice, backend and recompute of a forward. There are no more slots than blocks to fill them."""
         cfg = self.cfg
         most = max(_selection_count(cfg.seq_len, cfg.select_block_size), cfg.init_blocks + cfg.local_blocks)
         choice = _Choice(**cfg.selection | {"topk_blocks": min(cfg.topk_blocks, most)})
         backend = "auto" if cfg.use_flash else "torch"
-        return {"local_window": cfg.local_window, "choice": choice, "backend": backend}
+        return {"local_window": cfg.local_window, "choice": choice, "backend": backend, "recompute": cfg.recompute}
 
     def _project(self, x: Tensor, batch: _Batch) -> _Projections:
         cfg = self.cfg
@@ -958,6 +961,7 @@ def nsa_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """Native Sparse Attention (eq. 5): the gated sum of the local, the compressed and the selective branch.
 
@@ -979,6 +983,7 @@ def nsa_attention(
             `local_attention`, `compressed_attention` and `select_blocks`.
         k_local, v_local: keys and values of the local branch alone, where it has its own; both or neither.
         cu_seqlens, scale, backend, and the errors raised: as in `local_attention`.
+        recompute: True: the backward computes the local branch's output again, in place of keeping it.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -999,7 +1004,9 @@ def nsa_attention(
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     _check_choice(choice)
     segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
+    _check(isinstance(recompute, bool), "recompute", recompute, "must be True or False", TypeError)
     settings = {"local_window": local_window, "choice": choice, "scale": scale, "backend": backend}
+    settings["recompute"] = recompute
     tensors = (q, k, v, k_cmp, v_cmp)
     gated = lambda gates: _attention(*tensors, gates, k_local, v_local, segments=segments, **settings)  # noqa: E731
     if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
@@ -1207,6 +1214,7 @@ def selective_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
     v_local: Tensor | None, *, local_window: int, choice: _Choice, segments: _Segments, scale: float, backend: str,
+    recompute: bool,
 ) -> Tensor:  # fmt: skip
     """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve."""
     on = _choose_backend(backend, q, k, scale, choice)
@@ -1220,7 +1228,7 @@ def _attention(
         o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, segments, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    return _apply(_AttentionFunction, (on, local_window, *choice, scale), *segments.tables(), *tensors)[0]
+    return _apply(_AttentionFunction, (on, local_window, *choice, scale, recompute), *segments.tables(), *tensors)[0]
 
 
 def _branch(
@@ -2216,9 +2224,12 @@ def _attention_forward(
     k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float,
+    scale: float, recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o; o of the local, the compressed and the selective branch; their lse; block_indices, and an index of them."""
+    """o; o of the local, the compressed and the selective branch; their lse; block_indices, and an index of them.
+
+    The first of the branches is empty where the backward is to `recompute` it.
+    """
     on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
@@ -2229,6 +2240,7 @@ def _attention_forward(
     o_selective, lse_selective, o = on.selected_forward(
         q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), index=index, **packed
     )
+    o_local = q.new_empty(*q.shape[:2], 0) if recompute else o_local
     return o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen, index
 
 
@@ -2237,11 +2249,13 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
     k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, *_: Any,
+    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
+    scale: float, recompute: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    outputs, lses = zip(*(_fake_output(q) for _ in range(3)), strict=True)
+    outputs, lses = map(list, zip(*(_fake_output(q) for _ in range(3)), strict=True))
     chosen = q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
     index = _index_room(q, k.shape[2], topk_blocks, select_block_size, cu_seqlens, backend)
+    outputs[0] = q.new_empty(*q.shape[:2], 0) if recompute else outputs[0]
     return *_fake_like(q), *outputs, *lses, chosen, index
 
 
@@ -2263,10 +2277,13 @@ def _attention_backward(
     The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
     """
     on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
-    outputs, lses = [o_local, o_compressed, o_selective], [lse_local, lse_compressed, lse_selective]
-    (local, compressed, selective), dgates = on.preprocess(do, outputs, lses, k.shape[2], gates=gates)
     own_keys = k_local is not None
-    keys = (k_local, v_local) if own_keys else (k, v)
+    keys, lses = (k_local, v_local) if own_keys else (k, v), [lse_local, lse_compressed, lse_selective]
+    if o_local.shape[2] == 0:
+        o_local, _ = on.span_forward(q, *keys, _Span(local_window), scale, **packed)
+    outputs = [o_local, o_compressed, o_selective]
+    (local, compressed, selective), dgates = on.preprocess(do, outputs, lses, k.shape[2], gates=gates)
+    del o_local, outputs  # memory for dq
     dq, dk_local, dv_local = on.span_backward(do, local, q, *keys, _Span(local_window), scale, **packed)
     span = _Span(0, block_size, stride)
     dq, dk_cmp, dv_cmp = on.span_backward(do, compressed, q, k_cmp, v_cmp, span, scale, dq=dq, **packed)
@@ -2395,7 +2412,7 @@ class _BranchFunction(torch.autograd.Function):
 class _AttentionFunction(torch.autograd.Function):
     """Gated sum of the branches → o, and what backward reads.
 
-    settings: backend, window, the six numbers of a `_Choice`, scale.
+    settings: backend, window, the six numbers of a `_Choice`, scale, recompute.
     """
 
     @staticmethod
@@ -2418,7 +2435,7 @@ class _AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if do is None:  # o took no part in what is differentiated
             return (None,) * 12
-        backend, window, block_size, stride, select_block_size, *_, scale = ctx.settings
+        backend, window, block_size, stride, select_block_size, *_, scale, _ = ctx.settings
         settings, saved = (backend, window, block_size, stride, select_block_size, scale), ctx.saved_tensors
         with torch.no_grad():
             gradients = _attention_backward(do, *saved, *settings)

@@ -765,7 +765,7 @@ def launch(
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
         settings = (*tables[:3], "triton", 512)
         with going("by_index"):
-            _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
+            _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
             nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
     if "decode" in launched:
         (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)

@@ -535,7 +535,7 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
         made[f"{name} backward"] = nsa._branch_backward, (do, torch.randn_like(lse), o, lse, *tensors, *settings)
     for name, local in own_keys.items():
         tensors, settings = (q, k, v, k_cmp, v_cmp, gates, *local), (*NOT_PACKED, backend, case.window)
-        _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale)
+        _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
         made[f"{name} forward"] = nsa._attention_forward, (*tensors, *settings, *choice, scale)
         made[f"{name} backward"] = nsa._attention_backward, (do, *saved, *tensors, *settings, *choice[:3], scale)
     return made
