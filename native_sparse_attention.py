@@ -1853,6 +1853,12 @@ class _RowTerms(NamedTuple):
     delta: Tensor
 
 
+def _row_terms(terms: Tensor) -> list[_RowTerms]:
+    """Terms of each branch, which lie side by side in dimension 2: lse of the first, its delta, lse of the second …"""
+    rows = terms.unbind(2)
+    return [_RowTerms(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+
+
 class _Backend(NamedTuple):
     """All that a backend must bring. `segments` are packed sequences; PyTorch on a CPU is given rows instead.
 
@@ -1863,7 +1869,7 @@ class _Backend(NamedTuple):
         branches where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
     selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments, index) → dq, dk, dv; likewise
         `index`: memory from `_index_room`, in which a forward may leave to its backward what it has worked out
-    preprocess(do, outputs, lses, kv_heads, gates, dlse) → the terms of each branch, dgates
+    preprocess(do, outputs, lses, kv_heads, gates, dlse) → terms, which `_row_terms` takes apart, and dgates
     decode(q, tokens, blocks, logits, first, of_token, window, choice, scale) → o
     segments(cu_seqlens, total, keys, block_size, stride) → `_Segments`
     append(tokens, values, first, of_token)
@@ -1883,7 +1889,7 @@ class _Backend(NamedTuple):
     select: Callable[..., Tensor]
     selected_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     selected_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    preprocess: Callable[..., tuple[list[_RowTerms], Tensor | None]]
+    preprocess: Callable[..., tuple[Tensor, Tensor | None]]
     decode: Callable[..., Tensor]
     segments: Callable[..., _Segments]
     append: Callable[..., None]
@@ -1986,7 +1992,7 @@ def _in_rows(
     if isinstance(results[0], Tensor):
         return tokens.join(results, arguments["q"])
     # A backward returns the gradients of these, and all that a forward returns has the rows of q.
-    inputs = ("q", "k", "v", "k_cmp", "v_cmp", "gates", "k_local", "v_local")
+    inputs = ("q", "k", "v", "k_cmp", "v_cmp", "k_local", "v_local")
     names = inputs if "do" in arguments else itertools.repeat("q")
     each = zip(names, zip(*results, strict=True), strict=False)
     return tuple(packing(name).join(groups, arguments[name]) for name, groups in each)
@@ -2175,7 +2181,7 @@ def _branch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
     on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
-    (terms,), _ = on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)
+    (terms,) = _row_terms(on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)[0])
     if block_indices is None:
         span = _Span(window, block_size, stride)
         dq, dk, dv = on.span_backward(do, terms, q, k, v, span, scale, **packed)
@@ -2262,28 +2268,49 @@ def _(
 torch.library.register_autograd(_attention_forward.operator, _refuse_gradients, lib=_OPERATORS)
 
 
+def _term_room(do: Tensor, kv_heads: int, branches: int, backend: str) -> Tensor:
+    """Memory for the terms of all query rows; the kernels' tiles, of up to 128 rows, may begin at any of them."""
+    B, T, H, _ = do.shape
+    if backend == "torch":
+        return do.new_empty(B, T, 2 * branches, H, dtype=_accumulation_dtype(do))
+    rows = T << (H // kv_heads - 1).bit_length()  # of a group, rounded up to a power of two
+    return do.new_empty(B, kv_heads, 2 * branches, (rows + 255) // 128 * 128, dtype=torch.float32)
+
+
+@_operator
+def _gated_terms(
+    do: Tensor, o_local: Tensor, o_compressed: Tensor, o_selective: Tensor,
+    lse_local: Tensor, lse_compressed: Tensor, lse_selective: Tensor, gates: Tensor, kv_heads: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Terms of the three branches, which take their gates into them, and dgates.
+
+    An operator of its own, so that the branches' outputs are freed before the rest of the backward takes its memory.
+    """
+    outputs, lses = [o_local, o_compressed, o_selective], [lse_local, lse_compressed, lse_selective]
+    return _BACKENDS[backend].preprocess(do, outputs, lses, kv_heads, gates=gates)
+
+
+@_fake_of(_gated_terms)
+def _(do: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, gates, kv_heads, backend = others
+    return _term_room(do, kv_heads, 3, backend), gates.new_empty(gates.shape)
+
+
 @_operator
 def _attention_backward(
-    do: Tensor,
-    o_local: Tensor, o_compressed: Tensor, o_selective: Tensor,
-    lse_local: Tensor, lse_compressed: Tensor, lse_selective: Tensor, block_indices: Tensor, index: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
-    k_local: Tensor | None, v_local: Tensor | None,
+    do: Tensor, terms: Tensor, block_indices: Tensor, index: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, dk_cmp, dv_cmp, dgates, dk_local, dv_local; the last two are empty where k and v serve all.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dk_cmp, dv_cmp, dk_local, dv_local; the last two are empty where k and v serve all.
 
-    The gates reach the branches through the terms of the rows, and the branches add up their dq in place.
+    The branches add up their dq in place.
     """
     on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
+    local, compressed, selective = _row_terms(terms)
     own_keys = k_local is not None
-    keys, lses = (k_local, v_local) if own_keys else (k, v), [lse_local, lse_compressed, lse_selective]
-    if o_local.shape[2] == 0:
-        o_local, _ = on.span_forward(q, *keys, _Span(local_window), scale, **packed)
-    outputs = [o_local, o_compressed, o_selective]
-    (local, compressed, selective), dgates = on.preprocess(do, outputs, lses, k.shape[2], gates=gates)
-    del o_local, outputs  # memory for dq
+    keys = (k_local, v_local) if own_keys else (k, v)
     dq, dk_local, dv_local = on.span_backward(do, local, q, *keys, _Span(local_window), scale, **packed)
     span = _Span(0, block_size, stride)
     dq, dk_cmp, dv_cmp = on.span_backward(do, compressed, q, k_cmp, v_cmp, span, scale, dq=dq, **packed)
@@ -2293,12 +2320,12 @@ def _attention_backward(
     )
     if not own_keys:
         dk_local, dv_local = k.new_empty(0), v.new_empty(0)
-    return dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dgates, dk_local, dv_local
+    return dq.to(q.dtype).contiguous(), dk, dv, dk_cmp, dv_cmp, dk_local, dv_local
 
 
 @_fake_of(_attention_backward)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, k_local, v_local = arguments[9:17]
+    *inputs, k_local, v_local = arguments[4:11]
     local = _fake_like(k_local, v_local) if k_local is not None else [x.new_empty(0) for x in inputs[1:3]]
     return *_fake_like(*inputs), *local
 
@@ -2435,13 +2462,24 @@ class _AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if do is None:  # o took no part in what is differentiated
             return (None,) * 12
-        backend, window, block_size, stride, select_block_size, *_, scale, _ = ctx.settings
-        settings, saved = (backend, window, block_size, stride, select_block_size, scale), ctx.saved_tensors
-        with torch.no_grad():
-            gradients = _attention_backward(do, *saved, *settings)
-        gradients = _first_gradients(gradients, do, *saved)
+        backend, window, block_size, stride, select_block_size, *_, scale, recompute = ctx.settings
+        saved = ctx.saved_tensors
+        if not _traced():
+            ctx.maybe_clear_saved_tensors()  # the outputs of the branches are freed with the last name for them
+        outputs, (*lses, block_indices, index), saved = list(saved[:3]), saved[3:8], saved[8:]
+        q, k, v, k_cmp, v_cmp, gates, k_local, v_local, *segments = saved
         own_keys = ctx.needs_input_grad[10] or ctx.needs_input_grad[11]
-        return *(None,) * 4, *gradients[:6], *(gradients[6:] if own_keys else (None, None))
+        with torch.no_grad():
+            if recompute:
+                keys = (k, v) if k_local is None else (k_local, v_local)
+                outputs[0], _ = _branch_forward(q, *keys, None, *segments, backend, *_Span(window), scale)
+            terms, dgates = _gated_terms(do, *outputs, *lses, gates, k.shape[2], backend)
+            del outputs
+            settings = (*segments, backend, window, block_size, stride, select_block_size, scale)
+            tensors = (q, k, v, k_cmp, v_cmp, k_local, v_local)
+            *gradients, dk_local, dv_local = _attention_backward(do, terms, block_indices, index, *tensors, *settings)
+        local = (dk_local, dv_local) if own_keys else (None, None)
+        return *(None,) * 4, *_first_gradients((*gradients, dgates, *local), do, *saved)
 
 
 class _CompressionFunction(torch.autograd.Function):
@@ -2785,16 +2823,16 @@ def _tile_backward(
 def _torch_preprocess(
     do: Tensor, outputs: Sequence[Tensor], lses: Sequence[Tensor], kv_heads: int, gates: Tensor | None = None,
     dlse: Tensor | None = None,
-) -> tuple[list[_RowTerms], Tensor | None]:  # fmt: skip
-    """lse and delta of each branch, and the gradient of the gates where they have any."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """lse and delta of each branch, (B, T, 2·branches, H); and the gradient of the gates where they have any."""
     dot = lambda o, dtype: torch.einsum("bthd,bthd->bth", do.to(dtype), o.to(dtype))  # noqa: E731
     dots = [dot(o, lse.dtype) for o, lse in zip(outputs, lses, strict=True)]
     terms = []
     for c, (lse, delta) in enumerate(zip(lses, dots, strict=True)):
         gate = torch.ones_like(lse) if gates is None else gates[..., c].to(lse.dtype)
         gated = (lse - gate.log()).masked_fill_((gate == 0) | (lse == -math.inf), math.inf)
-        terms.append(_RowTerms(gated, delta if dlse is None else delta - dlse))
-    return terms, None if gates is None else torch.stack(dots, dim=-1).to(gates.dtype)
+        terms += [gated, delta if dlse is None else delta - dlse]
+    return torch.stack(terms, dim=2), None if gates is None else torch.stack(dots, dim=-1).to(gates.dtype)
 
 
 # Local and compressed: tiles along the sequence ───────────────────────────────────────────────────────────────────────
@@ -3616,7 +3654,6 @@ _TILES = {
     "float32": (((32, 32, 8, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
 }
 _LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
-_MAX_ROWS = 128  # the most query rows in a tile; where a row keeps a number, rows are padded by that many
 
 # Compression: rows of blocks whose gradient of the weights one program sums up; tokens of a block that are enough for a
 # program.
@@ -3624,7 +3661,7 @@ _COMPRESS_ROWS, _COMPRESS_TOKENS = 1024, 4
 
 # Bytes of memory that the intermediate results of one chunk of queries may take.
 _SCORE_BYTES = 256 << 20  # importance of selection blocks
-_PARTIAL_BYTES = 512 << 20  # partial outputs, or gradients of queries, of the selective branch
+_PARTIAL_BYTES = 256 << 20, 1 << 30  # partial outputs or dq of the selective branch: four times q's, within these
 _COUNT_BYTES = 64 << 20  # counts of pairs
 _DECODE_BYTES = 256 << 20  # partial outputs and importance in decoding
 
@@ -3635,7 +3672,9 @@ _MASKED_KEYS = {"forward": 2**27, "backward": 2**25}  # keys read in vain, over 
 _SLOT_KEYS = {"forward": 64, "backward": 32}  # keys that a row could read for what a slot costs it besides its block
 _ROWS_IN_DOUBT = 2**18  # packed query rows from which it pays to launch both ways, where lengths decide which one works
 _FORWARD_ROWS = 512  # rows that a program takes while a block's keys stay
-_SUM_ROWS = {2: 4096, 4: 512}  # rows summed into dk and dv at once, by bytes of a number: long sums cost float32 digits
+_SUM_ROWS = 2048, 4096  # rows summed into dk and dv at once, in small and in large groups
+_SUM_ROWS_FLOAT32 = 512  # long sums cost digits
+_SUM_KEYS = 16  # keys of a block whose sums one program adds up
 _DECODE_MAX_KEYS = 128  # the most keys in a tile of a decoding kernel
 _DECODE_MAX_SPLITS = 32  # the most splits of a row in each branch
 _MERGED = 16384  # numbers of partial outputs that are merged at once
@@ -4167,40 +4206,31 @@ def _preprocess_kernel(
         else:
             delta -= tl.load(dlse_ptr + row, mask=exists, other=0.0)
         nothing = (lse == float("-inf")) | (log_gate == float("-inf"))
-        out = terms_ptr + (c * tl.num_programs(1) + z).to(tl.int64) * rows_pad + n  # lse of each branch, then delta
+        out = terms_ptr + (z.to(tl.int64) * BRANCHES + c) * 2 * rows_pad + n
         tl.store(out, tl.where(nothing, float("inf"), lse - log_gate))
-        tl.store(out + BRANCHES * tl.num_programs(1).to(tl.int64) * rows_pad, delta)
+        tl.store(out + rows_pad, delta)
 
 
 @functools.lru_cache(maxsize=4096)
-def _preprocess_plan(layout: tuple[Any, ...], K: int, branches: int) -> tuple[_Launch, int]:
-    """The launch, and the rows of each key head."""
+def _preprocess_plan(layout: tuple[Any, ...], K: int, branches: int, rows_pad: int) -> _Launch:
     ((B, T, H, D), do_strides, *_), gates = layout
-    rows, rows_pad = _merge_rows(D), _padded_rows(T, H // K)
     numbers = (T, rows_pad, do_strides, (0, 0, 0, 0) if gates is None else gates[1])
     sizes = {"K": K, "GROUP": H // K, "GROUP_PAD": _power_of_2(H // K), "D": D, "BLOCK_D": _block_d(D)}
-    grid = (_cdiv(rows_pad, rows), B * K)
-    return _Launch(_preprocess_kernel, grid, numbers, **sizes, BLOCK_M=rows, BRANCHES=branches), rows_pad
-
-
-def _padded_rows(T: int, group: int) -> int:
-    """Rows that lse and delta have for each key head: a tile may begin at any token of the last ones."""
-    return (_cdiv(T * _power_of_2(group), _MAX_ROWS) + 1) * _MAX_ROWS
+    grid = (_cdiv(rows_pad, _merge_rows(D)), B * K)
+    return _Launch(_preprocess_kernel, grid, numbers, **sizes, BLOCK_M=_merge_rows(D), BRANCHES=branches)
 
 
 def _triton_preprocess(
     do: Tensor, outputs: Sequence[Tensor], lses: Sequence[Tensor], kv_heads: int,
     gates: Tensor | None = None, dlse: Tensor | None = None,
-) -> tuple[list[_RowTerms], Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     do, outputs, lses = _unit_stride(do), [x.contiguous() for x in outputs], [x.contiguous() for x in lses]
-    launch, rows_pad = _preprocess_plan(_layout(do, gates), kv_heads, len(outputs))
-    n = len(outputs)
-    terms = do.new_empty(2 * n, do.shape[0], kv_heads, rows_pad, dtype=torch.float32)
+    terms = _term_room(do, kv_heads, len(outputs), "triton")
     dgates = None if gates is None else _empty(gates)
     dlse = None if dlse is None else dlse.contiguous()
+    launch = _preprocess_plan(_layout(do, gates), kv_heads, len(outputs), terms.shape[3])
     launch(do, dlse, gates, *(outputs * 3)[:3], *(lses * 3)[:3], dgates, terms)
-    lse_and_delta = terms.unbind()
-    return [_RowTerms(*pair) for pair in zip(lse_and_delta[:n], lse_and_delta[n:], strict=True)], dgates
+    return terms, dgates
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4384,7 +4414,7 @@ def _span_forward_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_dq_kernel(
     do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, by_mask, n_segments,
-    T, C, Z, rows_pad, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr,
+    T, C, Z, term_stride, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -4406,7 +4436,7 @@ def _span_dq_kernel(
     t, h, exists = n // GROUP_PAD, k * GROUP + n % GROUP_PAD, (n // GROUP_PAD < tokens) & (n % GROUP_PAD < GROUP)
     do = _load_rows(do_ptr, _offsets(do_strides, b, token + t, h), exists, D, BLOCK_D)
     q = _load_rows(q_ptr, _offsets(q_strides, b, token + t, h), exists, D, BLOCK_D)
-    term = z.to(tl.int64) * rows_pad + token * GROUP_PAD + n
+    term = z.to(tl.int64) * term_stride + token * GROUP_PAD + n
     lse, delta = tl.load(lse_ptr + term), tl.load(delta_ptr + term)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, end = _span(t, WINDOW, BLOCK, STRIDE)
@@ -4444,7 +4474,7 @@ def _span_dq_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
 def _span_dkv_kernel(
     do_from, q_from, k_from, v_from, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
-    cu_keys, by_mask, n_segments, T, C, Z, rows_pad, key_tiles, tiles_per_split, scale, do_strides, q_strides,
+    cu_keys, by_mask, n_segments, T, C, Z, term_stride, key_tiles, tiles_per_split, scale, do_strides, q_strides,
     k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr,
     SELECT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -4475,7 +4505,7 @@ def _span_dkv_kernel(
     v_tile = _load_keys(v_from, v_strides, b, k, key + start, C, D, BLOCK_D, BLOCK_N)
     i = start + tl.arange(0, BLOCK_N)  # a neighbour's keys stay in their rows
     t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
-    lse_ptr, delta_ptr = lse_ptr + z.to(tl.int64) * rows_pad, delta_ptr + z.to(tl.int64) * rows_pad
+    lse_ptr, delta_ptr = lse_ptr + z.to(tl.int64) * term_stride, delta_ptr + z.to(tl.int64) * term_stride
     row0, rows = token * GROUP_PAD, tokens * GROUP_PAD
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -4559,18 +4589,18 @@ def _span_forward_plan(
 
 @functools.lru_cache(maxsize=4096)
 def _span_backward_plan(
-    layout: tuple[Any, ...], described: bool, add_dq: bool, add_dk: bool, segments: int, span: _Span, scale: float,
-    select_block_size: int, precision: str,
+    layout: tuple[Any, ...], described: bool, add_dq: bool, add_dk: bool, segments: int, term_stride: int, span: _Span,
+    scale: float, select_block_size: int, precision: str,
 ) -> tuple[_Launch, _Launch, int]:  # fmt: skip
     """Launches for dq, over tiles of queries, and for dk and dv, over tiles of keys and splits of the queries."""
     ((B, T, H, _), q_strides, _, device), ((_, C, K, _), *_), _, chosen, (_, do_strides, *_) = layout
-    block_strides, rows_pad = chosen and chosen[1], _padded_rows(T, H // K)
+    block_strides = chosen and chosen[1]
     q, k, v, _, do = layout
     constants = _span_constants("dq", layout, span, select_block_size, precision)
     tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
     views = {i: _key_view(x, constants["BLOCK_N"]) for i, x in ((2, k), (3, v)) if described}
     strides = (None, None) if described else (k[1], v[1])
-    numbers = (segments, T, C, B * K, rows_pad, scale, do_strides, q_strides, *strides, block_strides)
+    numbers = (segments, T, C, B * K, term_stride, scale, do_strides, q_strides, *strides, block_strides)
     dq = _Launch(_span_dq_kernel, (tiles * B * K,), numbers, views, ADD=add_dq, **constants)
 
     constants = _span_constants("dkv", layout, span, select_block_size, precision)
@@ -4580,7 +4610,7 @@ def _span_backward_plan(
     views = {i: _query_view(x, K, constants["BLOCK_M"]) for i, x in enumerate((do, q)) if described}
     views |= {i: _key_view(x, constants["BLOCK_N"]) for i, x in ((2, k), (3, v)) if described}
     strides = (None,) * 4 if described else (do_strides, q_strides, *strides)
-    numbers = (segments, T, C, B * K, rows_pad, tiles, _cdiv(row_tiles, splits), scale, *strides, block_strides)
+    numbers = (segments, T, C, B * K, term_stride, tiles, _cdiv(row_tiles, splits), scale, *strides, block_strides)
     return dq, _Launch(_span_dkv_kernel, (splits * tiles * B * K,), numbers, views, **constants), splits
 
 
@@ -4636,10 +4666,8 @@ def _triton_span_backward(
     chosen = _unit_stride(block_indices) if masked else None
     *offsets, n = _span_offsets(segments, span, masked)
     layout, add = _layout(q, k, v, chosen, do), (dq is not None, dk is not None)
-    plan = _span_backward_plan(
-        layout, _by_descriptor(q, do, q, k, v), *add, n, span, scale, select_block_size, _precision(q)
-    )
-    launch_dq, launch_dkv, splits = plan
+    settings = (n, terms.lse.stride(1), span, scale, select_block_size, _precision(q))
+    launch_dq, launch_dkv, splits = _span_backward_plan(layout, _by_descriptor(q, do, q, k, v), *add, *settings)
     dq = _empty(q) if dq is None else dq
     launch_dq(do, q, k, v, *terms, dq, chosen, *offsets, by_mask)
     if splits > 1:
@@ -5355,12 +5383,13 @@ def _selected_constants(
     return constants
 
 
-def _partial_chunk(Z: int, T: int, query_bytes: int) -> tuple[int, int]:
-    """Key heads and queries whose partial results, of so many bytes a query and head, are in memory at a time.
+def _partial_chunk(Z: int, T: int, slots: int, slot_bytes: int) -> tuple[int, int]:
+    """Key heads and queries whose partial results are in memory at a time: a query has `slots` of them for each head.
 
     All queries of some heads, or where they do not fit, some queries of one head: a block's keys then serve more rows.
     """
-    queries = max(_PARTIAL_BYTES // query_bytes, 1)
+    least, most = _PARTIAL_BYTES
+    queries = max(min(max(4 * Z * T * slot_bytes, least), most) // (slots * slot_bytes), 1)
     heads = _cdiv(Z, _cdiv(Z, max(queries // T, 1)))
     return heads, min(_cdiv(queries, 64) * 64, T)
 
@@ -5453,7 +5482,7 @@ def _by_block_plan(
     sizes = {name: constants[name] for name in ("K", "GROUP", "S", "D", "BLOCK_D", "SELECT")}
     sizes |= {"SP": _power_of_2(S), "BLOCK_M": _merge_rows(D), "UNROLL": _unroll(S)}
     n_blocks = _block_count(T_keys, select_block_size, segments)
-    heads, queries = _partial_chunk(B * K, T, G * S * D * dtype.itemsize)
+    heads, queries = _partial_chunk(B * K, T, S, G * D * dtype.itemsize)
     chunks = []
     for t0, n_tokens in _pieces(T, queries):
         index = _index_plan(indices, t0, n_tokens, n_blocks, select_block_size, _FORWARD_ROWS, G)
@@ -5512,7 +5541,7 @@ def _triton_selected_forward(
 @_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0", "z0"])
 def _selected_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, pairs_ptr, table_ptr, block_ptr, dq_part, dk_part, dv_part,
-    cu_seqlens, n_segments, T, n_blocks, n_tiles, n_pairs, rows_pad, t0, z0, scale,
+    cu_seqlens, n_segments, T, n_blocks, n_tiles, n_pairs, term_stride, t0, z0, scale,
     do_strides, q_strides, k_strides, v_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -5534,8 +5563,8 @@ def _selected_gradient_kernel(
     v_tile = _load_rows(v_ptr, _offsets(v_strides, b, s, k), in_block, D, BLOCK_D)
     q_ptr += _offsets(q_strides, b, 0, k * GROUP)
     do_ptr += _offsets(do_strides, b, 0, k * GROUP)
-    lse_ptr += z.to(tl.int64) * rows_pad
-    delta_ptr += z.to(tl.int64) * rows_pad
+    lse_ptr += z.to(tl.int64) * term_stride
+    delta_ptr += z.to(tl.int64) * term_stride
     dq_part += (part * n_pairs * SPLITS + split) * GROUP * D
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     row = first + tl.arange(0, BLOCK_M)
@@ -5572,27 +5601,30 @@ def _selected_gradient_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "z0"])
 def _sum_tiles_kernel(
     dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, by_mask, n_segments, T, n_blocks, n_tiles, z0,
-    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, ROOM: tl.constexpr,
     BLOCK_N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; with ADD, added to what they hold."""
+    """dk[block j] = sum over the tiles of block j of dk_part, dv likewise; with ADD, added to what they hold.
+
+    One program: BLOCK_N keys of a block. A tile has ROOM keys.
+    """
     if _other_way_works(by_mask, False):
         return
-    j, split, z = tl.program_id(0), tl.program_id(1), z0 + tl.program_id(2)
+    j, z = tl.program_id(0), z0 + tl.program_id(2)
+    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     entry_ptr = table_ptr + (z.to(tl.int64) * n_blocks + j) * 4
     begin, end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
-    s = begin + split * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_block = s < tl.minimum(end, begin + SELECT)
-    out = (((z // K).to(tl.int64) * T + s) * K + z % K) * D
+    in_block = (i < SELECT) & (begin + i < end)
+    out = (((z // K).to(tl.int64) * T + begin + i) * K + z % K) * D
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if ADD:
         dk += _load_rows(dk_ptr, out, in_block, D, BLOCK_D)
         dv += _load_rows(dv_ptr, out, in_block, D, BLOCK_D)
     first_tile = tl.program_id(2).to(tl.int64) * n_tiles
-    for tile in range(tl.load(entry_ptr), tl.load(entry_ptr + 1)):
-        part = ((first_tile + tile) * SPLITS + split) * BLOCK_N + tl.arange(0, BLOCK_N)
-        dk += _load_rows(dk_part, part * D, in_block, D, BLOCK_D)
-        dv += _load_rows(dv_part, part * D, in_block, D, BLOCK_D)
+    for tile in tl.range(tl.load(entry_ptr), tl.load(entry_ptr + 1), loop_unroll_factor=4):
+        part = ((first_tile + tile) * ROOM + i) * D
+        dk += _load_rows(dk_part, part, in_block, D, BLOCK_D)
+        dv += _load_rows(dv_part, part, in_block, D, BLOCK_D)
     _store_rows(dk_ptr, out, dk, in_block, D, BLOCK_D)
     _store_rows(dv_ptr, out, dv, in_block, D, BLOCK_D)
 
@@ -5626,34 +5658,39 @@ def _sum_slots_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def _selected_backward_plan(
-    layout: tuple[Any, ...], segments: int, select_block_size: int, scale: float, add_dq: bool, add_dk: bool,
-    precision: str,
+    layout: tuple[Any, ...], segments: int, term_stride: int, select_block_size: int, scale: float, add_dq: bool,
+    add_dk: bool, precision: str,
 ) -> tuple[int, list[tuple[_IndexPlan, int, list[tuple[_Launch, _Launch, _Launch]]]]]:  # fmt: skip
     """Rows of partial dq; for each chunk of queries its index and rows of partial dk, and for each of key heads the
     launches for parts and their sums."""
     ((B, T, H, D), q_strides, dtype, device), (_, k_strides, *_), (_, v_strides, *_), *others = layout
     ((_, _, K, S), strides, *_), (_, do_strides, *_), _ = others
     G = H // K
-    kernel = "selected_backward_large_group" if G >= _LARGE_GROUP else "selected_backward"
+    large = G >= _LARGE_GROUP
+    kernel = "selected_backward_large_group" if large else "selected_backward"
     constants = _selected_constants(kernel, H, K, D, S, select_block_size, dtype, precision, device)
-    keys, size, merge_rows = constants["BLOCK_N"], _SUM_ROWS[dtype.itemsize], _merge_rows(D)
-    splits = _cdiv(select_block_size, keys)
+    keys, merge_rows = constants["BLOCK_N"], _merge_rows(D)
+    splits, size = _cdiv(select_block_size, keys), _SUM_ROWS[large] if dtype.itemsize == 2 else _SUM_ROWS_FLOAT32
     n_blocks = _block_count(T, select_block_size, segments)
-    heads, queries = _partial_chunk(B * K, T, G * S * splits * D * dtype.itemsize)
-    sizes = {name: constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")} | {"SPLITS": splits}
+    heads, queries = _partial_chunk(B * K, T, S * splits, G * D * dtype.itemsize)
+    sizes = {name: constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")}
     constants |= {"GROUP_PAD": _power_of_2(G), "SIZE": size, "SPLITS": splits}
-    slot_sizes = sizes | {"GROUP": G, "S": S, "BLOCK_M": merge_rows, "ADD": add_dq, "UNROLL": _unroll(S * splits)}
+    slot_sizes = sizes | {"GROUP": G, "S": S, "SPLITS": splits, "BLOCK_M": merge_rows, "UNROLL": _unroll(S * splits)}
+    tile_sizes = sizes | {"ROOM": splits * keys, "BLOCK_N": min(keys, _SUM_KEYS)}
+    pieces = _cdiv(select_block_size, min(keys, _SUM_KEYS))
     chunks = []
     for t0, n_tokens in _pieces(T, queries):
         index = _index_plan(others[0], t0, n_tokens, n_blocks, select_block_size, size, G)
         n_tiles, launches = index.block[1], []
-        numbers, add = (segments, T, n_blocks, n_tiles), {"BLOCK_N": keys, "ADD": add_dk or t0 > 0}
+        numbers, add_dk = (segments, T, n_blocks, n_tiles), add_dk or t0 > 0
         for z0, n_heads in _pieces(B * K, heads):
-            more = (n_tokens * S, _padded_rows(T, G), t0, z0, scale, do_strides, q_strides, k_strides, v_strides)
+            more = (n_tokens * S, term_stride, t0, z0, scale, do_strides, q_strides, k_strides, v_strides)
             merge_grid = (_cdiv(n_tokens * G, merge_rows), n_heads)
             gradient = _Launch(_selected_gradient_kernel, (n_tiles, splits, n_heads), (*numbers, *more), **constants)
-            sum_tiles = _Launch(_sum_tiles_kernel, (n_blocks, splits, n_heads), (*numbers, z0), **sizes, **add)
-            sum_slots = _Launch(_sum_slots_kernel, merge_grid, (T, n_tokens, t0, z0, strides), **slot_sizes)
+            grid, last = (n_blocks, pieces, n_heads), (*numbers, z0)
+            sum_tiles = _Launch(_sum_tiles_kernel, grid, last, ADD=add_dk, **tile_sizes)
+            last = (T, n_tokens, t0, z0, strides)
+            sum_slots = _Launch(_sum_slots_kernel, merge_grid, last, ADD=add_dq, **slot_sizes)
             launches.append((gradient, sum_tiles, sum_slots))
         chunks.append((index, heads * n_tiles * splits * keys, launches))
     return heads * queries * G * S * splits, chunks
@@ -5677,7 +5714,8 @@ def _triton_selected_backward(
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
     of_token, cu_seqlens, n = _token_tables(segments)
     layout = _layout(q, k, v, block_indices, do, of_token)
-    dq_rows, chunks = _selected_backward_plan(layout, n, select_block_size, scale, *add, _precision(q))
+    settings = (n, terms.lse.stride(1), select_block_size, scale, *add, _precision(q))
+    dq_rows, chunks = _selected_backward_plan(layout, *settings)
     dq = _empty(q) if dq is None else dq
     sum_dtype = k.dtype if len(chunks) == 1 else torch.float32  # a sum over several chunks: until the last
     dk, dv = (_empty(k, sum_dtype) if x is None else x.to(sum_dtype).contiguous() for x in (dk, dv))

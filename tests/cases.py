@@ -323,12 +323,12 @@ def going(way: str) -> Iterator[None]:
 
 # Small chunks, spans and parts: what takes tens of thousands of tokens otherwise.
 SMALL_PIECES = {
-    "chunks_of_64_queries": {"_PARTIAL_BYTES": 1},
-    "two_key_heads_at_a_time": {"_partial_chunk": lambda Z, T, query_bytes: (2, T)},
+    "chunks_of_64_queries": {"_PARTIAL_BYTES": (1, 1)},
+    "two_key_heads_at_a_time": {"_partial_chunk": lambda Z, T, *_: (2, T)},
     "short_runs_of_pairs": {"_RUN": 64},
     "longer_runs_where_counts_are_short": {"_RUN": 32, "_COUNT_BYTES": 600},
-    "short_spans_of_rows": {"_FORWARD_ROWS": 64, "_SUM_ROWS": {2: 64, 4: 32}},
-    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_ROWS": 16, "_SUM_ROWS": {2: 16, 4: 16}},
+    "short_spans_of_rows": {"_FORWARD_ROWS": 64, "_SUM_ROWS": (64, 64), "_SUM_ROWS_FLOAT32": 32},
+    "few_blocks_cut_at_a_time": {"_CUT": 4, "_FORWARD_ROWS": 16, "_SUM_ROWS": (16, 16), "_SUM_ROWS_FLOAT32": 16},
     "every_loop_by_query": {"_LARGE_GROUP": 1},
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -745,7 +745,7 @@ def launch(
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
     tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
     on, packed = nsa._backend("triton", *tables[:3])
-    (terms,), _ = on.preprocess(q, [q], [lse], K, dlse=lse)
+    (terms,) = nsa._row_terms(on.preprocess(q, [q], [lse], K, dlse=lse)[0])
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
         if name in launched:
             on.span_forward(q, keys, keys, span, scale, **packed)
@@ -765,8 +765,10 @@ def launch(
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
         settings = (*tables[:3], "triton", 512)
         with going("by_index"):
-            _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
-            nsa._attention_backward(q, *saved, *tensors, *settings, *choice[:3], scale)
+            _, *outputs, indices, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
+            terms, _ = nsa._gated_terms(q, *outputs, gates, K, "triton")
+            keys = (q, k, k, k_cmp, k_cmp, None, None)
+            nsa._attention_backward(q, terms, indices, index, *keys, *settings, *choice[:3], scale)
     if "decode" in launched:
         (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
         on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)

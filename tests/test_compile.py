@@ -535,9 +535,14 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
         made[f"{name} backward"] = nsa._branch_backward, (do, torch.randn_like(lse), o, lse, *tensors, *settings)
     for name, local in own_keys.items():
         tensors, settings = (q, k, v, k_cmp, v_cmp, gates, *local), (*NOT_PACKED, backend, case.window)
-        _, *saved = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
-        made[f"{name} forward"] = nsa._attention_forward, (*tensors, *settings, *choice, scale)
-        made[f"{name} backward"] = nsa._attention_backward, (do, *saved, *tensors, *settings, *choice[:3], scale)
+        _, *outputs, chosen, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
+        for recompute in (False, True):
+            forward = (*tensors, *settings, *choice, scale, recompute)
+            made[f"{name} forward" + ", recomputed" * recompute] = nsa._attention_forward, forward
+        made[f"{name} terms"] = nsa._gated_terms, (do, *outputs, gates, case.K, backend)
+        keys, terms = (q, k, v, k_cmp, v_cmp, *local), nsa._gated_terms(*made[f"{name} terms"][1])[0]
+        backward = (do, terms, chosen, index, *keys, *settings, *choice[:3], scale)
+        made[f"{name} backward"] = nsa._attention_backward, backward
     return made
 
 

@@ -298,7 +298,7 @@ def test_the_way_that_does_not_work_leaves_all_as_it_is(random: Random, poisoned
     """A number on the device says which one works: see `_by_mask`."""
     case = Case("both_ways", T=40, H=6, K=2, D=16, select_block_size=8, topk_blocks=3)
     x = {name: tensor.detach() for name, tensor in draw(selective, case, random, torch.float16).items()}
-    tensors, chosen, terms = (x["q"], x["k"], x["v"]), x["block_indices"], nsa._RowTerms(torch.ones(1), torch.ones(1))
+    tensors, chosen, terms = (x["q"], x["k"], x["v"]), x["block_indices"], nsa._RowTerms(*torch.ones(2, 1, 1, 1))
     by_mask, by_index = torch.tensor([True]), torch.tensor([False])
     for o in nsa._span_forward(*tensors, nsa._Span(0), 0.1, None, None, chosen, 8, (), by_index)[:2]:
         assert o.isnan().all()
@@ -339,7 +339,7 @@ def test_selective_attention_in_small_pieces(
 @interpreted
 @pytest.mark.parametrize("way", ["by_index"], indirect=True)
 def test_many_chunks_of_64_queries(way: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nsa, "_PARTIAL_BYTES", 1)
+    monkeypatch.setattr(nsa, "_PARTIAL_BYTES", (1, 1))
     case = replace(MIDDLE, T=257, B=1, H=1, K=1, D=16)
     x = draw(selective, case, random, torch.float16)
     assert_as_exact_as_plain(selective, case, x, run(selective, TRITON, case, x, torch.float16))

@@ -665,17 +665,17 @@ def test_no_offset_reaches_outside(packing: Packing, seed: int, random: Random) 
     given = garbage(pick, 6, case.T, torch.int64)
     segments = nsa._triton_segments(given, case.T, k_cmp.shape[1], case.block_size, case.stride)
     o_local, lse = on.span_forward(q, k, v, span, scale, segments)
-    (terms,), _ = on.preprocess(q, [o_local], [lse], case.K, dlse=lse)
+    (terms,) = nsa._row_terms(on.preprocess(q, [o_local], [lse], case.K, dlse=lse)[0])
     results = [o_local, *on.span_backward(q, terms, q, k, v, span, scale, segments=segments)]
     o, lse = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, segments)
-    (terms,), _ = on.preprocess(q, [o], [lse], case.K, dlse=torch.zeros_like(lse))
+    (terms,) = nsa._row_terms(on.preprocess(q, [o], [lse], case.K, dlse=torch.zeros_like(lse))[0])
     results += [o, *on.span_backward(q, terms, q, k_cmp, v_cmp, choice.span, scale, segments=segments)]
     chosen = on.select(q, k_cmp, lse, choice, scale, segments)
     assert (chosen >= -1).all() and (chosen <= case.T // case.select_block_size).all()
     for blocks in (chosen, torch.full_like(chosen, 2**31 - 1)):
         rest = (blocks, case.select_block_size, scale)
         o, lse, _ = on.selected_forward(q, k, v, *rest, segments=segments)
-        (terms,), _ = on.preprocess(q, [o], [lse], case.K, dlse=torch.zeros_like(lse))
+        (terms,) = nsa._row_terms(on.preprocess(q, [o], [lse], case.K, dlse=torch.zeros_like(lse))[0])
         results += [o, *on.selected_backward(q, terms, q, k, v, *rest, segments=segments)]
     assert all(result.isfinite().all() for result in results)
 
@@ -693,7 +693,7 @@ def test_rows_of_compressed_keys_that_no_block_needs(packing: Packing, random: R
         k[:, :needed], v[:, :needed] = x["k_cmp"], x["v_cmp"]
         segments = nsa._triton_segments(packing.cu_seqlens, total, rows, case.block_size, case.stride)
         o, lse = on.span_forward(x["q"], k, v, choice.span, scale, segments)
-        (terms,), _ = on.preprocess(x["q"], [o], [lse], case.K, dlse=torch.zeros_like(lse))
+        (terms,) = nsa._row_terms(on.preprocess(x["q"], [o], [lse], case.K, dlse=torch.zeros_like(lse))[0])
         dq, dk, dv = on.span_backward(x["q"], terms, x["q"], k, v, choice.span, scale, segments=segments)
         chosen = on.select(x["q"], k, lse, choice, scale, segments)
         assert (dk[:, needed:] == 0).all() and (dv[:, needed:] == 0).all()
