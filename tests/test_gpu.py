@@ -375,37 +375,69 @@ def test_no_access_out_of_bounds() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def exact_row(case: Case, x: dict[str, Tensor], t: int, h: int) -> Tensor:
-    """The output (D) of one query head at one token, in the dtype of x, by the rules of the oracle."""
+def one_query(
+    case: Case, x: dict[str, Tensor], t: int, h: int, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], list[tuple[str, Tensor, Tensor]]]:
+    """Output (D) of one query head at one token, by the rules of the oracle in this dtype.
+
+    Its q and gates; and for each tensor of keys or values that it read: name, rows and what they held. All are leaves.
+    """
     kv_head = h // (case.H // case.K)
-    q, k, v, k_cmp, v_cmp = (x[name].detach()[0] for name in ("q", "k", "v", "k_cmp", "v_cmp"))
+    leaf = lambda y: y.detach().to(dtype).requires_grad_()  # noqa: E731
     window = torch.arange(max(0, t - case.window + 1), t + 1)
     blocks = torch.tensor(oracle.visible_blocks(t, case.T, case.block_size, case.stride), dtype=torch.int64)
     chosen = x["block_indices"][0, t, kv_head].long()
     tokens = (chosen[chosen >= 0, None] * case.select_block_size + torch.arange(case.select_block_size)).flatten()
-    outputs = [
-        oracle.attend(q[t, h], keys[rows, kv_head], values[rows, kv_head], case.D**-0.5)[0]
-        for keys, values, rows in ((k, v, window), (k_cmp, v_cmp, blocks), (k, v, tokens[tokens <= t]))
-    ]
-    return (x["gates"].detach()[0, t, h, :, None] * torch.stack(outputs)).sum(dim=0)
+    tokens = tokens[tokens <= t]
+    q, gates, read, outputs = leaf(x["q"][0, t, h]), leaf(x["gates"][0, t, h]), [], []
+    for names, rows in ((("k", "v"), window), (("k_cmp", "v_cmp"), blocks), (("k", "v"), tokens)):
+        both = [(name, rows, leaf(x[name][0, rows, kv_head])) for name in names]
+        outputs.append(oracle.attend(q, both[0][2], both[1][2], case.D**-0.5)[0])
+        read += both
+    return (gates[:, None] * torch.stack(outputs)).sum(dim=0), [q, gates], read
+
+
+def gradients_at_the_end(case: Case, x: dict[str, Tensor], do: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of the last tokens and blocks of the last key head: nothing later sees them."""
+    tokens, heads = case.stride + 1, case.H // case.K
+    sizes = {"k": (case.T, tokens), "v": (case.T, tokens), "k_cmp": (case.C, 2), "v_cmp": (case.C, 2)}
+    sums = {name: torch.zeros(last, case.D, dtype=torch.float64) for name, (_, last) in sizes.items()}
+    own: list[list[Tensor]] = []
+    for t in range(case.T - tokens, case.T):
+        for h in range(case.H - heads, case.H):
+            o, leaves, read = one_query(case, x, t, h, dtype)
+            gradients = torch.autograd.grad(o, [*leaves, *(y for _, _, y in read)], do[0, t, h].to(dtype))
+            own.append(list(gradients[:2]))
+            for (name, rows, _), gradient in zip(read, gradients[2:], strict=True):
+                n, last = sizes[name]
+                late = rows >= n - last
+                sums[name].index_add_(0, rows[late] - (n - last), gradient[late].double())
+    dq, dgates = (torch.stack(each).unflatten(0, (tokens, heads)) for each in zip(*own, strict=True))
+    return {"q": dq, "gates": dgates} | {name: total.to(dtype) for name, total in sums.items()}
+
+
+def assert_rows_within_budget(case: Case, x: dict[str, Tensor], rows: list[tuple[int, int]], o: Tensor) -> None:
+    plain, exact = (
+        torch.stack([one_query(case, x, *row, dtype)[0] for row in rows]) for dtype in (o.dtype, torch.float64)
+    )
+    assert_within_budget(o, plain, exact, "o", terms=case.terms)
 
 
 def assert_long_sequence(case: Case, dtype: torch.dtype) -> None:
-    """All numbers finite, and a few rows near the ends and in the middle within the error budget."""
+    """All numbers finite; some outputs of all parts, and gradients at the end, within the error budget."""
     x = draw(case, dtype)
     values = run(whole, TRITON, case, x)
     for name, value in values.items():
         assert torch.isfinite(value).all(), f"{name} is not finite"
         assert (value != 0).any(), f"{name} is 0"
     rows = [(t, h) for t in (0, case.block_size, case.T // 3, case.T - 1) for h in (0, case.H // 3, case.H - 1)]
-    exact = double({name: tensor for name, tensor in x.items()})
-    assert_within_budget(
-        torch.stack([values["o"][0, t, h] for t, h in rows]),
-        torch.stack([exact_row(case, x, t, h) for t, h in rows]),
-        torch.stack([exact_row(case, exact, t, h) for t, h in rows]),
-        "o",
-        terms=case.terms,
-    )
+    assert_rows_within_budget(case, x, rows, torch.stack([values["o"][0, t, h] for t, h in rows]))
+    do = DeviceRandom(seed=1)(values["o"].shape, torch.bfloat16)  # as in `run`
+    plain, exact = (gradients_at_the_end(case, x, do, of) for of in (dtype, torch.float64))
+    for name, expected in exact.items():
+        actual = values[f"gradient of {name}"][0, -len(expected) :]
+        actual = actual[:, -expected.shape[1] :] if name in ("q", "gates") else actual[:, -1]
+        assert_within_budget(actual, plain[name], expected, f"gradient of {name}", terms=case.terms)
 
 
 def test_64k_tokens(compiled: None) -> None:
@@ -413,8 +445,13 @@ def test_64k_tokens(compiled: None) -> None:
 
 
 def test_a_million_tokens() -> None:
-    """Offsets beyond 32 bits."""
-    assert_long_sequence(replace(LONG, name="1M", T=2**20, H=16, K=1), torch.bfloat16)
+    """Queries behind 2^31 numbers."""
+    assert_long_sequence(replace(LONG, name="1M", T=2**20 + 2048, H=16, K=1), torch.bfloat16)
+
+
+def test_many_key_heads() -> None:
+    """Keys and values behind 2^31 numbers, too."""
+    assert_long_sequence(replace(LONG, name="128 heads", T=2**17 + 64, H=128, K=128), torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,13 +706,7 @@ def test_step_after_64k_tokens(compiled: None) -> None:
     step = Step((LONG.T,), (3,), spare=LONG.T)  # room for twice as many tokens
     actual = decode(LONG, step, x | {"k_local": x["k"], "v_local": x["v"]})[0]  # (3, H, D)
     rows = [(t, h) for t in range(LONG.T - 3, LONG.T) for h in (0, 21, 42, 63)]
-    assert_within_budget(
-        torch.stack([actual[t - LONG.T, h] for t, h in rows]),
-        torch.stack([exact_row(LONG, x, t, h) for t, h in rows]),
-        torch.stack([exact_row(LONG, double(x), t, h) for t, h in rows]).detach(),
-        "o",
-        terms=LONG.terms,
-    )
+    assert_rows_within_budget(LONG, x, rows, torch.stack([actual[t - LONG.T, h] for t, h in rows]))
 
 
 def test_cuda_graph_of_a_step(random: Random) -> None:
