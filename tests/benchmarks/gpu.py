@@ -1,6 +1,7 @@
 """What the kernels cost on a GPU, beside PyTorch's fastest dense attention (cuDNN's) in the same run.
 
     python tests/benchmarks/gpu.py                 # the paper's setting: whole, parts, memory
+    python tests/benchmarks/gpu.py memory          # memory of the passes, and time with `recompute`; a million tokens too
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py lengths --json docs/speed.json    # wall time, 1k to 128k tokens; draw.py plots it
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -49,7 +51,10 @@ PAPER = {"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks":
 MEDIUM = {"block_size": 32, "stride": 32, "select_block_size": 32, "topk_blocks": 4, "local_window": 128}
 LONG = {"block_size": 64, "stride": 64, "select_block_size": 64, "topk_blocks": 8, "local_window": 256}
 RATE = 790e12  # operations a second in bfloat16 matrix products, as measured on an H200
-SHAPES = [(64, 4, 128, 65536), (64, 4, 128, 8192), (32, 8, 128, 65536), (16, 16, 64, 32768)]  # H, K, D, T
+# H, K, D, T
+SHAPES = [(heads, kv_heads, dim, tokens) for heads, kv_heads, dim, longest in
+          ((64, 4, 128, 65536), (32, 8, 128, 65536), (16, 16, 64, 32768)) for tokens in (8192, longest)]  # fmt: skip
+MILLION = (16, 1, 128, 2**20)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
@@ -164,6 +169,30 @@ def compare(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) ->
         print(whole_row(shape, ours, theirs), flush=True)
         launched[shape[3]], in_graphs[shape[3]] = (sum(ours[:2]), sum(theirs[:2])), (ours[3], theirs[3])
     return [launched, in_graphs]
+
+
+def kept(attention: Callable[..., Tensor], leaves: list[Tensor]) -> float:
+    """GiB that a forward keeps for its backward, its output included."""
+    before = torch.cuda.memory_allocated()
+    o = attention(*leaves)
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_allocated()
+    del o
+    return (after - before) / 2**30
+
+
+def memory(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) -> None:
+    """Prints time and memory of dense attention, NSA, and NSA that recomputes the local branch in the backward."""
+    print("| shape | attention | forward / backward, ms | peak, GiB | kept for the backward, GiB |\n" + "|---" * 5 + "|")
+    for shape in shapes:
+        leaves = leaves_of(*shape, setting)
+        ways = {"dense": (dense, leaves[:3])} if shape != MILLION else {}
+        for name, recompute in (("NSA", False), ("NSA, recompute=True", True)):
+            ways[name] = functools.partial(nsa.nsa_attention, recompute=recompute, **setting), leaves
+        for name, way in ways.items():
+            forward, backward, peak = forward_backward(*way)
+            row = (name_of(shape), name, f"{forward:.2f} / {backward:.2f}", f"{peak:.2f}", f"{kept(*way):.2f}")
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 # Keys that a query sees, and matrix products with each, in the forward: the backward has 2.5 times as many.
@@ -606,7 +635,7 @@ def decode(sweep: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ("paper", "long", "lengths", "packed", "block", "step", "pieces", "decode")
+    choices = ("paper", "memory", "long", "lengths", "packed", "block", "step", "pieces", "decode")
     parser.add_argument("what", nargs="?", choices=choices, default="paper")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="of the paper's setting")
     parser.add_argument("--sweep", action="store_true", help="decode: vary the launch settings")
@@ -633,6 +662,8 @@ def main() -> None:
         launched, in_graphs = compare([(8, 8, 64, 2**i) for i in range(11, 18)], LONG)
         return print(f"\nlaunched: {break_even(launched)}; in CUDA graphs: {break_even(in_graphs)}")
     shapes = [SHAPES[i] for i in args.shapes]
+    if args.what == "memory":
+        return memory([*shapes, MILLION], PAPER)
     compare(shapes, PAPER)
     print("\nms (floor)\n\n| shape | compressed | choice | selective | local |\n|---|---|---|---|---|")
     for shape in shapes:
