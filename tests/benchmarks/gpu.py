@@ -1,7 +1,7 @@
 """What the kernels cost on a GPU, beside PyTorch's fastest dense attention (cuDNN's) in the same run.
 
     python tests/benchmarks/gpu.py                 # the paper's setting: whole, parts, memory
-    python tests/benchmarks/gpu.py memory          # memory of the passes, and time with `recompute`; a million tokens too
+    python tests/benchmarks/gpu.py memory          # memory of the passes, with and without recompute
     python tests/benchmarks/gpu.py long            # the setting for long sequences, 2k to 128k tokens
     python tests/benchmarks/gpu.py lengths --json docs/speed.json    # wall time, 1k to 128k tokens; draw.py plots it
     python tests/benchmarks/gpu.py --shapes 2 3    # some of the shapes
@@ -183,7 +183,7 @@ def kept(attention: Callable[..., Tensor], leaves: list[Tensor]) -> float:
 
 def memory(shapes: list[tuple[int, int, int, int]], setting: dict[str, int]) -> None:
     """Prints time and memory of dense attention, NSA, and NSA that recomputes the local branch in the backward."""
-    print("| shape | attention | forward / backward, ms | peak, GiB | kept for the backward, GiB |\n" + "|---" * 5 + "|")
+    print("| shape | attention | forward / backward, ms | peak, GiB | kept, GiB |\n" + "|---" * 5 + "|")
     for shape in shapes:
         leaves = leaves_of(*shape, setting)
         ways = {"dense": (dense, leaves[:3])} if shape != MILLION else {}
