@@ -1005,10 +1005,9 @@ def nsa_attention(
     _check_choice(choice)
     segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
     _check(isinstance(recompute, bool), "recompute", recompute, "must be True or False", TypeError)
-    settings = {"local_window": local_window, "choice": choice, "scale": scale, "backend": backend}
-    settings["recompute"] = recompute
-    tensors = (q, k, v, k_cmp, v_cmp)
-    gated = lambda gates: _attention(*tensors, gates, k_local, v_local, segments=segments, **settings)  # noqa: E731
+    settings = {"local_window": local_window, "choice": choice, "segments": segments, "scale": scale}
+    settings |= {"backend": backend, "recompute": recompute}
+    gated = lambda gates: _attention(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings)  # noqa: E731
     if _readable(gates) and bool((gates < 0).any()):  # the backward has their logarithm: one sign at a time
         return gated(gates.masked_fill(gates < 0, 0.0)) - gated((-gates).masked_fill(gates >= 0, 0.0))
     return gated(gates)
