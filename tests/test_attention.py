@@ -83,6 +83,28 @@ def test_use_flash_changes_no_result(name: str, random: Random) -> None:
     assert_close64(attention(x), fast)
 
 
+@every_config
+@pytest.mark.parametrize("packed", [False, True])
+def test_recompute_keeps_less_and_changes_no_bit(name: str, packed: bool, random: Random) -> None:
+    attention, x = build(random, **CONFIGS[name]), random((1, 42, 12))
+    cu_seqlens = torch.tensor([0, 21, 23, 42], dtype=torch.int32) if packed else None
+    values, kept = [], []
+    for attention.cfg.recompute in (False, True):
+        sizes: dict[int, int] = {}
+
+        def keep(y: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+            return y
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+            y = attention(x, cu_seqlens=cu_seqlens)
+        values.append((y, *torch.autograd.grad(y.square().sum(), list(attention.parameters()), allow_unused=True)))
+        kept.append(sum(sizes.values()))
+    for one, other in zip(*values, strict=True):
+        assert one is other or torch.equal(one, other)
+    assert kept[0] - kept[1] == y.shape[1] * attention.cfg.heads * attention.cfg.dim_head * y.element_size()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Causality
 # ---------------------------------------------------------------------------------------------------------------------

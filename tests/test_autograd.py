@@ -29,6 +29,8 @@ from conftest import assert_close64, assert_within_budget
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import native_sparse_attention as nsa
+
 SMALL = (
     Case("blocks_alike", T=9, H=2, K=1, D=3, block_size=2, stride=2, select_block_size=2, topk_blocks=2, window=3),
     Case("blocks_overlap", T=11, H=2, K=2, D=2, block_size=4, stride=2, select_block_size=4, topk_blocks=2, window=4),
@@ -155,6 +157,36 @@ def test_no_graph_outlives_its_step(branch: Branch, random: Random) -> None:
         assert [ref() for ref in made + saved if ref() is not None] == []
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_outputs_of_the_branches_are_freed_early(
+    retained: bool, recompute: bool, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the backward takes memory for gradients, unless the graph is used again."""
+    x = draw(whole, MIDDLE, random)
+    read, alive, terms, backward = [], [], nsa._gated_terms, nsa._attention_backward
+
+    def watch(do: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        read[:] = [weakref.ref(output.untyped_storage()) for output in arguments[:3]]
+        return terms(do, *arguments)
+
+    def look(*arguments: object) -> tuple[Tensor, ...]:
+        alive.append([storage() is not None for storage in read])
+        return backward(*arguments)
+
+    monkeypatch.setattr(nsa, "_gated_terms", watch)
+    monkeypatch.setattr(nsa, "_attention_backward", look)
+    leaves = [x[name] for name in BRANCHES[whole]]
+    tensors = (x[name] for name in ("q", "k", "v", "k_cmp", "v_cmp", "gates"))
+    o = nsa.nsa_attention(*tensors, **MIDDLE.whole, recompute=recompute)
+    first = torch.autograd.grad(o.sum(), leaves, retain_graph=retained)
+    assert alive == [[retained and not recompute, retained, retained]]
+    if retained:
+        for gradient, again in zip(first, torch.autograd.grad(o.sum(), leaves), strict=True):
+            assert torch.equal(gradient, again)
+        assert alive[1:] == [[False] * 3]
 
 
 def live_tensors() -> int:

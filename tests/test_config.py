@@ -36,6 +36,7 @@ DEFAULTS = {
     "bias": False,
     "ffn_mult": 4,
     "use_flash": True,
+    "recompute": False,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_a_required_integer_is_not_none(name: str) -> None:
     assert_refused({name: None}, TypeError, name, "int")
 
 
-@pytest.mark.parametrize("name", ["separate_kv", "bias", "use_flash"])
+@pytest.mark.parametrize("name", ["separate_kv", "bias", "use_flash", "recompute"])
 @pytest.mark.parametrize("value", [1, 0, "yes", None], ids=repr)
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
     assert_refused({name: value}, TypeError, name, "True or False")

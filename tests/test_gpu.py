@@ -444,6 +444,24 @@ def test_64k_tokens(compiled: None) -> None:
     assert_long_sequence(LONG, torch.bfloat16)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_both_passes(recompute: bool, compiled: None) -> None:
+    """Above the inputs, in tensors as large as q: the output and those of the branches, later dq and parts of it."""
+    x = draw(LONG, torch.bfloat16)
+    names = BRANCHES[whole]
+    inputs, upstream = [x[name] for name in names], torch.ones_like(x["q"])
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        o = nsa.nsa_attention(*inputs, **LONG.whole, backend="triton", recompute=recompute)
+        kept = torch.cuda.memory_allocated() - before
+        torch.autograd.grad(o, inputs, upstream)
+        peak = torch.cuda.max_memory_allocated() - before
+    size = x["q"].numel() * x["q"].element_size()
+    assert kept <= (3.2 if recompute else 4.2) * size and peak <= 4.4 * size
+
+
 def test_a_million_tokens() -> None:
     """Queries behind 2^31 numbers."""
     assert_long_sequence(replace(LONG, name="1M", T=2**20 + 2048, H=16, K=1), torch.bfloat16)

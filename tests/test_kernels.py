@@ -147,6 +147,16 @@ def test_the_whole_with_gates(way: str, case: Case, dtype: torch.dtype, random: 
 
 
 @interpreted
+def test_recompute(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the local branch, to the bit."""
+    x = draw(whole, MIDDLE, random, torch.float16)
+    kept = run(whole, TRITON, MIDDLE, x, torch.float16)
+    monkeypatch.setattr(nsa, "nsa_attention", partial(nsa.nsa_attention, recompute=True))
+    for name, value in run(whole, TRITON, MIDDLE, x, torch.float16).items():
+        assert torch.equal(value, kept[name]), name
+
+
+@interpreted
 @pytest.mark.parametrize("pieces", ["by_mask", "by_block", "by_query"])
 def test_gates_that_all_tokens_share(pieces: str, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates are read where they are, as static ones of a module: no copy is made for each token."""
