@@ -3747,12 +3747,12 @@ def _shared_memory(device: torch.device) -> int:
 
 def _has_descriptors(device: torch.device) -> bool:
     """Whether the GPU copies tiles by descriptor: NVIDIA's from Hopper on, and the interpreter."""
-    return device.type != "cuda" or (not _AMD and _capability(device) >= (9, 0))
+    return device.type != "cuda" or (not _AMD and _capability(device) >= 90)
 
 
 def _multiplies_in_shared(device: torch.device) -> bool:
     """Whether products take both operands from shared memory: on Hopper, B200 and Thor, but not on the RTX 5090."""
-    return device.type != "cuda" or (not _AMD and _capability(device)[0] in (9, 10, 11))
+    return device.type != "cuda" or (not _AMD and _capability(device) // 10 in (9, 10, 11))
 
 
 def _constants(
@@ -6802,8 +6802,10 @@ def _triton_compress_backward(
 
 
 @_once
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> int:
+    """90 for sm_90. One number, because torch 2.8 cannot trace a comparison with a tuple that is a constant."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @_once
@@ -6818,7 +6820,7 @@ def _triton_preferred(device: torch.device) -> bool:
         return False
     if _AMD:
         return _architecture(device) in ("gfx942", "gfx950")
-    return _capability(device) >= (8, 0)
+    return _capability(device) >= 80
 
 
 def _triton_obstacle(
@@ -6844,7 +6846,7 @@ def _triton_obstacle(
             sizes = f"l/d/l' = {choice.block_size}/{choice.stride}/{choice.select_block_size}"
             return f"for {sizes} the importance takes more keys than fit in a tile"
     if q.is_cuda:
-        old = not _AMD and _capability(q.device) < (8, 0)
+        old = not _AMD and _capability(q.device) < 80
         return "the GPU is older than sm_80" if old else None
     interpreted = _INTERPRETED and q.device.type == "cpu"
     return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
