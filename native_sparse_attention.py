@@ -61,7 +61,10 @@ import functools
 import inspect
 import itertools
 import math
+import re
+import textwrap
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, fields
@@ -75,6 +78,7 @@ from torch import Tensor, nn
 __all__ = [
     "AttentionPatterns",
     "AvgPoolCompressor",
+    "BackendChoice",
     "Conv1dCompressor",
     "GroupedMLPCompressor",
     "NSABlock",
@@ -87,6 +91,7 @@ __all__ = [
     "nsa_attention",
     "select_blocks",
     "selective_attention",
+    "which_backend",
 ]
 __version__ = "0.1.0"
 
@@ -94,6 +99,7 @@ __version__ = "0.1.0"
 _DERIVED_FIELDS = ("dim_head", "kv_heads", "stride", "select_block_size")
 _COMPRESSIONS = ("grouped_mlp", "conv1d", "avgpool")
 _COMPRESSION_RULE = f"must be one of {', '.join(map(repr, _COMPRESSIONS))}, or a class (dim, block, stride) -> Module"
+_BACKEND_RULE = "must be 'auto', 'torch' or 'triton'"
 _INSTANCE_RULE = "must be the class, not an instance of it: keys and values have a compressor each"
 
 
@@ -132,10 +138,12 @@ class NSAConfig:
         dropout: probability on the output projection and in the feed-forward, never on attention probabilities.
         bias: True: projections, feed-forward and norms have biases.
         ffn_mult: hidden width of the feed-forward, in units of dim.
-        use_flash: True: accelerated kernels where they exist; False: plain PyTorch everywhere. May be changed at any
-            time, and takes effect with the next forward.
+        use_flash: True: accelerated kernels where they exist; False: plain PyTorch everywhere, as backend = "torch".
         recompute: True: the backward computes the local branch's output again, which takes some 3 % of the time, in
-            place of keeping it: a tensor as large as the queries. May be changed at any time, too.
+            place of keeping it: a tensor as large as the queries.
+        backend: "auto", "torch" or "triton", as in `local_attention`. With "torch" no kernel of this file runs in the
+            module; with "triton" its attention runs in kernels, or an error says why not. The last three fields may be
+            changed at any time, and take effect with the next forward.
 
     Raises:
         ValueError: a field is out of range or contradicts another; the message names the field, its value, the rule.
@@ -164,6 +172,7 @@ class NSAConfig:
     ffn_mult: int = 4
     use_flash: bool = True
     recompute: bool = False
+    backend: str = "auto"
     _derived: InitVar[dict[str, int] | None] = None  # what was derived; dataclasses.replace hands it to the copy
 
     def __post_init__(self, _derived: dict[str, int] | None) -> None:
@@ -189,6 +198,18 @@ class NSAConfig:
         names = ("block_size", "stride", "select_block_size", "topk_blocks", "init_blocks", "local_blocks")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def effective_backend(self) -> str:
+        """`backend`, which is "torch" without use_flash."""
+        backend = self.backend
+        if backend not in ("auto", "torch", "triton"):
+            _check(False, "backend", backend, _BACKEND_RULE)
+        if self.use_flash:
+            return backend
+        if backend == "triton":
+            _check(False, "backend", backend, "contradicts use_flash = False, which is plain PyTorch everywhere")
+        return "torch"
+
     def _check_integers(self) -> None:
         least = {"init_blocks": 0, "local_blocks": 0}
         required = ("dim", "heads", "seq_len", "local_window", "block_size", "topk_blocks", "ffn_mult", *least)
@@ -211,6 +232,7 @@ class NSAConfig:
         for name in ("separate_kv", "bias", "use_flash", "recompute"):
             value = getattr(self, name)
             _check(isinstance(value, bool), name, value, "must be True or False", TypeError)
+        _ = self.effective_backend  # which complains
         _check(_finite(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         if self.rope_theta is not None:
             rule = "must be a finite number above 0, or None"
@@ -477,19 +499,20 @@ class NativeSparseAttention(nn.Module):
     def _attend_past(self, x: Tensor, batch: _Batch) -> Tensor:
         """Attention of the next tokens over a cache, which takes their keys first: (B, T, H, D)."""
         cfg, cache, settings, of_token = self.cfg, batch.cache, self._settings, batch.segments.of_token
-        layers = self._plain_projections(x) if cfg.use_flash and x.shape[0] * x.shape[1] <= _FEW else None
+        backend = settings["backend"]
+        layers = self._plain_projections(x, backend) if x.shape[0] * x.shape[1] <= _FEW else None
         if layers is None:
             q, k, v, logits = self.to_q(x), self.to_k(x), self.to_v(x), self._gate_logits(x)
         else:
-            q, k, v, logits = _project_few(x, *layers, "triton")
+            q, k, v, logits = _project_few(x, *layers, backend)
             logits = self._gate_logits(x) if self.gate_weight is None else torch.unflatten(logits, -1, (cfg.heads, 3))
         q, k, v = (torch.unflatten(y, -1, (-1, cfg.dim_head)) for y in (q, k, v))
         cache._check_owner(self, k)
         if q.numel() == 0:
             return q
         choice, scale = settings["choice"], cfg.dim_head**-0.5
-        on = _choose_backend(settings["backend"], q, k, scale, choice, decoding=True)
-        few = on == "triton" and of_token is None and x.shape[1] <= _FEW
+        on = _choose_backend(backend, q, k, scale, choice, decoding=True)
+        few = on != "torch" and of_token is None and x.shape[1] <= _FEW
         weights = self._compressor_weights(k) if few else None
         sizes = (0, 1, [None] * 10) if weights is None else (cfg.block_size, cfg.stride, weights)
         theta = cfg.rope_theta
@@ -499,10 +522,11 @@ class NativeSparseAttention(nn.Module):
         others = (cache.tokens, cache.blocks, logits, cache.seqlens, of_token, on)
         return _cached_forward(q if theta is None else rotated, *others, settings["local_window"], *choice, scale)
 
-    def _plain_projections(self, x: Tensor) -> list[Tensor | None] | None:
+    def _plain_projections(self, x: Tensor, backend: str) -> list[Tensor | None] | None:
         """Weights and biases of q, k, v and gates, where calling the layers would do nothing but multiply by them."""
-        on, cast = _device_backend("auto", x.device), _autocast_enabled(x.device.type)
-        if on != "triton" or cast or x.dtype == torch.float64:
+        if _autocast_enabled(x.device.type) or x.dtype == torch.float64:
+            return None
+        if _device_backend(backend, x.device, x.dtype, self.cfg.dim_head) == "torch":
             return None
         tensors = []
         for layer in (self.to_q, self.to_k, self.to_v):
@@ -556,8 +580,8 @@ class NativeSparseAttention(nn.Module):
         cfg = self.cfg
         most = max(_selection_count(cfg.seq_len, cfg.select_block_size), cfg.init_blocks + cfg.local_blocks)
         choice = _Choice(**cfg.selection | {"topk_blocks": min(cfg.topk_blocks, most)})
-        backend = "auto" if cfg.use_flash else "torch"
-        return {"local_window": cfg.local_window, "choice": choice, "backend": backend, "recompute": cfg.recompute}
+        others = {"backend": cfg.effective_backend, "recompute": cfg.recompute}
+        return {"local_window": cfg.local_window, "choice": choice, **others}
 
     def _project(self, x: Tensor, batch: _Batch) -> _Projections:
         cfg = self.cfg
@@ -631,22 +655,14 @@ class NativeSparseAttention(nn.Module):
                     k_cmp = self._rotate_blocks(k_cmp, torch.arange(old, new, device=k_cmp.device) * cfg.stride)
                 cache._fill_blocks(k_cmp, v_cmp, batch.segments, old)
             return
-        blocks = lambda n: ((n - cfg.block_size) // cfg.stride + 1).clamp(min=0)  # noqa: E731
-        before, after = blocks(cache.seqlens), blocks(cache.seqlens + batch.counts)
-        # Shapes bound their number; where a look at the host is free, it tells.
-        packed = batch.segments.of_token is not None
+        packed = batch.segments.of_token is not None  # shapes bound the number of blocks
         most = tokens // cfg.stride + B if packed else B * _selection_count(tokens, cfg.stride)
-        most = int((after - before).sum()) if _readable(before) else most
-        row, number = _numbered((after - before).long(), most)
-        owner = row.clamp(max=B - 1)
-        number = number + before[owner]
-        token = number[:, None] * cfg.stride + torch.arange(cfg.block_size, device=row.device)
-        token = token.clamp(max=cache.max_len - 1)
-        k, v = (x[owner[:, None], token] for x in (cache.k_raw, cache.v_raw))  # (n, l, K, D)
+        row, number, token = _finished_blocks(cache.seqlens, batch.counts, most, cfg.block_size, cfg.stride)
+        k, v = (_tokens_of(x, row, token) for x in (cache.k_raw, cache.v_raw))  # (n, l, K, D)
         k_cmp, v_cmp = self._compress_blocks(k, v)
         if cfg.rope_theta is not None:
             k_cmp = self._rotate_blocks(k_cmp, number * cfg.stride)
-        cache._store_blocks(row, number, k_cmp, v_cmp)
+        _store_blocks(cache.blocks, row, number, k_cmp, v_cmp)
 
     def _gates(self, x: Tensor) -> Tensor:
         """(B, T, H, 3): a sigmoid for each token, head and branch."""
@@ -741,7 +757,7 @@ class _LearnedCompressor(_Compressor):
     `_layers` returns the position, w_in, b_in, w_out and b_out; None for those of a second layer that there is not.
     """
 
-    config: NSAConfig | None = None  # of the attention that it is a part of, which may do without kernels
+    config: NSAConfig | None = None  # of the attention that it is a part of, which chooses the backend
 
     def __init__(self, dim: int, block: int, stride: int | None = None) -> None:
         super().__init__(dim, block, stride)
@@ -768,8 +784,12 @@ class _LearnedCompressor(_Compressor):
         kernels = _BACKENDS.get("triton")
         if kernels is None or _transformed() or type(x) is not Tensor:
             return False
-        allowed = self.config is None or self.config.use_flash
-        return allowed and x.numel() > 0 and x.shape[1] >= self.block and kernels.compresses(x, self.position)
+        backend = self._backend()
+        whole = backend != "torch" and x.numel() > 0 and x.shape[1] >= self.block
+        return whole and kernels.compresses(x, self.position, backend)
+
+    def _backend(self) -> str:
+        return "auto" if self.config is None else self.config.effective_backend
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """weight·(flattened block + position) + bias of each block: (b, T, dim) and (out, l·dim) → (b, C, out).
@@ -862,7 +882,8 @@ def _compress_heads(
         weights += [w if w is None else w.contiguous() for w in layers]
     tensors = _apart(*inputs, *missing, *weights, *missing * 5)
     tables = (None, None, None) if segments is None else segments.block_tables()
-    return _apply(_CompressionFunction, pairs[0][0].stride, *tables, *tensors)
+    first = pairs[0][0]
+    return _apply(_CompressionFunction, (first._backend(), first.stride), *tables, *tensors)
 
 
 _COMPRESSOR_CLASSES = {"grouped_mlp": GroupedMLPCompressor, "conv1d": Conv1dCompressor, "avgpool": AvgPoolCompressor}
@@ -1046,14 +1067,16 @@ def local_attention(
             what is not ascending from 0 to T is clamped.
         scale: factor on q·k; None is 1/sqrt(D).
         backend: "auto": Triton kernels for float16, bfloat16 and float32 on NVIDIA GPUs from sm_80 on and AMD's MI300;
-            PyTorch elsewhere, with flash-attn for this branch where it is installed. "torch"; or "triton", which says
-            so where it cannot run.
+            PyTorch elsewhere, with flash-attn for this branch where it is installed. Where a kernel cannot be built or
+            launched, it warns once, and PyTorch serves that device, dtype and head dim from then on: `which_backend`.
+            "torch"; or "triton", which raises an error, with the reason, where it cannot run.
 
     Returns:
         (B, T, H, D) in q's dtype; sums are accumulated in float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: an argument breaks one of these rules; the message names it, its value and the rule.
+        RuntimeError: backend is "triton", and a kernel cannot be built or launched; Triton's own error is its cause.
     """
     q, k, v = _autocast(q, k, v)
     scale = _check_query(q, scale)
@@ -1207,6 +1230,44 @@ def selective_attention(
     return _branch(on, span, scale, segments, q, k, v, block_indices)[0]
 
 
+class BackendChoice(NamedTuple):
+    """A backend, and why it is not the kernels."""
+
+    name: str  # "triton" or "torch"
+    reason: str | None = None
+
+
+def which_backend(
+    device: torch.device | str | int | None = None, dtype: torch.dtype = torch.bfloat16, dim_head: int = 64
+) -> BackendChoice:
+    """The backend that "auto" takes for heads of that dtype and dimension, and the reason where it is PyTorch.
+
+    >>> which_backend("cpu")
+    BackendChoice(name='torch', reason='the kernels are for GPUs, and the device is cpu')
+
+    The sizes of a call may rule the kernels out, too; then `backend="triton"` raises an error that says why.
+
+    Args:
+        device: None is the current GPU, or the CPU where there is no GPU.
+        dtype: of queries and keys; under autocast, the autocast dtype.
+        dim_head: D.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or of the wrong type.
+    """
+    _check(isinstance(dtype, torch.dtype), "dtype", dtype, "must be a torch.dtype", TypeError)
+    _check_integer("dim_head", dim_head, 1)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return BackendChoice("torch", "there is no GPU")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    reason = _obstacle("auto", device, dtype, dim_head) or _failure(device, dtype, dim_head)
+    return BackendChoice("triton" if reason is None else "torch", reason)
+
+
 # Behind the door: what modules call, with arguments that have been checked ────────────────────────────────────────────
 
 
@@ -1238,21 +1299,43 @@ def _branch(
     return _apply(_BranchFunction, (on, *span, scale), *segments.tables(), *_apart(q, k, v), block_indices)
 
 
+def _obstacle(
+    backend: str, device: torch.device, dtype: torch.dtype | None, dim_head: int | None, *call: Any
+) -> str | None:
+    """Why the kernels do not serve a call with this backend, "auto" or "triton"; None if they do.
+
+    A dtype or a head dim of None is any. `call` are the arguments of a backend's `obstacle`, where they are known.
+    """
+    kernels = _BACKENDS.get("triton")
+    if kernels is None:
+        return "this file has no kernels"
+    if backend == "auto" and not kernels.preferred(device):
+        if device.type != "cuda":
+            return f"the kernels are for GPUs, and the device is {device.type}"
+        return "the kernels are for NVIDIA GPUs from sm_80 on and for AMD's MI300 and MI350"
+    return kernels.obstacle(*call) if call else kernels.unserved(device, dtype, dim_head)
+
+
 def _choose_backend(
     backend: str, q: Tensor, k: Tensor, scale: float, choice: _Choice | None = None, decoding: bool = False
 ) -> str:
-    """Name of the backend. An explicit choice never falls back silently."""
-    _check(backend in ("auto", "torch", "triton"), "backend", backend, "must be 'auto', 'torch' or 'triton'")
+    """Name of the backend for operators. An explicit choice never falls back silently; "auto" may: `_serving`."""
+    _check(backend in ("auto", "torch", "triton"), "backend", backend, _BACKEND_RULE)
+    call = (q, k, scale, choice, decoding)
+    on = _device_backend(backend, q.device, q.dtype, q.shape[-1], *call)
+    return on if q.numel() > 0 else "torch"
+
+
+def _device_backend(
+    backend: str, device: torch.device, dtype: torch.dtype | None = None, dim_head: int | None = None, *call: Any
+) -> str:
+    """The same where there are no tensors to ask about. A dtype or a head dim of None is any."""
     if backend == "torch":
         return "torch"
-    kernels = _BACKENDS.get("triton")
-    obstacle = "this file has no kernels" if kernels is None else kernels.obstacle(q, k, scale, choice, decoding)
-    usable = obstacle is None
-    if backend == "auto":
-        usable = usable and kernels.preferred(q.device)
-    else:
-        _check(usable, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return "triton" if usable and q.numel() > 0 else "torch"
+    obstacle = _obstacle(backend, device, dtype, dim_head, *call)
+    if backend == "triton" and obstacle is not None:
+        _check(False, "backend", backend, f"cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return backend if obstacle is None else "torch"
 
 
 @_once
@@ -1463,12 +1546,6 @@ def _packed_tables(backend: str, cu_seqlens: Tensor | None, total: int, keys: in
     return _Segments(*_tables(cu_seqlens, total, keys, on, span.block_size, span.stride))
 
 
-def _device_backend(backend: str, device: torch.device) -> str:
-    """Name of the backend for what needs no matrix unit, so that every dtype and size will do."""
-    kernels = _BACKENDS.get("triton") if backend != "torch" else None
-    return "triton" if kernels and (backend == "triton" or kernels.preferred(device)) else "torch"
-
-
 def _numbered(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Segment id and offset of each row, (total,), of segments of `counts` rows, one after another."""
     end = counts.cumsum(0, dtype=counts.dtype)
@@ -1564,7 +1641,7 @@ def _read_offsets(cfg: NSAConfig, cu_seqlens: Tensor, x: Tensor) -> tuple[_Segme
         known = tuple(cu_seqlens.diff().tolist())
         blocks = sum(_compressed_count(n, cfg.block_size, cfg.stride) for n in known)
     span = _Span(0, cfg.block_size, cfg.stride)
-    return _packed_tables("auto" if cfg.use_flash else "torch", cu_seqlens, total, blocks, span), known
+    return _packed_tables(cfg.effective_backend, cu_seqlens, total, blocks, span), known
 
 
 class NSACache:
@@ -1778,7 +1855,7 @@ class NSACache:
     def _append(self, p: _Projections, segments: _Segments) -> None:
         """Writes the keys and values of new tokens behind those of each row. No row is longer for it yet."""
         values = [getattr(p, name) for name in self._streams]
-        on = _device_backend("auto" if self.cfg.use_flash else "torch", self.device)
+        on = _device_backend(self.cfg.effective_backend, self.device)
         _cache_append(self.tokens, values, self.seqlens, segments.of_token, on)
 
     def _fill_blocks(self, k_cmp: Tensor, v_cmp: Tensor, segments: _Segments, first: int = 0) -> None:
@@ -1790,15 +1867,7 @@ class NSACache:
         first, position = segments.of_key
         needed = torch.arange(len(first), device=first.device) < segments.cu_keys[-1]
         row = torch.where(needed, segments.of_token[0, first], self.batch)
-        self._store_blocks(row, position // self.cfg.stride, k_cmp, v_cmp)
-
-    def _store_blocks(self, row: Tensor, number: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
-        """Writes compressed keys and values, (1, n, K, D): each by its row and its number there; elsewhere if none."""
-        room = self.blocks.shape[2]
-        stored = (row < self.batch) & (number < room - 1)
-        place = torch.where(stored, row * room + number, room - 1).long()
-        for blocks, values in zip(self.blocks, (k_cmp, v_cmp), strict=True):
-            blocks.flatten(0, 1).index_copy_(0, place, values[0].to(blocks.dtype))
+        _store_blocks(self.blocks, row, position // self.cfg.stride, k_cmp, v_cmp)
 
     def _commit(self, batch: _Batch, owner: nn.Module) -> None:
         """Makes the rows longer by the tokens of a call that has come to its end."""
@@ -1814,7 +1883,8 @@ class NSACache:
     def _check_room(self, cfg: NSAConfig, rows: int, counts: tuple[int, ...] | None, device: torch.device) -> None:
         """Checks that a module of such a configuration can append so many tokens to each row."""
         for name in (field.name for field in fields(cfg)) if self.cfg is not cfg and self.cfg != cfg else ():
-            value, same = getattr(self.cfg, name), name == "use_flash" or getattr(self.cfg, name) == getattr(cfg, name)
+            value, free = getattr(self.cfg, name), name in ("use_flash", "backend")
+            same = free or value == getattr(cfg, name)
             _check(same, f"cache.cfg.{name}", value, f"must be the module's, {getattr(cfg, name)!r}")
         _check(self.batch == rows, "cache.batch", self.batch, f"must be that of the tokens, {rows}")
         _check(self.device == device, "cache.device", str(self.device), f"must be that of the tokens, {device}")
@@ -1874,13 +1944,14 @@ class _Backend(NamedTuple):
     append(tokens, values, first, of_token)
     project(x, weights, biases) → x·weight + bias of each
     extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights) → q, rotated
-    obstacle(q, k, scale, choice, decoding) → why it cannot run, or None
-    preferred(device) → whether "auto" takes it
-    extends(k, units) → whether `extend` takes the weights of a compressor of so many hidden units
-
-    Where it has kernels for the learned compressors, it brings three more:
-    compresses(x, weight) → whether they serve such an input and such weights
     compress, compress_backward: the operators `_compress_forward` and `_compress_backward`
+
+    The kernels also say where they serve:
+    unserved(device, dtype, dim_head) → why they cannot run there, or None; what is None is any dtype or dimension
+    obstacle(q, k, scale, choice, decoding) → why they cannot run in such a call, or None
+    preferred(device) → whether "auto" takes them
+    extends(k, units) → whether `extend` takes the weights of a compressor of so many hidden units
+    compresses(x, weight, backend) → whether they serve such an input and such weights
     """
 
     span_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -1894,12 +1965,13 @@ class _Backend(NamedTuple):
     append: Callable[..., None]
     project: Callable[..., tuple[Tensor, ...]]
     extend: Callable[..., Tensor]
-    obstacle: Callable[..., str | None]
-    preferred: Callable[[torch.device], bool]
+    compress: Callable[..., tuple[Tensor, Tensor]]
+    compress_backward: Callable[..., tuple[Tensor, Tensor]]
+    unserved: Callable[..., str | None] = lambda *_: None
+    obstacle: Callable[..., str | None] = lambda *_: None
+    preferred: Callable[[torch.device], bool] = lambda _: True
     extends: Callable[[Tensor, int], bool] = lambda *_: False
-    compresses: Callable[[Tensor, Tensor], bool] = lambda *_: False
-    compress: Callable[..., tuple[Tensor, Tensor]] | None = None
-    compress_backward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    compresses: Callable[[Tensor, Tensor, str], bool] = lambda *_: False
 
 
 _BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton" by section 14
@@ -1910,6 +1982,54 @@ _LIBRARY = __name__ if __name__.isidentifier() and __name__.isascii() else f"nsa
 
 # Padding that PyTorch accepts for a call less: about what a call costs beside its tokens.
 _CALL_TOKENS = 256
+
+# Fallback. To an operator, "auto" means the kernels until one of them cannot be launched, and PyTorch from then on. The
+# operator then starts again from the beginning: it has made all its results itself, and writes the same values into a
+# cache once more. PyTorch's backward reads what the kernels' forward has saved. Callers do not look at failures: a
+# compiled graph, and a checkpoint that computes a forward again, rely on the shapes that there were.
+
+
+class _CannotLaunch(RuntimeError):
+    """A kernel that cannot be built or launched, and has done nothing."""
+
+
+# Why kernels could not be launched, by device, dtype and head dim; None is any.
+_FAILURES: dict[tuple[torch.device, torch.dtype | None, int | None], str] = {}
+
+
+def _failure(device: torch.device, dtype: torch.dtype | None, dim_head: int | None) -> str | None:
+    """Why PyTorch serves such heads under "auto" in place of kernels that failed; None if none did."""
+    heads = (device, dtype, dim_head)
+    concerns = lambda failed: all(a is None or a == b for a, b in zip(failed, heads, strict=True))  # noqa: E731
+    return next((reason for failed, reason in _FAILURES.items() if concerns(failed)), None)
+
+
+def _heads(x: Tensor) -> tuple[torch.device, torch.dtype | None, int | None]:
+    """Device, dtype and head dim of an operator's first argument; None for what it does not tell.
+
+    It is (..., heads, D), or (B, M, dim) for projections, or the offsets of packed sequences, (n + 1,).
+    """
+    return x.device, x.dtype if x.ndim > 1 else None, x.shape[-1] if x.ndim > 3 else None
+
+
+def _serving(backend: str, x: Tensor) -> _Backend:
+    """The backend for an operator whose first argument is x."""
+    failed = backend == "auto" and _FAILURES and _failure(*_heads(x)) is not None
+    return _BACKENDS["torch" if failed or backend == "torch" else "triton"]
+
+
+def _fell_back(on: _Backend, backend: str) -> bool:
+    """Whether PyTorch serves a call that was made for the kernels, so that tensors have their layouts."""
+    return backend != "torch" and on is _BACKENDS["torch"]
+
+
+def _fall_back(failure: _CannotLaunch, x: Tensor) -> None:
+    """Leaves such heads to PyTorch from now on, and says so."""
+    device, dtype, dim_head = heads = _heads(x)
+    _FAILURES[heads] = str(failure)
+    of = ("" if dtype is None else f", {dtype}") + ("" if dim_head is None else f", head dim {dim_head}")
+    warnings.warn(f"{failure}; from now on PyTorch serves {device}{of}", RuntimeWarning, stacklevel=2)
+
 
 # Operators: what torch.compile sees of a forward and of a backward. It does not look inside; the fake of an operator
 # tells it the shapes.
@@ -1926,14 +2046,20 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
     if function is None:
         return functools.partial(_operator, mutates=mutates)
     names = list(inspect.signature(function).parameters)
-    packed = names.index("cu_keys") if {"cu_keys", "backend"} <= {*names} else None
+    packed = names.index("cu_keys") if {"cu_keys", "of_token", "backend"} <= {*names} else None
 
     def body(*arguments: Any) -> Any:
-        if packed is not None and arguments[packed] is not None:
-            given = dict(zip(names, arguments, strict=True))
-            if given["backend"] == "torch" and _on_host(given["cu_keys"]):
-                return _in_rows(function, **given)
-        return function(*arguments)
+        try:
+            if packed is not None and arguments[packed] is not None:
+                given = dict(zip(names, arguments, strict=True))
+                if given["backend"] == "torch" and _on_host(given["cu_keys"]):
+                    return _in_rows(function, **given)
+            return function(*arguments)
+        except _CannotLaunch as failure:
+            if arguments[names.index("backend")] != "auto":
+                raise
+            _fall_back(failure, arguments[0])
+        return body(*arguments)  # not in the handler, where the failure holds the memory of the first attempt
 
     run = functools.partial(_run, body)
     name = function.__name__.lstrip("_")
@@ -2053,11 +2179,11 @@ class _PackedRows(NamedTuple):
 
 
 def _backend(
-    backend: str, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None
+    backend: str, x: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None
 ) -> tuple[_Backend, dict[str, _Segments]]:
     """The backend, and the argument `segments` for its functions where sequences are packed."""
     packed = {} if cu_seqlens is None else {"segments": _Segments(cu_seqlens, cu_keys, of_token)}
-    return _BACKENDS[backend], packed
+    return _serving(backend, x), packed
 
 
 @_operator
@@ -2065,7 +2191,7 @@ def _tables(
     cu_seqlens: Tensor, total: int, keys: int, backend: str, block_size: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_Segments` of packed sequences."""
-    return tuple(_BACKENDS[backend].segments(cu_seqlens, total, keys, block_size, stride))
+    return tuple(_serving(backend, cu_seqlens).segments(cu_seqlens, total, keys, block_size, stride))
 
 
 @_fake_of(_tables)
@@ -2079,7 +2205,7 @@ def _cache_append(
     tokens: Tensor, values: list[Tensor], first: Tensor, of_token: Tensor | None, backend: str
 ) -> None:
     """Writes values (B, M, K, D), or (1, total, K, D) of packed sequences, behind the first tokens of their rows."""
-    _BACKENDS[backend].append(tokens, values, first, of_token)
+    _serving(backend, tokens).append(tokens, values, first, of_token)
 
 
 @_fake_of(_cache_append)
@@ -2092,7 +2218,7 @@ def _project_few(
     gates: Tensor | None, gate_bias: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Linear layers of a few tokens x (B, M, dim) by these weights and biases; the last empty without a weight."""
-    return _BACKENDS[backend].project(x, (q, k, v, gates), (q_bias, k_bias, v_bias, gate_bias))
+    return _serving(backend, x).project(x, (q, k, v, gates), (q_bias, k_bias, v_bias, gate_bias))
 
 
 @_fake_of(_project_few)
@@ -2110,7 +2236,8 @@ def _cache_extend(
 
     With a block size, the compressors with these weights are applied to the blocks that the tokens complete.
     """
-    return _BACKENDS[backend].extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights)
+    on = _serving(backend, q)
+    return on.extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights)
 
 
 @_fake_of(_cache_extend)
@@ -2127,7 +2254,7 @@ def _cached_forward(
 ) -> Tensor:  # fmt: skip
     """o of queries that stand behind the first tokens of their rows, over the keys of a cache, which has theirs."""
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    return _BACKENDS[backend].decode(q, tokens, blocks, logits, first, of_token, local_window, choice, scale)
+    return _serving(backend, q).decode(q, tokens, blocks, logits, first, of_token, local_window, choice, scale)
 
 
 @_fake_of(_cached_forward)
@@ -2158,7 +2285,7 @@ def _branch_forward(
     window: int, block_size: int, stride: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse over the blocks of `block_size` tokens that are chosen; without a choice, over the spans."""
-    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
+    on, packed = _backend(backend, q, cu_seqlens, cu_keys, of_token)
     if block_indices is None:
         return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **packed)
     return on.selected_forward(q, k, v, block_indices, block_size, scale, **packed)[:2]
@@ -2179,7 +2306,7 @@ def _branch_backward(
     window: int, block_size: int, stride: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
+    on, packed = _backend(backend, do, cu_seqlens, cu_keys, of_token)
     (terms,) = _row_terms(on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)[0])
     if block_indices is None:
         span = _Span(window, block_size, stride)
@@ -2202,7 +2329,7 @@ def _select(
     scale: float,
 ) -> Tensor:  # fmt: skip
     """block_indices."""
-    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
+    on, packed = _backend(backend, q, cu_seqlens, cu_keys, of_token)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     return on.select(q, k_cmp, lse, choice, scale, **packed)
 
@@ -2235,7 +2362,7 @@ def _attention_forward(
 
     The first of the branches is empty where the backward is to `recompute` it.
     """
-    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
+    on, packed = _backend(backend, q, cu_seqlens, cu_keys, of_token)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
     o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **packed)
@@ -2276,6 +2403,30 @@ def _term_room(do: Tensor, kv_heads: int, branches: int, backend: str) -> Tensor
     return do.new_empty(B, kv_heads, 2 * branches, (rows + 255) // 128 * 128, dtype=torch.float32)
 
 
+def _kernel_terms(terms: Tensor, do: Tensor, kv_heads: int) -> Tensor:
+    """PyTorch's terms (B, T, 2·branches, H) in the layout of the kernels, whose rows are padded, and lse to the base 2."""
+    room = _term_room(do, kv_heads, terms.shape[2] // 2, "triton")
+    _existing_rows(room, do).copy_(_scaled_lse(terms, _LOG2E).unflatten(3, (kv_heads, -1)))
+    return room
+
+
+def _torch_terms(terms: Tensor, do: Tensor) -> Tensor:
+    """The reverse: terms of the kernels in PyTorch's layout."""
+    return _scaled_lse(_existing_rows(terms, do).flatten(3), 1 / _LOG2E)
+
+
+def _existing_rows(terms: Tensor, do: Tensor) -> Tensor:
+    """Terms of the kernels (B, K, 2·branches, rows) → (B, T, 2·branches, K, G), a view."""
+    (_, T, H, _), K = do.shape, terms.shape[1]
+    pad = 1 << (H // K - 1).bit_length()
+    return terms[..., : T * pad].unflatten(3, (T, pad))[..., : H // K].permute(0, 3, 2, 1, 4)
+
+
+def _scaled_lse(terms: Tensor, factor: float) -> Tensor:
+    lse, delta = terms[:, :, ::2], terms[:, :, 1::2]
+    return torch.stack([lse * factor, delta], dim=3).flatten(2, 3)
+
+
 @_operator
 def _gated_terms(
     do: Tensor, o_local: Tensor, o_compressed: Tensor, o_selective: Tensor,
@@ -2286,7 +2437,9 @@ def _gated_terms(
     An operator of its own, so that the branches' outputs are freed before the rest of the backward takes its memory.
     """
     outputs, lses = [o_local, o_compressed, o_selective], [lse_local, lse_compressed, lse_selective]
-    return _BACKENDS[backend].preprocess(do, outputs, lses, kv_heads, gates=gates)
+    on = _serving(backend, do)
+    terms, dgates = on.preprocess(do, outputs, lses, kv_heads, gates=gates)
+    return _kernel_terms(terms, do, kv_heads) if _fell_back(on, backend) else terms, dgates
 
 
 @_fake_of(_gated_terms)
@@ -2306,7 +2459,8 @@ def _attention_backward(
 
     The branches add up their dq in place.
     """
-    on, packed = _backend(backend, cu_seqlens, cu_keys, of_token)
+    on, packed = _backend(backend, do, cu_seqlens, cu_keys, of_token)
+    terms = _torch_terms(terms, do) if _fell_back(on, backend) else terms
     local, compressed, selective = _row_terms(terms)
     own_keys = k_local is not None
     keys = (k_local, v_local) if own_keys else (k, v)
@@ -2337,12 +2491,13 @@ def _compress_forward(
     k: Tensor, v: Tensor | None,
     k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None, k_b_out: Tensor | None,
     v_position: Tensor | None, v_w_in: Tensor | None, v_b_in: Tensor | None, v_w_out: Tensor | None,
-    v_b_out: Tensor | None, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None, stride: int,
+    v_b_out: Tensor | None, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None, backend: str,
+    stride: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compressed keys and values (1 or 2, B, C, K, D); hidden units (1 or 2, C·B·K, N), empty if there is one layer."""
     of_k, of_v = (k_position, k_w_in, k_b_in, k_w_out, k_b_out), (v_position, v_w_in, v_b_in, v_w_out, v_b_out)
     segments = _Segments(cu_seqlens, cu_keys, of_key=of_key)
-    return _BACKENDS["triton"].compress((k, v), of_k, of_v, segments, stride)
+    return _serving(backend, k).compress((k, v), of_k, of_v, segments, stride)
 
 
 @_fake_of(_compress_forward)
@@ -2350,7 +2505,7 @@ def _(
     k: Tensor, v: Tensor | None, k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, T, K, D), of_key, stride = k.shape, *others[-2:]
+    (B, T, K, D), of_key, _, stride = k.shape, *others[-3:]
     C = _compressed_count(T, k_position.shape[0], stride) if of_key is None else of_key.shape[1]
     n = 1 if v is None else 2
     hidden = k.new_empty(0 if k_w_out is None else (n, C * B * K, k_w_in.shape[0]))
@@ -2365,13 +2520,13 @@ def _compress_backward(
     dk_cmp: Tensor, dv_cmp: Tensor | None, k: Tensor, v: Tensor | None,
     k_position: Tensor, k_w_in: Tensor, k_w_out: Tensor | None,
     v_position: Tensor | None, v_w_in: Tensor | None, v_w_out: Tensor | None,
-    hidden: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None, stride: int,
+    hidden: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None, backend: str, stride: int,
     of_x: bool, of_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv (1 or 2, B, T, K, D); gradients of the layers of both, one after another; empty if not wanted."""
     of_k, of_v = (k_position, k_w_in, k_w_out), (v_position, v_w_in, v_w_out)
     settings = (hidden, _Segments(cu_seqlens, cu_keys, of_key=of_key), stride, of_x, of_weights)
-    return _BACKENDS["triton"].compress_backward((dk_cmp, dv_cmp), (k, v), of_k, of_v, *settings)
+    return _serving(backend, dk_cmp).compress_backward((dk_cmp, dv_cmp), (k, v), of_k, of_v, *settings)
 
 
 @_fake_of(_compress_backward)
@@ -2484,12 +2639,14 @@ class _AttentionFunction(torch.autograd.Function):
 class _CompressionFunction(torch.autograd.Function):
     """Layers of learned compressors by kernels → k_cmp and v_cmp; without v, k_cmp alone.
 
+    settings: backend, stride.
+
     Once differentiable, and without a context for torch.func, whose transforms take the plain composition.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, stride: int, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None,
+        ctx: Any, settings: tuple[Any, ...], cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_key: Tensor | None,
         k: Tensor, v: Tensor | None,
         k_position: Tensor, k_w_in: Tensor, k_b_in: Tensor, k_w_out: Tensor | None, k_b_out: Tensor | None,
         v_position: Tensor | None, v_w_in: Tensor | None, v_b_in: Tensor | None, v_w_out: Tensor | None,
@@ -2497,8 +2654,8 @@ class _CompressionFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         of_k, of_v = (k_position, k_w_in, k_b_in, k_w_out, k_b_out), (v_position, v_w_in, v_b_in, v_w_out, v_b_out)
         tables = cu_seqlens, cu_keys, of_key
-        y, hidden = _compress_forward(k, v, *of_k, *of_v, *tables, stride)
-        ctx.stride = stride
+        y, hidden = _compress_forward(k, v, *of_k, *of_v, *tables, *settings)
+        ctx.settings = settings
         ctx.save_for_backward(k, v, k_position, k_w_in, k_w_out, v_position, v_w_in, v_w_out, hidden, *tables)
         return y.unbind()
 
@@ -2507,7 +2664,7 @@ class _CompressionFunction(torch.autograd.Function):
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
         of_x, of_weights = any(wanted[4:6]), any(wanted[6:])
         with torch.no_grad():
-            dx, dw = _compress_backward(dk_cmp, dv_cmp, *saved, ctx.stride, of_x, of_weights)
+            dx, dw = _compress_backward(dk_cmp, dv_cmp, *saved, *ctx.settings, of_x, of_weights)
         _, _, position, w_in, w_out, *_ = saved
         inputs = [*dx.unbind(), None][:2] if of_x else [None, None]
         of_layers: list[Tensor | None] = []
@@ -3252,6 +3409,68 @@ def _torch_gate(gates: Tensor, *branches: Tensor) -> Tensor:
     return o.addcmul_(second, branches[1]).addcmul_(third, branches[2])
 
 
+# Compression: of single blocks, and in place of the kernels that cannot be launched. Else modules compose it of plain
+# operations, which autograd differentiates.
+
+
+def _block_rows(x: Tensor, block: int, stride: int, segments: _Segments) -> tuple[Tensor, Tensor]:
+    """Tokens of each block, (C·B·K, l, D), of x (B, T, K, D); and their numbers, (C, l). Rows of no block are 0."""
+    if segments.of_key is None:
+        first = torch.arange(_compressed_count(x.shape[1], block, stride), device=x.device) * stride
+    else:
+        first = segments.of_key[0]
+    token = (first[:, None] + torch.arange(block, device=x.device)).clamp(max=x.shape[1] - 1)
+    rows = x[:, token].permute(1, 0, 3, 2, 4)  # (C, B, K, l, D)
+    return _without_spare_rows(rows, segments).flatten(0, 2), token
+
+
+def _without_spare_rows(rows: Tensor, segments: _Segments) -> Tensor:
+    """rows (C, ...), 0 behind the last block of packed sequences."""
+    if segments.of_key is None:
+        return rows
+    spare = torch.arange(len(rows), device=rows.device) >= segments.cu_keys[-1]
+    return rows.masked_fill(spare.view(-1, *(1,) * (rows.dim() - 1)), 0.0)
+
+
+def _torch_compress(
+    inputs: tuple[Tensor, Tensor | None], first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...],
+    segments: _Segments, stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Results of `_compress_forward`, of the inputs and the layers of both compressors."""
+    outputs, units = [], []
+    for x, (position, w_in, b_in, w_out, b_out) in zip(inputs, (first, second), strict=True):
+        if x is not None:
+            rows, token = _block_rows(x, len(position), stride, segments)
+            units.append(F.linear((rows + position).flatten(1), w_in, b_in))
+            y = units[-1] if w_out is None else F.linear(F.gelu(units[-1]), w_out, b_out)
+            outputs.append(y.view(len(token), len(x), *x.shape[2:]).transpose(0, 1))
+    return torch.stack(outputs), outputs[0].new_empty(0) if first[3] is None else torch.stack(units)
+
+
+def _torch_compress_backward(
+    upstream: tuple[Tensor, Tensor | None], inputs: tuple[Tensor, Tensor | None], first: tuple[Tensor | None, ...],
+    second: tuple[Tensor | None, ...], hidden: Tensor, segments: _Segments, stride: int, of_x: bool, of_weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Results of `_compress_backward`."""
+    dxs, dws = [], []
+    for i, (dy, x, (position, w_in, w_out)) in enumerate(zip(upstream, inputs, (first, second), strict=True)):
+        if x is None:
+            continue
+        rows, token = _block_rows(x, len(position), stride, segments)
+        dh = dy = _without_spare_rows(dy.transpose(0, 1), segments).flatten(0, 2)  # (C·B·K, D)
+        if w_out is not None:
+            dh = torch.ops.aten.gelu_backward(dy @ w_out, hidden[i])
+        drows = (dh @ w_in).view(rows.shape)
+        if of_x:
+            drows_of = drows.view(len(token), len(x), -1, *rows.shape[1:]).permute(1, 0, 3, 2, 4)  # (B, C, l, K, D)
+            dxs.append(_wide_zeros(x).index_add_(1, token.flatten(), drows_of.flatten(1, 2).to(_accumulation_dtype(x))))
+        if of_weights:
+            dws += [drows.sum(0), dh.T @ (rows + position).flatten(1), dh.sum(0)]
+            dws += [] if w_out is None else [dy.T @ F.gelu(hidden[i]), dy.sum(0)]
+    like, none = inputs[0], inputs[0].new_empty(0)
+    return torch.stack(dxs).to(like.dtype) if of_x else none, torch.cat([w.flatten() for w in dws]) if dws else none
+
+
 # Cached keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -3320,9 +3539,9 @@ def _torch_project(
 
 def _torch_extend(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
-    theta: float | None, *_: object,
+    theta: float | None, block_size: int, stride: int, weights: Sequence[Tensor | None],
 ) -> Tensor:  # fmt: skip
-    """Keys and values into the streams of a cache, rotated → q, rotated. The blocks are left to the module."""
+    """Keys and values into the streams of a cache, rotated → q, rotated; with a block size, finished blocks, too."""
     rotated = lambda x: x  # noqa: E731
     if theta is not None:
         if of_token is None:
@@ -3339,7 +3558,56 @@ def _torch_extend(
     elif len(tokens) == 3:
         streams += [k_last]
     _torch_append(tokens, streams, first, of_token)
+    if block_size:
+        most = q.shape[0] * _selection_count(q.shape[1], stride)
+        row, number, token = _finished_blocks(first, q.shape[1], most, block_size, stride)
+        raw = tokens[-2:] if len(tokens) == 6 else (tokens[2 if len(tokens) == 3 else 0], tokens[1])
+        k_cmp, v_cmp = _compress_each([_tokens_of(x[:, :-1], row, token) for x in raw], weights)
+        if theta is not None:
+            k_cmp = _apply_rope(k_cmp, _rope_cos_sin(number * stride, q.shape[3] // 2, theta, q.dtype).unsqueeze(-2))
+        _store_blocks(blocks, row, number, k_cmp, v_cmp)
     return q.new_empty(0) if theta is None else rotated(q)
+
+
+def _compress_each(blocks: list[Tensor], weights: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Blocks of keys and of values (n, l, K, D), by the weights that an `extend` takes → (1, n, K, D) of each."""
+    if weights[0] is None:
+        k_cmp, v_cmp = (x.mean(1) for x in blocks)
+        return k_cmp[None], v_cmp[None]
+    of_kernel = lambda w: w.transpose(1, 2).flatten(1) if w is not None and w.dim() == 3 else w  # noqa: E731
+    weights = [of_kernel(w) for w in weights]
+    y, _ = _torch_compress(tuple(blocks), weights[:5], weights[5:], _Segments(), 1)
+    k_cmp, v_cmp = y.squeeze(2)
+    return k_cmp[None], v_cmp[None]
+
+
+def _finished_blocks(
+    seqlens: Tensor, counts: Tensor | int, most: int, block_size: int, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks that `counts` more tokens complete, at most so many: row (n,), its number there, its tokens (n, l).
+
+    Where there is none, the row is one past the last.
+    """
+    blocks = lambda n: ((n - block_size) // stride + 1).clamp(min=0)  # noqa: E731
+    before, after = blocks(seqlens), blocks(seqlens + counts)
+    most = int((after - before).sum()) if _readable(before) else most  # where a look at the host is free, it tells
+    row, number = _numbered((after - before).long(), most)
+    number = number + before[row.clamp(max=len(seqlens) - 1)]
+    return row, number, number[:, None] * stride + torch.arange(block_size, device=row.device)
+
+
+def _tokens_of(x: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """x (B, max_len, K, D) at the tokens (n, l) of these rows, (n,); at the nearest ones where there are none."""
+    return x[row.clamp(max=x.shape[0] - 1)[:, None], token.clamp(max=x.shape[1] - 1)]
+
+
+def _store_blocks(blocks: Tensor, row: Tensor, number: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
+    """Writes compressed keys and values, (1, n, K, D): each by its row and its number there; elsewhere if none."""
+    batch, room = blocks.shape[1:3]
+    stored = (row < batch) & (number < room - 1)
+    place = torch.where(stored, row * room + number, room - 1).long()
+    for of, values in zip(blocks, (k_cmp, v_cmp), strict=True):
+        of.flatten(0, 1).index_copy_(0, place, values[0].to(of.dtype))
 
 
 # Packed sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3373,8 +3641,8 @@ _BACKENDS["torch"] = _Backend(
     _torch_append,
     _torch_project,
     _torch_extend,
-    obstacle=lambda *_: None,
-    preferred=lambda _: True,
+    _torch_compress,
+    _torch_compress_backward,
 )
 
 
@@ -3814,7 +4082,14 @@ class _Launch:
                 addresses[i] = _descriptor(tensors[i], *view)
             launch(addresses)
             return
-        compiled = self.kernel[self.grid](*self.arguments(*tensors), **self.constants)
+        try:
+            compiled = self.kernel[self.grid](*self.arguments(*tensors), **self.constants)
+        except Exception as error:  # building a kernel fails in many ways
+            if not _at_fault(error):
+                raise
+            device = next(x.device for x in tensors if x is not None)
+            where = f"{self.kernel.fn.__name__} cannot run on {_device_name(device)}"
+            raise _CannotLaunch(f"{where}: {_in_words(error)}") from error
         if direct and compiled is not None:
             self._last = dtypes, self._direct(compiled), compiled  # kept: Triton unloads what nobody has
 
@@ -3840,6 +4115,31 @@ class _Launch:
         if last is arguments:
             return lambda addresses: launch(*before, stream_of(device), *between, *addresses, *after)
         return lambda addresses: launch(*before, stream_of(device), *between, (*addresses, *after))
+
+
+# What the driver says in a launch that is no fault of the kernel: of memory, or of what the GPU ran before.
+_NO_FAULT = re.compile(
+    r"(Triton|CUDA|HIP) error.*(out of memory|illegal|misaligned|unspecified|time|assert|address space|uncorrectable|"
+    r"hardware|captur|destroyed|program counter)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def _at_fault(error: Exception) -> bool:
+    """Whether an error of Triton's launch says that this kernel cannot be built or launched."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+        return False
+    return not (isinstance(error, RuntimeError) and _NO_FAULT.match(str(error)))
+
+
+def _in_words(error: Exception) -> str:
+    """What an error of Triton's says, in one line."""
+    said = (error.error_message or error.__cause__ or error) if hasattr(error, "error_message") else error
+    return textwrap.shorten(f"{type(error).__name__}: {said}", 300)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _driver_call(run: Any, given: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -6823,17 +7123,31 @@ def _triton_preferred(device: torch.device) -> bool:
     return _capability(device) >= 80
 
 
+def _triton_unserved(device: torch.device, dtype: torch.dtype | None = None, dim_head: int | None = None) -> str | None:
+    """Reason why there are no kernels for such heads there; None if there are, or might be for some."""
+    if triton is None:
+        return "Triton is not installed, or older than 3.4"
+    if device.type == "cuda":
+        if not _AMD and _capability(device) < 80:
+            return "the GPU is older than sm_80"
+    elif device.type != "cpu" or not _INTERPRETED:
+        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
+    # Triton's interpreter gets bfloat16 wrong.
+    dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (device.type == "cuda")
+    if dtype is not None and dtype not in dtypes:
+        return f"there is no kernel for {dtype} on {device.type}"
+    if dim_head is not None and dim_head > 256:
+        return f"the head dim is {dim_head}, and the kernels go to 256"
+    return None
+
+
 def _triton_obstacle(
     q: Tensor, k: Tensor, scale: float, choice: _Choice | None = None, decoding: bool = False
 ) -> str | None:
     """Reason why the kernels cannot run on such queries, keys and sizes; None if they can."""
-    if triton is None:
-        return "Triton is not installed, or older than 3.4"
-    dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * q.is_cuda  # its interpreter gets bfloat16 wrong
-    if q.dtype not in dtypes:
-        return f"there is no kernel for {q.dtype} on {q.device.type}"
-    if q.shape[-1] > 256:
-        return f"the head dim is {q.shape[-1]}, and the kernels go to 256"
+    unserved = _triton_unserved(q.device, q.dtype, q.shape[-1])
+    if unserved is not None:
+        return unserved
     if q.shape[0] * k.shape[2] > 65535:
         return f"there are {q.shape[0]} × {k.shape[2]} key heads, and a GPU's grid takes 65535"
     if scale <= 0:
@@ -6845,11 +7159,7 @@ def _triton_obstacle(
         if decoding and _power_of_2(ratio) * _power_of_2(max(carry, 1)) > _DECODE_MAX_KEYS:
             sizes = f"l/d/l' = {choice.block_size}/{choice.stride}/{choice.select_block_size}"
             return f"for {sizes} the importance takes more keys than fit in a tile"
-    if q.is_cuda:
-        old = not _AMD and _capability(q.device) < 80
-        return "the GPU is older than sm_80" if old else None
-    interpreted = _INTERPRETED and q.device.type == "cpu"
-    return None if interpreted else f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 def _weights_fit(units: int, D: int, size: int, device: torch.device) -> bool:
@@ -6863,11 +7173,11 @@ def _triton_extends(k: Tensor, units: int) -> bool:
     return units * D * size <= 2**16 and _weights_fit(units, D, size, k.device)
 
 
-def _triton_compresses(x: Tensor, weight: Tensor) -> bool:
+def _triton_compresses(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether the kernels of compression serve x (..., dim) and weights like that one."""
     cast = _autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     served = cast or x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    if not served or triton is None or not _triton_preferred(x.device):
+    if not served or _triton_unserved(x.device) is not None or (backend == "auto" and not _triton_preferred(x.device)):
         return False
     return x.shape[-1] <= 128 and _weights_fit(2 * x.shape[-1], x.shape[-1], 2, x.device)
 
@@ -6884,12 +7194,13 @@ _BACKENDS["triton"] = _Backend(
     _torch_append,
     _triton_project,
     _triton_extend,
+    _triton_compress,
+    _triton_compress_backward,
+    _triton_unserved,
     _triton_obstacle,
     _triton_preferred,
     _triton_extends,
     _triton_compresses,
-    _triton_compress,
-    _triton_compress_backward,
 )
 
 

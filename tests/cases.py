@@ -744,7 +744,7 @@ def launch(
     chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
     tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
-    on, packed = nsa._backend("triton", *tables[:3])
+    on, packed = nsa._backend("triton", q, *tables[:3])
     (terms,) = nsa._row_terms(on.preprocess(q, [q], [lse], K, dlse=lse)[0])
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
         if name in launched:

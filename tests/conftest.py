@@ -64,7 +64,8 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def forget_plans() -> None:
-    """Tests change the sizes that the plans of kernels follow from."""
+    """Tests change the sizes that the plans of kernels follow from, and let kernels fail."""
+    nsa._FAILURES.clear()
     for value in vars(nsa).values():
         if hasattr(value, "cache_clear") and "_plan" in value.__name__:
             value.cache_clear()

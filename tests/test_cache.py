@@ -186,11 +186,12 @@ def test_a_full_cache_holds_all_of_max_len(random: Random) -> None:
         attention(x[:, :1], cache=cache)
 
 
-def test_use_flash_may_change_between_steps(random: Random) -> None:
+@pytest.mark.parametrize("name, value", [("use_flash", False), ("backend", "torch")])
+def test_the_backend_may_change_between_steps(name: str, value: Any, random: Random) -> None:
     attention, x = build(random), random((1, 20, 12))
     cache = room(attention, 1)
     attention.cfg = copy.copy(attention.cfg)
-    attention.cfg.use_flash = False
+    setattr(attention.cfg, name, value)
     assert_close64(feed(attention, cache, x, [15, 5]), attention(x).detach())
 
 

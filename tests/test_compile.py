@@ -462,10 +462,10 @@ def operators(function: Callable[..., Any], *arguments: Any) -> list[str]:
 @pytest.mark.parametrize(
     "capability, flash, expected",
     [
-        ((9, 0), "no_flash", ["attention_forward triton"]),
-        ((9, 0), "a_flash", ["attention_forward triton"]),
-        ((8, 0), "no_flash", ["attention_forward triton"]),
-        ((12, 0), "a_flash", ["attention_forward triton"]),
+        ((9, 0), "no_flash", ["attention_forward auto"]),
+        ((9, 0), "a_flash", ["attention_forward auto"]),
+        ((8, 0), "no_flash", ["attention_forward auto"]),
+        ((12, 0), "a_flash", ["attention_forward auto"]),
         ((7, 5), "no_flash", ["attention_forward torch"]),
         ((7, 5), "a_flash", ["tanh", "branch_forward torch", "select torch", "branch_forward torch"]),
     ],

@@ -270,10 +270,10 @@ def test_opcheck(method: str, tensors: int, packed: bool, random: Random) -> Non
     layers = [build(method, 8, 4, 2, random, torch.float16).method._layers() for _ in range(tensors)]
     layers = [[w if w is None else w.detach().contiguous() for w in each] for each in layers]
     missing = [None] * (2 - tensors)
-    arguments = (*x, *missing, *sum(layers, []), *missing * 5, *of, 2)
+    arguments = (*x, *missing, *sum(layers, []), *missing * 5, *of, "triton", 2)
     torch.library.opcheck(nsa._compress_forward.operator, arguments)
     y, hidden = nsa._compress_forward(*arguments)
-    saved = [*x, *missing, *[each[i] for each in layers for i in (0, 1, 3)], *missing * 3, hidden, *of, 2]
+    saved = [*x, *missing, *[each[i] for each in layers for i in (0, 1, 3)], *missing * 3, hidden, *of, "triton", 2]
     for wanted in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(nsa._compress_backward.operator, (*y.unbind(), *missing, *saved, *wanted))
 

@@ -37,6 +37,7 @@ DEFAULTS = {
     "ffn_mult": 4,
     "use_flash": True,
     "recompute": False,
+    "backend": "auto",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +176,7 @@ INCONSISTENT = [
     ({"topk_blocks": 3, "init_blocks": 2, "local_blocks": 2}, "topk_blocks", "init_blocks + local_blocks = 2 + 2 = 4"),
     ({"init_blocks": 4}, "topk_blocks", "init_blocks + local_blocks = 4 + 1 = 5"),
     ({"dim": 24, "heads": 8, "dim_head": 3, "rope_theta": 1e4}, "dim_head", "even"),
+    ({"use_flash": False, "backend": "triton"}, "backend", "contradicts use_flash = False"),
 ]
 
 
@@ -201,6 +203,12 @@ def test_compression_is_a_name_or_a_class(value: Any) -> None:
 @pytest.mark.parametrize("value", ["dynamic", "", None, 1], ids=repr)
 def test_unknown_gate_mode_lists_the_valid_ones(value: Any) -> None:
     assert_refused({"gate_mode": value}, ValueError, "gate_mode", "'static'", "'q_cond'")
+
+
+@pytest.mark.parametrize("value", ["cuda", "", None, 1, ["torch"]], ids=repr)
+def test_unknown_backend_lists_the_valid_ones(value: Any) -> None:
+    assert_refused({"backend": value}, ValueError, "backend", "'auto', 'torch' or 'triton'")
+    assert_refused({"backend": value, "use_flash": False}, ValueError, "backend", "'auto', 'torch' or 'triton'")
 
 
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
@@ -232,11 +240,11 @@ def test_a_field_that_does_not_exist() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# use_flash may change at any time
+# use_flash and backend may change at any time
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_change_of_use_flash_takes_effect_with_the_next_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_takes_effect_with_the_next_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     backends: list[str] = []
     whole = nsa._attention
 
@@ -248,7 +256,13 @@ def test_a_change_of_use_flash_takes_effect_with_the_next_forward(monkeypatch: p
     cfg = NSAConfig(dim=8, heads=2, block_size=4)
     attention, x = NativeSparseAttention(cfg), torch.randn(1, 9, 8)
     assert attention.cfg is cfg
-    for use_flash in (True, False, True):
-        attention.cfg.use_flash = use_flash
+    changes = [(True, "auto"), (False, "auto"), (True, "torch"), (False, "torch"), (True, "auto")]
+    for attention.cfg.use_flash, attention.cfg.backend in changes:
         attention(x)
-    assert backends == ["auto", "torch", "auto"]
+    assert backends == ["auto", "torch", "torch", "torch", "auto"]
+    attention.cfg.use_flash, attention.cfg.backend = False, "triton"
+    with pytest.raises(ValueError, match="^backend = 'triton': contradicts use_flash = False"):
+        attention(x)
+    attention.cfg.use_flash, attention.cfg.backend = True, "cuda"
+    with pytest.raises(ValueError, match="^backend = 'cuda': must be 'auto', 'torch' or 'triton'"):
+        attention(x)

@@ -13,6 +13,7 @@ import random as python_random
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -557,7 +558,7 @@ def test_compression(
 @with_kernels
 def test_ten_steps_of_training() -> None:
     q = torch.empty(1, 1, 1, 32)
-    assert nsa._choose_backend("auto", q, q, 1.0) == "triton"
+    assert nsa._choose_backend("auto", q, q, 1.0) == "auto"
     assert_trains_alike(tokens=384)
 
 
@@ -990,6 +991,47 @@ def test_a_module_in_a_cuda_graph(kind: str, of: type[nn.Module]) -> None:
         graph.replay()
         assert_same(outputs, expected)
         assert lengths is None or use.cache.lengths == lengths
+
+
+TOO_LARGE = ((128, 128, 8, 32, 64),)  # over 500 KiB of shared memory at a head dim of 32
+
+
+@with_kernels
+@pytest.mark.parametrize("warm", [True, False], ids=["before_the_capture", "in_the_capture"])
+@pytest.mark.parametrize(
+    "tile, kind", [("compressed_forward", "plain"), ("local_dkv", "packed"), ("decode_scan", "step")]
+)
+def test_a_kernel_that_does_not_fit(tile: str, kind: str, warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, and PyTorch from then on, in a CUDA graph too; the error of Triton, if nothing else was allowed."""
+    monkeypatch.setattr(EVEN, "backend", "torch")
+    use = Use(kind, nsa.NSABlock)
+    plain, _ = use.eager(1)
+    monkeypatch.setattr(EVEN, "backend", "auto")
+    use.eager(1)  # all other kernels are compiled and loaded
+    for plan in (nsa._span_forward_plan, nsa._span_backward_plan, nsa._decode_plan):
+        plan.cache_clear()
+    monkeypatch.setitem(nsa._TILES, tile, (TOO_LARGE,) * 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if warm:
+            assert_same(use.eager(1)[0], plain, 0.03)
+            graph, outputs = capture(use.step)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = [y.detach() for y in use.step()]
+    said = [str(warning.message) for warning in caught if "from now on PyTorch" in str(warning.message)]
+    assert len(said) == 1 and "out of resource: shared memory" in said[0], said
+    assert torch.cuda.get_device_name() in said[0] and "cuda:0, torch.bfloat16, head dim 32" in said[0]
+    for seed in (1, 2):
+        expected, _ = use.eager(seed)
+        graph.replay()
+        assert_same(outputs, expected)
+    assert "out of resource" in nsa.which_backend(DEVICE, torch.bfloat16, 32).reason
+    nsa._FAILURES.clear()
+    monkeypatch.setattr(EVEN, "backend", "triton")
+    with pytest.raises(RuntimeError, match=r"_kernel cannot run on .*: OutOfResources: .*shared memory"):
+        use.eager(3)
 
 
 @with_kernels
