@@ -43,8 +43,8 @@ Contents, callers above callees.
              4 functions                                           12 selected attention
              5 batches: packed, padded, NSACache                   13 decoding
              6 operators and autograd                              14 compression
-             7 block rules, PyTorch backend                        15 registration
-             8 self-tests
+             7 block rules, PyTorch backend                        15 tuning
+             8 self-tests                                          16 registration
 
 Part I is complete by itself: without Part II the library is pure PyTorch.
 """
@@ -56,18 +56,25 @@ Part I is complete by itself: without Part II the library is pure PyTorch.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import functools
 import inspect
 import itertools
+import json
 import math
+import os
 import re
+import sys
 import textwrap
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +98,7 @@ __all__ = [
     "nsa_attention",
     "select_blocks",
     "selective_attention",
+    "tune",
     "which_backend",
 ]
 __version__ = "0.1.0"
@@ -1268,6 +1276,42 @@ def which_backend(
     return BackendChoice("triton" if reason is None else "torch", reason)
 
 
+def tune(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16, dim_head: int = 128) -> Path:
+    """Finds the fastest tiles of the kernels on this GPU, which takes minutes, and writes them to a file: its path.
+
+    The tiles of the kernels are those of a table that was tuned on an H200. This times the tiles around them, in the
+    paper's setting, and takes those that are faster by 2 % and give the same results. It prints a line for each kernel:
+    the time of a call that launches it, before and after. Every process reads the file when it first uses the GPU.
+
+        python native_sparse_attention.py --tune --dtype bfloat16 --dim-head 128
+
+    A file serves one kind of GPU, one version of this library and one of Triton; further dtypes and head dims are added
+    to it. To go back to the table, delete the file, or set NSA_TUNED=0 in the environment.
+
+    Args:
+        device: a GPU; None: the current one.
+        dtype: torch.bfloat16 or torch.float16, which have their tiles in common, or torch.float32.
+        dim_head: D. Tiles are found for all head dims up to 64, for those up to 128, or for those up to 256.
+
+    Returns:
+        path of the file, in $XDG_CACHE_HOME/native_sparse_attention or, without that, in ~/.cache.
+
+    Raises:
+        ValueError: the kernels do not run on this device, or not for this dtype or head dim; the message says why.
+        OSError: the folder cannot be made or written.
+    """
+    _check_integer("dim_head", dim_head, 1)
+    device, kernels = torch.device("cuda" if device is None else device), _BACKENDS.get("triton")
+    _check(kernels is not None, "device", str(device), "has nothing to tune: this file has no kernels")
+    usable = device.type == "cuda" and torch.cuda.is_available()
+    _check(usable, "device", str(device), "must be a GPU, and one that torch finds")
+    with torch.cuda.device(device):
+        probe = torch.empty(1, 1, 1, dim_head, device="cuda", dtype=dtype)
+        obstacle = kernels.obstacle(probe, probe, 1.0)
+        _check(obstacle is None, "device", str(device), f"cannot run the kernels: {obstacle}")
+        return kernels.tune(probe.device, dtype, dim_head)
+
+
 # Behind the door: what modules call, with arguments that have been checked ────────────────────────────────────────────
 
 
@@ -1952,6 +1996,11 @@ class _Backend(NamedTuple):
     preferred(device) → whether "auto" takes them
     extends(k, units) → whether `extend` takes the weights of a compressor of so many hidden units
     compresses(x, weight, backend) → whether they serve such an input and such weights
+
+    Where it compiles kernels:
+    prepare(run): compiles those that run() launches, side by side, and launches none
+    tune(device, dtype, D) → path of the file for which it has found the fastest tiles
+    untune(device) → whether there were such tiles, which it no longer uses
     """
 
     span_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -1972,9 +2021,12 @@ class _Backend(NamedTuple):
     preferred: Callable[[torch.device], bool] = lambda _: True
     extends: Callable[[Tensor, int], bool] = lambda *_: False
     compresses: Callable[[Tensor, Tensor, str], bool] = lambda *_: False
+    prepare: Callable[[Callable[[], object]], None] = lambda _: None
+    tune: Callable[..., Path] | None = None
+    untune: Callable[[torch.device], bool] = lambda _: False
 
 
-_BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton" by section 14
+_BACKENDS: dict[str, _Backend] = {}  # "torch" is entered by section 7, "triton" by section 16
 
 # The namespace of the operators: the module's own name, so that two copies of this file in one process keep to
 # themselves. A module may have a name that is no identifier; its bytes then keep such names apart.
@@ -3647,17 +3699,31 @@ _BACKENDS["torch"] = _Backend(
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 8  Self-tests: what `python native_sparse_attention.py` runs, wherever this file was copied to
+# 8  The file as a program: self-tests, speed, tuning, wherever it was copied to
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def _main() -> int:
-    """Run the self-tests and print a table of them. Exit code 1 if one fails."""
+def _main(arguments: Sequence[str] = ()) -> int:
+    """Run the self-tests and print a table of them, and on a GPU the speed; or tune. Exit code 1 if a test fails."""
+    about = "Self-tests of Native Sparse Attention, and on a GPU its speed beside dense attention."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("--tune", action="store_true", help="find the fastest tiles for this GPU, in minutes; later processes use them")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="to tune for; bfloat16")
+    add("--dim-head", type=int, default=128, metavar="D", help="to tune for; 128")
+    options = parser.parse_args(arguments)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     print(f"native_sparse_attention {__version__} · torch {torch.__version__} · {device}\n")
+    if options.tune:
+        try:
+            print(f"\nwritten to {tune(None, getattr(torch, options.dtype), options.dim_head)}")
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        return 0
     print(f"{'test':<12}{'result':<8}{'seconds':>8}   what")
     results = {"pass": 0, "FAIL": 0, "skip": 0}
-    for name, test in _SELFTESTS.items():
+    gpu = torch.cuda.is_available()
+    for name, test in (_SELFTESTS | _GPU_SELFTESTS if gpu else _SELFTESTS).items():
         torch.manual_seed(0)
         start = time.perf_counter()
         try:
@@ -3671,6 +3737,8 @@ def _main() -> int:
         results[result] += 1
         print(f"{name:<12}{result:<8}{time.perf_counter() - start:>8.1f}   {what}", flush=True)
     print(f"\n{results['pass']} passed, {results['FAIL']} failed, {results['skip']} skipped")
+    if gpu:
+        print(_speed())
     return 1 if results["FAIL"] else 0
 
 
@@ -3798,31 +3866,218 @@ def _selftest_learning() -> str:
     return f"recalls a token beyond the window: loss {loss:.2f} after {len(losses)} steps, chance {chance:.2f}"
 
 
-def _selftest_triton() -> str:
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    probe = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
-    kernels = _BACKENDS.get("triton")
+# Kernels. On a GPU each row of the table first compiles its kernels side by side, some 150 in all: that is most of its
+# time where Triton's cache is empty, half a minute with eight cores.
+
+_Results = dict[str, Tensor]
+_Run = Callable[[torch.dtype, str], _Results]  # results by name, in this precision and on this backend
+
+
+def _test_device(dtype: torch.dtype, dim: int) -> str:
+    """Device on which kernels can be tested; Triton's interpreter makes the CPU one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    probe, kernels = torch.empty(1, 1, 1, dim, device=device, dtype=dtype), _BACKENDS.get("triton")
     obstacle = "this file has no kernels" if kernels is None else kernels.obstacle(probe, probe, 1.0)
     if obstacle is not None:
         raise _Skip(obstacle)
-    tokens = 1000 if device == "cuda" else 70
-    for heads, kv_heads in ((4, 4), (4, 1)):
-        shapes = [(tokens, heads), (tokens, kv_heads), (tokens, kv_heads), *[(tokens // 16 - 1, kv_heads)] * 2]
-        leaves = [torch.randn(1, *shape, 64, device=device, dtype=dtype) for shape in shapes]  # q, k, v, k_cmp, v_cmp
-        chosen = torch.arange(3, device=device, dtype=torch.int32).expand(1, tokens, kv_heads, 3)
-        upstream = torch.randn_like(leaves[0])
-        results = []
-        for precision, backend in ((torch.float64, "torch"), (dtype, "torch"), (dtype, "triton")):
-            q, k, v, k_cmp, v_cmp = x = [leaf.to(precision).requires_grad_() for leaf in leaves]
-            o = local_attention(q, k, v, 64, backend=backend)
-            o = o + selective_attention(q, k, v, chosen, 32, backend=backend)
-            o = o + compressed_attention(q, k_cmp, v_cmp, 32, 16, backend=backend)[0]
-            results.append((o, *torch.autograd.grad(o, x, upstream.to(precision))))
-        for label, exact, plain, kernel in zip(("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp"), *results, strict=True):
-            limit, error = (((y - exact).norm() / exact.norm()).item() for y in (plain, kernel))
-            worst = f"G = {heads // kv_heads}: {label} is off by {error:.1e}, PyTorch by {limit:.1e}"
-            _require(error <= 2 * limit + 1e-6, worst)
-    return "each branch within twice PyTorch's error, all gradients"
+    return device
+
+
+def _hold_to_float64(runs: dict[tuple[str, torch.dtype], _Run]) -> str:
+    """Requires of kernels at most twice PyTorch's error at that precision, and in no row over eight times its worst."""
+    _BACKENDS["triton"].prepare(lambda: [run(dtype, "triton") for (_, dtype), run in runs.items()])
+    worst = 0.0
+    for (name, dtype), run in runs.items():
+        exact, plain, kernel = run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "triton")
+        for label, x in exact.items():
+            (limit, row_limit), (error, row_error) = (_relative_error(y[label], x) for y in (plain, kernel))
+            failure = f"{name}, {dtype}: {label} is off by {error:.1e}, PyTorch by {limit:.1e}"
+            _require(error <= 2 * limit + 1e-6, failure)
+            failure = f"{name}, {dtype}: a row of {label} is off by {row_error:.1e}, of PyTorch by {row_limit:.1e}"
+            _require(row_error <= 8 * row_limit + 1e-6, failure)
+            worst = max(worst, error / (limit + 1e-6))
+    return f"{len(runs)} settings against float64: error at most {worst:.1f} times PyTorch's"
+
+
+def _relative_error(y: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Of all numbers; and of the row that is off most, relative to the largest."""
+    of_rows = [x.norm(dim=-1) for x in (y - exact, exact)]
+    return tuple((off / size).item() for off, size in ([x.norm() for x in of_rows], [x.max() for x in of_rows]))
+
+
+def _selftest_triton() -> str:
+    """`nsa_attention`, all dtypes in groups of 1, 4 and 16; longer sequences take an index of the chosen blocks."""
+    device = _test_device(torch.float32, 64)
+    settings = [(torch.float32, 1, 64, 70), (torch.float32, 4, 64, 70)]
+    if device == "cuda":
+        bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+        settings = [(bf16, 1, 64, 900), (bf16, 4, 128, 5000), (bf16, 16, 64, 8200), (bf16, 16, 128, 5000)]
+        settings += [(fp16, 1, 128, 5000), (fp16, 4, 64, 900), (fp16, 16, 128, 900)]
+        settings += [(fp32, 1, 128, 500), (fp32, 4, 64, 1500), (fp32, 16, 128, 1500)]
+    return _hold_to_float64(dict(_attention_run(device, *setting) for setting in settings))
+
+
+def _selftest_packed() -> str:
+    """The same for packed sequences, one of them a token, one shorter than a block."""
+    device = _test_device(torch.float32, 64)
+    settings = [(torch.bfloat16, 4, 128, 700, 1, 20, 4000, 300)]
+    settings += [(dtype, G, 64, 300, 1, 20, 400) for dtype, G in ((torch.float16, 16), (torch.float32, 1))]
+    return _hold_to_float64(dict(_attention_run(device, *setting) for setting in settings))
+
+
+def _attention_run(
+    device: str, dtype: torch.dtype, G: int, D: int, *lengths: int
+) -> tuple[tuple[str, torch.dtype], _Run]:
+    """`nsa_attention` and its gradients; in PyTorch, the sum of its branches, with the blocks that kernels choose."""
+    H, T, choice = 16 if device == "cuda" else 4, sum(lengths), _Choice(32, 16, 64, 4, 1, 1)
+    packed, blocks = None, [_compressed_count(n, 32, 16) for n in lengths]
+    if len(lengths) > 1:
+        packed = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    shapes = [(T, H), (T, H // G), (T, H // G), (sum(blocks), H // G), (sum(blocks), H // G), (T, H)]
+    *leaves, upstream = (torch.randn(1, *shape, D, device=device, dtype=dtype) for shape in shapes)
+    leaves.append(torch.rand(1, T, H, 3, device=device, dtype=dtype))
+    options = {"cu_seqlens": packed, "backend": "triton"}
+
+    @functools.cache
+    def chosen() -> Tensor:
+        q, _, _, k_cmp, v_cmp, _ = leaves
+        _, lse = compressed_attention(q, k_cmp, v_cmp, 32, 16, **options)
+        chosen = select_blocks(q, k_cmp, lse, **choice._asdict(), **options)
+        for x in zip(q.split(lengths, 1), k_cmp.split(blocks, 1), chosen.split(lengths, 1), strict=True):
+            _require_highest(*x, choice)
+        return chosen
+
+    def run(precision: torch.dtype, on: str) -> _Results:
+        q, k, v, k_cmp, v_cmp, gates = x = [leaf.detach().to(precision).requires_grad_() for leaf in leaves]
+        if on == "triton":
+            o = nsa_attention(*x, local_window=128, **choice._asdict(), **options)
+        else:
+            plain = options | {"backend": on}
+            branches = (
+                local_attention(q, k, v, 128, **plain),
+                compressed_attention(q, k_cmp, v_cmp, 32, 16, **plain)[0],
+                selective_attention(q, k, v, chosen(), 64, **plain),
+            )
+            o = _torch_gate(gates, *branches)
+        names = ("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dgates")
+        return dict(zip(names, (o, *torch.autograd.grad(o, x, upstream.to(precision))), strict=True))
+
+    return (f"G = {G}, D = {D}, T = {' + '.join(map(str, lengths))}", dtype), run
+
+
+def _require_highest(q: Tensor, k_cmp: Tensor, chosen: Tensor, choice: _Choice) -> None:
+    """Requires that what is chosen, by some of the queries, scores as high as what float64 chooses."""
+    T = q.shape[1]
+    t, i = torch.arange(0, T, max(T // 500, 1), device=q.device), torch.arange(k_cmp.shape[1], device=q.device)
+    q, chosen = _grouped(q[:, t].double(), k_cmp.shape[2]), chosen[0, t].transpose(0, 1).long()  # (K, t, S)
+    scores = torch.einsum("btkgd,bikd->kgti", q, k_cmp.double()) * q.shape[-1] ** -0.5
+    unseen = i * choice.stride + choice.block_size - 1 > t[:, None]
+    p = scores.masked_fill(unseen, -math.inf).softmax(-1).masked_fill(unseen, 0.0).sum(1)
+    importance = _block_importance(p, *choice[:3], _selection_count(T, choice.select_block_size))
+    score = lambda blocks: importance.gather(-1, blocks.clamp(min=0)).masked_fill(blocks < 0, 0.0).sort().values  # noqa: E731
+    exact = _choose_blocks(importance, t, choice).long()
+    in_order = (chosen < 0).equal(exact < 0) and bool(((chosen.diff() > 0) | (chosen[..., 1:] < 0)).all())
+    _require(in_order, "chosen blocks are not in ascending order, or too few")
+    missed = (score(exact) - score(chosen)).abs().max().item()
+    _require(missed < 1e-4, f"a chosen block scores {missed:.1e} less than another")
+
+
+def _selftest_compressors() -> str:
+    runs = {}
+    for dtype, D, method in ((torch.bfloat16, 128, "grouped_mlp"), (torch.float16, 64, "conv1d")):
+        device = _test_device(dtype, D)
+        compressor = TokenCompressor(D, 32, 16, method=method).to(device, dtype)
+        for parameter in compressor.parameters():
+            nn.init.normal_(parameter, std=0.03)
+        x, upstream = (torch.randn(2, n, 3, D, device=device, dtype=dtype) for n in (700, 42))
+        if compressor._of_kernels(x) is None:
+            raise _Skip("on this GPU, PyTorch compresses")
+
+        def run(precision: torch.dtype, on: str, of: nn.Module = compressor, given: Any = (x, upstream)) -> _Results:
+            module, (x, upstream) = copy.deepcopy(of).to(precision), (y.to(precision) for y in given)
+            module.method.config = NSAConfig(use_flash=on == "triton")
+            leaves = {"input": x.requires_grad_(), **dict(module.method.named_parameters())}
+            y = module(x, heads=True)
+            gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
+            return {"output": y} | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+        runs[f"{method}, D = {D}", dtype] = run
+    return _hold_to_float64(runs)
+
+
+def _selftest_decoding() -> str:
+    """A prompt, a piece and steps through a module with its cache; and steps alone, which choose few of many blocks.
+
+    In 16 bits all blocks are chosen, as PyTorch rounds scores, and thus would choose others.
+    """
+    runs = {}
+    for dtype, G, D in ((torch.bfloat16, 4, 128), (torch.float16, 16, 64)):
+        device = _test_device(dtype, D)
+        sizes = {"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "seq_len": 700}
+        cfg = NSAConfig(dim=256, heads=16, dim_head=D, kv_heads=16 // G, rope_theta=1e4, gate_mode="q_cond", **sizes)
+        attention = NativeSparseAttention(cfg).to(device, dtype)
+        x = torch.randn(2, 700, 256, device=device, dtype=dtype)
+
+        @torch.no_grad()
+        def run(precision: torch.dtype, on: str, of: nn.Module = attention, x: Tensor = x) -> _Results:
+            module = copy.deepcopy(of).to(precision)
+            module.cfg.use_flash = on == "triton"
+            cache, ends = NSACache(module.cfg, 2, 700, device=x.device, dtype=precision), (0, 600, 697, 698, 699, 700)
+            pieces = (x[:, start:end].to(precision) for start, end in itertools.pairwise(ends))
+            return {"output": torch.cat([module(piece, cache=cache) for piece in pieces], dim=1)}
+
+        runs[f"module, G = {G}, D = {D}", dtype] = run
+    shapes = (3, 1, 16, 64), (2, 3, 3001, 4, 64), (2, 3, 187, 4, 64), (3, 1, 16, 3)
+    tensors = [torch.randn(shape, device=device) for shape in shapes]
+    first = torch.tensor([2999, 1000, 17], dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def step(precision: torch.dtype, on: str) -> _Results:
+        given = (*(x.to(precision) for x in tensors), first, None, on, 128)
+        return {"o": _cached_forward(*given, *_Choice(32, 16, 64, 4, 1, 1), 0.125)}
+
+    return _hold_to_float64(runs | {("step, G = 4, D = 64", torch.float32): step})
+
+
+def _speed() -> str:
+    """Times of forward + backward, NSA's and dense attention's: by the GPU's clock in eager mode, each a median.
+
+    The paper's block sizes; half the heads of many a model of 8 billion parameters, so that a GPU of 8 GB has room.
+    """
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    sizes = {"local_window": 512, **_Choice(32, 16, 64, 16, 1, 2)._asdict()}
+    random = lambda *shape: torch.randn(1, *shape, device="cuda", dtype=dtype, requires_grad=True)  # noqa: E731
+    results, on = [], "auto"
+    for T in (4096, 32768):
+        try:
+            q, do, k, v = (random(T, heads, 128) for heads in (16, 16, 4, 4))
+            k_cmp, v_cmp = (random(_compressed_count(T, 32, 16), 4, 128) for _ in range(2))
+            gates = torch.rand(1, T, 16, 3, device="cuda", dtype=dtype, requires_grad=True)
+            on = "torch" if _choose_backend("auto", q, k, 128**-0.5) == "torch" else "triton"
+            dense = lambda *x: F.scaled_dot_product_attention(  # noqa: E731
+                *(y.transpose(1, 2) for y in x), is_causal=True, enable_gqa=True
+            ).transpose(1, 2)
+            sparse = functools.partial(nsa_attention, **sizes)
+            ms, dense_ms = _median_ms(sparse, do, q, k, v, k_cmp, v_cmp, gates), _median_ms(dense, do, q, k, v)
+            results.append(f"{T // 1024}k {ms:.2f} ms (dense {dense_ms:.2f}: {dense_ms / ms:.1f}×)")
+        except torch.OutOfMemoryError:
+            results.append(f"{T // 1024}k takes more memory than is free")
+    name = str(dtype).removeprefix("torch.")
+    return f"speed: forward + backward, 16 query / 4 key heads, D 128, {name}, backend {on}: {', '.join(results)}"
+
+
+def _median_ms(attend: Callable[..., Tensor], upstream: Tensor, *leaves: Tensor) -> float:
+    """Milliseconds of a forward and a backward on the GPU, for a second after a warm-up, at least 5 times."""
+    times, start = [], time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - start < 1.0:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        torch.autograd.grad(attend(*leaves), leaves, upstream)
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after))
+        start = time.perf_counter() if len(times) == 2 else start  # kernels are compiled
+    return sorted(times[2:])[len(times[2:]) // 2]
 
 
 _SELFTESTS = {
@@ -3834,6 +4089,7 @@ _SELFTESTS = {
     "learning": _selftest_learning,
     "triton": _selftest_triton,
 }
+_GPU_SELFTESTS = {"packed": _selftest_packed, "compressors": _selftest_compressors, "decoding": _selftest_decoding}
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4023,13 +4279,36 @@ def _multiplies_in_shared(device: torch.device) -> bool:
     return device.type != "cuda" or (not _AMD and _capability(device) // 10 in (9, 10, 11))
 
 
+def _tile_name(kernel: str, D: int, dtype: torch.dtype) -> str:
+    """Name of all that shares a tile of a kernel: "local_forward/16/128", by bits of a number and largest head dim."""
+    return f"{kernel}/{8 * dtype.itemsize}/{64 if D <= 64 else 128 if D <= 128 else 256}"
+
+
+def _tiles_of(name: str) -> tuple[tuple[int, ...], ...]:
+    """The tiles in the table that go by this name."""
+    kernel, bits, width = name.split("/")
+    of_kernel = _TILES[kernel]
+    return (of_kernel if bits == "16" else _TILES["float32"])[(64, 128, 256).index(int(width))]
+
+
+def _first_tile(name: str, device: torch.device) -> tuple[int, ...]:
+    """BLOCK_M, BLOCK_N, warps and stages: the first tile in the table that fits the GPU."""
+    tiles, kib = _tiles_of(name), _shared_memory(device) >> 10
+    return next((tile for tile in tiles if tile[4] <= kib), tiles[-1])[:4]
+
+
+@functools.cache
+def _tuned(device: torch.device) -> dict[str, tuple[int, ...]]:
+    """Tiles by name that `tune` found for this GPU; they go before those of the table."""
+    return {} if os.environ.get("NSA_TUNED") == "0" else _read_tiles(_tiles_file(device))
+
+
 def _constants(
     kernel: str, H: int, K: int, D: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Constants and launch options that all matrix kernels take: sizes of heads, groups and tiles."""
-    tiles = _TILES[kernel if dtype.itemsize == 2 else "float32"][0 if D <= 64 else 1 if D <= 128 else 2]
-    kib = _shared_memory(device) >> 10
-    block_m, block_n, warps, stages, _ = next((tile for tile in tiles if tile[4] <= kib), tiles[-1])
+    name = _tile_name(kernel, D, dtype)
+    block_m, block_n, warps, stages = _tuned(device).get(name) or _first_tile(name, device)
     heads = {"K": K, "GROUP": H // K, "D": D, "BLOCK_D": _block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
     return heads | {"PRECISION": precision, "num_warps": warps, "num_stages": stages}
 
@@ -4140,6 +4419,25 @@ def _in_words(error: Exception) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _compile_together(run: Callable[[], object]) -> None:
+    """Compiles all kernels that run() launches, side by side, and launches none: no result is ever read on the host.
+
+    Before Triton 3.6 they wait until they are launched.
+    """
+    if _INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
+        return
+    launch = _Launch.__call__
+    _Launch.__call__ = lambda self, *tensors: self.kernel.warmup(  # type: ignore[method-assign]
+        *self.arguments(*tensors), grid=self.grid, **self.constants
+    )
+    try:  # the mode is that of this thread, and so a backward must not have one of its own
+        with torch.autograd.set_multithreading_enabled(False), ThreadPoolExecutor() as threads:
+            with triton.AsyncCompileMode(threads, ignore_errors=True):
+                run()
+    finally:
+        _Launch.__call__ = launch  # type: ignore[method-assign]
 
 
 def _driver_call(run: Any, given: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -7097,7 +7395,182 @@ def _triton_compress_backward(
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 15  Registration: what ties this part to the first
+# 15  Tuning: the fastest tiles on a GPU, and their file
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def _tune(device: torch.device, dtype: torch.dtype, D: int, tokens: int = 8192) -> Path:
+    """Writes the fastest tile of each kernel into the file, beside what it has. If stopped early, nothing changes.
+
+    8192 tokens of 16 query heads fill every GPU. A kernel has 6 to 60 candidates; most of the time goes to build them.
+    """
+    path, tiles = _tiles_file(device), _tuned(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, found = path.with_suffix(f".{os.getpid()}"), _read_tiles(path)
+    try:
+        part.touch()  # a folder that cannot be written is found out now
+        print(f"{'kernel/bits/head dim':<36}{'table, ms':>10}{'best, ms':>10}   rows, keys, warps, stages", flush=True)
+        for kernel, call in _tuning_calls(device, dtype, D, tokens):
+            name = _tile_name(kernel, D, dtype)
+            found[name] = tiles[name] = _fastest_tile(name, _first_tile(name, device), tiles, call)
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+        _tuned.cache_clear()
+        _forget_plans()
+    return path
+
+
+def _fastest_tile(
+    name: str, default: tuple[int, ...], tiles: dict[str, tuple[int, ...]], call: Callable[[], Sequence[Tensor]]
+) -> tuple[int, ...]:
+    """The candidate with which a call is fastest, if it is faster than with the default by more than noise.
+
+    One that does not build or does not fit takes forever, and so does one with other results.
+    """
+
+    def run(tile: tuple[int, ...]) -> Sequence[Tensor]:
+        tiles[name] = tile
+        _forget_plans()
+        return call()
+
+    def milliseconds(tile: tuple[int, ...]) -> float:
+        run(tile)
+        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+
+    def build() -> None:
+        for tile in candidates:
+            with contextlib.suppress(Exception):
+                run(tile)
+
+    candidates = list(dict.fromkeys((default, *_candidates(name))))
+    _compile_together(build)
+    exact = run(default)
+    times = {default: milliseconds(default)}
+    for tile in candidates[1:]:
+        for x in exact:  # memory that the next results get, so that none is right by what lies there
+            torch.full_like(x, math.nan if x.is_floating_point() else -1)
+        with contextlib.suppress(Exception):  # of Triton, and of the compilers behind it
+            if all(map(_alike, run(tile), exact)):
+                times[tile] = milliseconds(tile)
+    best = min(times, key=times.__getitem__)
+    before, after = milliseconds(default), milliseconds(best)  # side by side: a clock moves meanwhile
+    if after > 0.98 * before:
+        best, after = default, before
+    print(f"{name:<36}{before:>10.3f}{after:>10.3f}   {', '.join(map(str, best))}", flush=True)
+    return best
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether results are the same but for rounding, and choices but for a few near ties."""
+    if not x.is_floating_point():
+        return bool((x == y).float().mean() > 0.99)
+    tolerance = (0.1 if x.element_size() == 2 else 1e-4) * y.abs().nan_to_num(posinf=0.0).max()  # lse may be -inf
+    return bool(((x == y) | ((x - y).abs() <= tolerance)).all())
+
+
+def _candidates(name: str) -> list[tuple[int, ...]]:
+    """Tiles to try for a kernel: those of the table, and around them half or twice the rows or keys, as they fit.
+
+    A lane holds 64 scores and 128 numbers of one output at most. Rows of some kernels follow from the group.
+    """
+    kernel, _, width = name.split("/")
+    by_group, most_keys = kernel in ("selected_by_query", "decode_scan", "decode_attend"), 128
+    if kernel.startswith("selected"):
+        most_keys = 64  # of one block
+    found = [tile[:4] for tile in _tiles_of(name)]
+    for m, n, *_ in found[:]:
+        sizes = [(m, n), (m, n // 2), (m, 2 * n)] + [(m // 2, n), (2 * m, n)] * (not by_group)
+        for (m_, n_), warps, stages in itertools.product(sizes, (4, 8), (2, 3, 4)):
+            lanes = 32 * warps
+            fits = m_ * n_ <= 64 * lanes and max(m_, n_) * int(width) <= 128 * lanes
+            if fits and 16 <= m_ <= _MAX_ROWS and 16 <= n_ <= most_keys:
+                found.append((m_, n_, warps // 4 if kernel == "selected_by_query" else warps, stages))
+    return list(dict.fromkeys(found))
+
+
+def _tuning_calls(
+    device: torch.device, dtype: torch.dtype, D: int, tokens: int
+) -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
+    """Every kernel, and a call that launches it: in the paper's setting, 16 query heads in groups of 4 or 16."""
+    choice, scale, C = _Choice(32, 16, 64, 16, 1, 2), D**-0.5, _compressed_count(tokens, 32, 16)
+    random = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
+    for G, B, T in ((4, 1, tokens), (16, 1, tokens), (4, 4, tokens // 4)):
+        K = 16 // G
+        (q, do), (k, v) = random(2, B, T, 16, D), random(2, B, T, K, D)
+        k_cmp, v_cmp = random(2, B, _compressed_count(T, 32, 16), K, D)
+        o, lse = _triton_span_forward(q, k_cmp, v_cmp, choice.span, scale)
+        chosen = _triton_select(q, k_cmp, lse, choice, scale)
+        (terms,), _ = _triton_preprocess(do, [o], [lse], K, dlse=torch.zeros_like(lse))
+        forward = functools.partial(_triton_selected_forward, q, k, v, chosen, 64, scale)
+        backward = functools.partial(_triton_selected_backward, do, terms, q, k, v, chosen, 64, scale)
+        if B > 1:  # so short that all keys are read, under a mask
+            yield from (("masked_forward", forward), ("masked_dq", backward), ("masked_dkv", backward))
+        elif G == 16:
+            if _large_group(q, K):
+                yield "selected_by_query", forward
+            yield "selected_backward_large_group", backward
+        else:
+            yield from (("selected_by_block", forward), ("selected_backward", backward))
+            for branch, *keys in (("local", k, v, _Span(512)), ("compressed", k_cmp, v_cmp, choice.span)):
+                yield f"{branch}_forward", functools.partial(_triton_span_forward, q, *keys, scale)
+                for kernel in ("dq", "dkv"):
+                    yield f"{branch}_{kernel}", functools.partial(_triton_span_backward, do, terms, q, *keys, scale)
+            yield "scores", lambda x=(q, k_cmp, lse): (_triton_select(*x, choice, scale),)
+    q, *cache = random(16, 1, 16, D), random(2, 16, tokens + 1, 4, D), random(2, 16, C + 1, 4, D)
+    logits, first = random(16, 1, 16, 3), torch.full((16,), tokens - 1, dtype=torch.int32, device=device)
+    for kernel in ("decode_scan", "decode_attend"):
+        yield kernel, lambda: (_triton_decode(q, *cache, logits, first, None, 512, choice, scale),)
+
+
+def _forget_plans() -> None:
+    """Launches are planned anew, with the tiles of now."""
+    for function in list(globals().values()):
+        if hasattr(function, "cache_clear") and function.__name__.endswith("_plan"):
+            function.cache_clear()
+
+
+def _untune(device: torch.device) -> bool:
+    """Goes back to the table for this GPU; False if that is where it is. Tiles are tried in some of all calls only."""
+    tiles = _tuned(device)
+    if not tiles:
+        return False
+    warnings.warn(f"a tile of {_tiles_file(device)} does not fit, and those of the table serve", stacklevel=2)
+    tiles.clear()
+    _forget_plans()
+    return True
+
+
+def _tiles_file(device: torch.device) -> Path:
+    """File of the tiles for a kind of GPU, in the user's cache folder."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = f"{gpu} nsa-{__version__} triton-{triton.__version__}.json"
+    return Path(folder, "native_sparse_attention", "".join(c if c.isalnum() or c in "-." else "_" for c in name))
+
+
+def _read_tiles(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tiles by name, as `tune` wrote them; none, and a warning, where a file holds anything else."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        tiles = {name: tuple(map(int, tile)) for name, tile in read.items()}
+        foreign = [f"{name}: {tile}" for name, tile in tiles.items() if tile not in _candidates(name)]
+        if not foreign:
+            return tiles
+        problem = f"{foreign[0]} is no tile of this kernel"
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except Exception as error:  # as many as there are contents
+        problem = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"{path} is not what tune() writes, and is ignored; delete it or tune again ({problem})", stacklevel=2
+    )
+    return {}
+
+
+# ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# 16  Registration: what ties this part to the first
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -7201,6 +7674,11 @@ _BACKENDS["triton"] = _Backend(
     _triton_preferred,
     _triton_extends,
     _triton_compresses,
+    _triton_compress,
+    _triton_compress_backward,
+    prepare=_compile_together,
+    tune=_tune,
+    untune=_untune,
 )
 
 
@@ -7208,4 +7686,4 @@ _BACKENDS["triton"] = _Backend(
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(_main(sys.argv[1:]))

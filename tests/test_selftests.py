@@ -42,8 +42,11 @@ def test_running_the_file_prints_a_table_and_exits_with_0(tmp_path: Path) -> Non
     for line in result.stdout.splitlines():
         if match := re.fullmatch(r"(\S+) +(pass|skip|FAIL) +(\d+\.\d) +(.+)", line):
             rows[match[1]] = (match[2], match[4])
-    assert rows.keys() == nsa._SELFTESTS.keys(), result.stdout
-    optional = {"triton"}  # needs a GPU, and a package that may be missing
+    gpu = torch.cuda.is_available()
+    assert rows.keys() == (nsa._SELFTESTS | nsa._GPU_SELFTESTS if gpu else nsa._SELFTESTS).keys(), result.stdout
+    speed = r"^speed: forward \+ backward, .* 4k \d+\.\d+ ms \(dense \d+\.\d+: \d+\.\d×\), 32k \d"
+    assert bool(re.search(speed, result.stdout, re.MULTILINE)) == gpu, result.stdout
+    optional = {"triton", *nsa._GPU_SELFTESTS}  # need a GPU, and a package that may be missing
     assert {rows[name][0] for name in rows.keys() - optional} == {"pass"}, result.stdout
     assert all(rows[name][0] in ("pass", "skip") for name in optional), result.stdout
     skipped = sum(outcome == "skip" for outcome, _ in rows.values())
@@ -69,8 +72,10 @@ def crashing() -> str:
 def run_main(
     tests: list[Callable[[], str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    """Exit code and output of `_main` with these self-tests."""
+    """Exit code and output of `_main` with these self-tests, and without those of a GPU."""
     monkeypatch.setattr(nsa, "_SELFTESTS", {test.__name__: test for test in tests})
+    monkeypatch.setattr(nsa, "_GPU_SELFTESTS", {})
+    monkeypatch.setattr(nsa, "_speed", lambda: "")
     return nsa._main(), capsys.readouterr().out
 
 
@@ -102,6 +107,8 @@ def test_one_broken_entry_among_the_real_ones(
 ) -> None:
     for name in nsa._SELFTESTS:
         monkeypatch.setitem(nsa._SELFTESTS, name, failing if name == "dense" else passing)
+    monkeypatch.setattr(nsa, "_GPU_SELFTESTS", {})
+    monkeypatch.setattr(nsa, "_speed", lambda: "")
     assert nsa._main() == 1
     assert f"{len(nsa._SELFTESTS) - 1} passed, 1 failed, 0 skipped" in capsys.readouterr().out
 
@@ -148,6 +155,87 @@ def test_a_missing_token_of_the_chosen_blocks_is_noticed(monkeypatch: pytest.Mon
     monkeypatch.setattr(nsa, "selective_attention", without_the_first_block)
     with pytest.raises(AssertionError, match="dense"):
         nsa._SELFTESTS["dense"]()
+
+
+def results_of(kernel: Tensor) -> nsa._Run:
+    """A run whose plain results are off by 1e-3 of the exact ones everywhere, beside the kernels' that are given."""
+    exact = torch.ones(100, 8, dtype=torch.float64)
+    return lambda dtype, on: {"o": kernel if on == "triton" else exact * (1 if dtype == torch.float64 else 1.001)}
+
+
+ROW_OFF = torch.ones(100, 8)
+ROW_OFF[7] += 0.01
+
+
+@pytest.mark.parametrize(
+    "kernel, failure",
+    [
+        (torch.ones(100, 8) + 0.0019, None),
+        (torch.ones(100, 8) + 0.0021, "case, torch.float32: o is off by 2.1e-03, PyTorch by 1.0e-03"),
+        (ROW_OFF, "a row of o is off by 1.0e-02, of PyTorch by 1.0e-03"),
+        (torch.full((100, 8), torch.nan), "o is off by nan"),
+    ],
+)
+def test_kernels_are_held_to_twice_the_error_of_pytorch(kernel: Tensor, failure: str | None) -> None:
+    runs = {("case", torch.float32): results_of(kernel)}
+    if failure is None:
+        assert nsa._hold_to_float64(runs) == "1 settings against float64: error at most 1.9 times PyTorch's"
+        return
+    with pytest.raises(nsa._Failure, match=re.escape(failure)):
+        nsa._hold_to_float64(runs)
+
+
+@pytest.mark.parametrize("fault", [None, "another block", "a block twice", "out of order", "too few"])
+def test_a_wrong_choice_of_blocks_is_noticed(fault: str | None) -> None:
+    choice = nsa._Choice(8, 4, 8, 3, 1, 1)
+    torch.manual_seed(0)
+    q, k_cmp = torch.randn(1, 60, 4, 16), torch.randn(1, 14, 2, 16)
+    _, lse = nsa.compressed_attention(q, k_cmp, k_cmp, 8, 4)
+    chosen = nsa.select_blocks(q, k_cmp, lse, **choice._asdict())
+    blocks = chosen[0, 59, 1]  # 0, the best one, 7
+    if fault == "another block":
+        blocks[1] = next(j for j in (3, 4) if j != blocks[1])
+    elif fault == "a block twice":
+        blocks[1] = 0
+    elif fault == "out of order":
+        blocks[:2] = blocks[:2].flip(0)
+    elif fault == "too few":
+        blocks[2] = -1
+    if fault is None:
+        nsa._require_highest(q, k_cmp, chosen, choice)
+        return
+    with pytest.raises(nsa._Failure):
+        nsa._require_highest(q, k_cmp, chosen, choice)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["--help"], 0, "--tune"),
+        (["--tuna"], 2, "unrecognized arguments: --tuna"),
+        (["--tune", "--dtype", "int8"], 2, "argument --dtype: invalid choice: 'int8'"),
+        (["--tune", "--dim-head", "0"], 2, "error: dim_head = 0: must be at least 1"),
+    ],
+)
+def test_arguments(arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        nsa._main(arguments)
+    assert left.value.code == code
+    out, err = capsys.readouterr()
+    assert said in (err if code else out)
+
+
+def test_tuning_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = []
+    monkeypatch.setattr(nsa, "tune", lambda *arguments: given.append(arguments) or Path("there.json"))
+    assert nsa._main(["--tune", "--dtype", "float16", "--dim-head", "64"]) == 0
+    assert given == [(None, torch.float16, 64)]
+    assert "written to there.json" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
