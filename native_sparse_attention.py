@@ -7452,7 +7452,7 @@ def _fastest_tile(
         for x in exact:  # memory that the next results get, so that none is right by what lies there
             torch.full_like(x, math.nan if x.is_floating_point() else -1)
         with contextlib.suppress(Exception):  # of Triton, and of the compilers behind it
-            if all(map(_alike, run(tile), exact)):
+            if all(map(_same_results, run(tile), exact)):
                 times[tile] = milliseconds(tile)
     best = min(times, key=times.__getitem__)
     before, after = milliseconds(default), milliseconds(best)  # side by side: a clock moves meanwhile
@@ -7462,7 +7462,7 @@ def _fastest_tile(
     return best
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
+def _same_results(x: Tensor, y: Tensor) -> bool:
     """Whether results are the same but for rounding, and choices but for a few near ties."""
     if not x.is_floating_point():
         return bool((x == y).float().mean() > 0.99)

@@ -66,3 +66,9 @@ def test_no_function_is_longer_than_a_screen() -> None:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     long = {node.name: length for node in functions if (length := node.end_lineno - node.lineno + 1) > SCREEN}
     assert not long
+
+
+def test_no_two_functions_share_a_name() -> None:
+    tree = ast.parse(MODULE.read_text(encoding="utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "_"]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

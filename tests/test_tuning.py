@@ -147,8 +147,8 @@ def test_a_tile_with_other_results_or_none_takes_forever(
 
 def test_rows_that_see_nothing_are_alike() -> None:
     lse = torch.tensor([-torch.inf, 0.0, 3.0])
-    assert nsa._alike(lse + torch.tensor([0, 0, 1e-6]), lse)
-    assert not nsa._alike(torch.tensor([0.0, 0.0, 3.0]), lse)
+    assert nsa._same_results(lse + torch.tensor([0, 0, 1e-6]), lse)
+    assert not nsa._same_results(torch.tensor([0.0, 0.0, 3.0]), lse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
