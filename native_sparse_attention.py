@@ -7485,7 +7485,7 @@ def _candidates(name: str) -> list[tuple[int, ...]]:
         for (m_, n_), warps, stages in itertools.product(sizes, (4, 8), (2, 3, 4)):
             lanes = 32 * warps
             fits = m_ * n_ <= 64 * lanes and max(m_, n_) * int(width) <= 128 * lanes
-            if fits and 16 <= m_ <= _MAX_ROWS and 16 <= n_ <= most_keys:
+            if fits and 16 <= m_ <= 128 and 16 <= n_ <= most_keys:  # 128 as in `_term_room`
                 found.append((m_, n_, warps // 4 if kernel == "selected_by_query" else warps, stages))
     return list(dict.fromkeys(found))
 
@@ -7502,7 +7502,7 @@ def _tuning_calls(
         k_cmp, v_cmp = random(2, B, _compressed_count(T, 32, 16), K, D)
         o, lse = _triton_span_forward(q, k_cmp, v_cmp, choice.span, scale)
         chosen = _triton_select(q, k_cmp, lse, choice, scale)
-        (terms,), _ = _triton_preprocess(do, [o], [lse], K, dlse=torch.zeros_like(lse))
+        (terms,) = _row_terms(_triton_preprocess(do, [o], [lse], K, dlse=torch.zeros_like(lse))[0])
         forward = functools.partial(_triton_selected_forward, q, k, v, chosen, 64, scale)
         backward = functools.partial(_triton_selected_backward, do, terms, q, k, v, chosen, 64, scale)
         if B > 1:  # so short that all keys are read, under a mask
