@@ -7449,8 +7449,8 @@ def _fastest_tile(
     exact = run(default)
     times = {default: milliseconds(default)}
     for tile in candidates[1:]:
-        for x in exact:  # memory that the next results get, so that none is right by what lies there
-            torch.full_like(x, math.nan if x.is_floating_point() else -1)
+        poison = [torch.full_like(x, math.nan if x.is_floating_point() else -1) for x in exact]
+        del poison  # from the memory that the next results get, so that none is right by what lies there
         with contextlib.suppress(Exception):  # of Triton, and of the compilers behind it
             if all(map(_same_results, run(tile), exact)):
                 times[tile] = milliseconds(tile)
@@ -7476,9 +7476,8 @@ def _candidates(name: str) -> list[tuple[int, ...]]:
     A lane holds 64 scores and 128 numbers of one output at most. Rows of some kernels follow from the group.
     """
     kernel, _, width = name.split("/")
-    by_group, most_keys = kernel in ("selected_by_query", "decode_scan", "decode_attend"), 128
-    if kernel.startswith("selected"):
-        most_keys = 64  # of one block
+    by_group = kernel in ("selected_by_query", "decode_scan", "decode_attend")
+    most_keys = 64 if kernel.startswith("selected") else 128  # keys of one block
     found = [tile[:4] for tile in _tiles_of(name)]
     for m, n, *_ in found[:]:
         sizes = [(m, n), (m, n // 2), (m, 2 * n)] + [(m // 2, n), (2 * m, n)] * (not by_group)
