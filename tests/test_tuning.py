@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import going, interpreted, needs_triton, slow
+from cases import compile_only, going, interpreted, launch, needs_triton, slow
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -187,6 +189,40 @@ def test_a_kernel_with_another_tile(kernel: str, monkeypatch: pytest.MonkeyPatch
     call = next(call for each, call in nsa._tuning_calls(CPU, torch.float16, 16, 128) if each == kernel)
     with going("by_index"):
         assert nsa._fastest_tile(name, default, tiles, call) == other
+
+
+def compile_together() -> None:
+    """Compile kernels side by side, and launch them: nothing is left to compile."""
+    from triton.runtime.jit import JITFunction
+
+    compile_only(("cuda", 90, 32), lambda *_: None)
+    nsa._compile_together(lambda: launch(4, 64, ("local", "select"), [512]))
+    late, do_compile = [], JITFunction._do_compile
+
+    def noted(self: JITFunction, *arguments: Any, **options: Any) -> Any:
+        late.append(self.fn.__name__)
+        return do_compile(self, *arguments, **options)
+
+    JITFunction._do_compile = noted
+    launch(4, 64, ("local", "select"), [512])
+    assert not late, late
+    launch(4, 32, ("local",), [512])
+    assert late
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(nsa.triton, "AsyncCompileMode"), reason="needs Triton 3.6 or later")
+def test_kernels_are_compiled_side_by_side(tmp_path: Path) -> None:
+    """Without a GPU; in a process of its own: in this one, kernels belong to the interpreter."""
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    script = "import test_tuning; test_tuning.compile_together()"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
