@@ -1299,6 +1299,7 @@ def tune(device: torch.device | str | None = None, dtype: torch.dtype = torch.bf
     Raises:
         ValueError: the kernels do not run on this device, or not for this dtype or head dim; the message says why.
         OSError: the folder cannot be made or written.
+        RuntimeError: a tile made the GPU fail, which no other call in this process survives; nothing was written.
     """
     _check_integer("dim_head", dim_head, 1)
     device, kernels = torch.device("cuda" if device is None else device), _BACKENDS.get("triton")
@@ -2108,9 +2109,10 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
                     return _in_rows(function, **given)
             return function(*arguments)
         except _CannotLaunch as failure:
-            if arguments[names.index("backend")] != "auto":
-                raise
-            _fall_back(failure, arguments[0])
+            if not _BACKENDS["triton"].untune(arguments[0].device):  # tiles are tuned in some of all calls only
+                if arguments[names.index("backend")] != "auto":
+                    raise
+                _fall_back(failure, arguments[0])
         return body(*arguments)  # not in the handler, where the failure holds the memory of the first attempt
 
     run = functools.partial(_run, body)
@@ -2456,7 +2458,7 @@ def _term_room(do: Tensor, kv_heads: int, branches: int, backend: str) -> Tensor
 
 
 def _kernel_terms(terms: Tensor, do: Tensor, kv_heads: int) -> Tensor:
-    """PyTorch's terms (B, T, 2·branches, H) in the layout of the kernels, whose rows are padded, and lse to the base 2."""
+    """PyTorch's terms (B, T, 2·branches, H) in the layout of the kernels: rows padded, lse to the base 2."""
     room = _term_room(do, kv_heads, terms.shape[2] // 2, "triton")
     _existing_rows(room, do).copy_(_scaled_lse(terms, _LOG2E).unflatten(3, (kv_heads, -1)))
     return room
@@ -3717,7 +3719,7 @@ def _main(arguments: Sequence[str] = ()) -> int:
     if options.tune:
         try:
             print(f"\nwritten to {tune(None, getattr(torch, options.dtype), options.dim_head)}")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             parser.error(str(error))
         return 0
     print(f"{'test':<12}{'result':<8}{'seconds':>8}   what")
@@ -7441,7 +7443,7 @@ def _fastest_tile(
 
     def build() -> None:
         for tile in candidates:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # which comes again with the launch
                 run(tile)
 
     candidates = list(dict.fromkeys((default, *_candidates(name))))
@@ -7451,9 +7453,13 @@ def _fastest_tile(
     for tile in candidates[1:]:
         poison = [torch.full_like(x, math.nan if x.is_floating_point() else -1) for x in exact]
         del poison  # from the memory that the next results get, so that none is right by what lies there
-        with contextlib.suppress(Exception):  # of Triton, and of the compilers behind it
+        try:
             if all(map(_same_results, run(tile), exact)):
                 times[tile] = milliseconds(tile)
+        except _CannotLaunch:
+            continue
+        except Exception as error:  # the GPU does nothing more in this process
+            raise RuntimeError(f"tile {tile} of {name} failed: {error}") from error
     best = min(times, key=times.__getitem__)
     before, after = milliseconds(default), milliseconds(best)  # side by side: a clock moves meanwhile
     if after > 0.98 * before:
@@ -7484,6 +7490,8 @@ def _candidates(name: str) -> list[tuple[int, ...]]:
         for (m_, n_), warps, stages in itertools.product(sizes, (4, 8), (2, 3, 4)):
             lanes = 32 * warps
             fits = m_ * n_ <= 64 * lanes and max(m_, n_) * int(width) <= 128 * lanes
+            if kernel.startswith("selected_backward"):  # with 16 rows in 8 warps, Triton 3.6 reads past shared memory
+                fits = fits and m_ >= 4 * warps
             if fits and 16 <= m_ <= 128 and 16 <= n_ <= most_keys:  # 128 as in `_term_room`
                 found.append((m_, n_, warps // 4 if kernel == "selected_by_query" else warps, stages))
     return list(dict.fromkeys(found))
