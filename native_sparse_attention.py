@@ -7681,11 +7681,9 @@ _BACKENDS["triton"] = _Backend(
     _triton_preferred,
     _triton_extends,
     _triton_compresses,
-    _triton_compress,
-    _triton_compress_backward,
-    prepare=_compile_together,
-    tune=_tune,
-    untune=_untune,
+    _compile_together,
+    _tune,
+    _untune,
 )
 
 
