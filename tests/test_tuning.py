@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -124,15 +125,19 @@ def off(x: float) -> Callable[[], list[Tensor]]:
     return lambda: [torch.tensor([1.0, x]), torch.tensor([1, 2])]
 
 
-def out_of_resources() -> list[Tensor]:
-    raise nsa.triton.runtime.errors.OutOfResources(300000, 232448, "shared memory")
+def does_not_fit() -> list[Tensor]:
+    raise nsa._CannotLaunch("out of resource: shared memory")
+
+
+def breaks_the_gpu() -> list[Tensor]:
+    raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
 
 WRONG = {
     "nan": off(float("nan")),
     "a_row_off": off(1.5),
     "other_blocks": lambda: [torch.tensor([1.0, 1.0]), torch.tensor([1, 3])],
-    "does_not_fit": out_of_resources,
+    "does_not_fit": does_not_fit,
 }
 
 
@@ -145,6 +150,13 @@ def test_a_tile_with_other_results_or_none_takes_forever(
     right = off(1.0)
     assert fastest(clock, lambda: (result if clock.tiles[NAME] == broken else right)()) == second
     assert broken not in clock.timed
+
+
+def test_a_tile_that_breaks_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = others(NAME)[1]
+    clock = Clock(monkeypatch, lambda tile: 1.0)
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(broken))} of {NAME} failed: Triton Error"):
+        fastest(clock, lambda: (breaks_the_gpu if clock.tiles[NAME] == broken else off(1.0))())
 
 
 def test_rows_that_see_nothing_are_alike() -> None:
