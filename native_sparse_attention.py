@@ -3997,7 +3997,7 @@ def _selftest_compressors() -> str:
 
         def run(precision: torch.dtype, on: str, of: nn.Module = compressor, given: Any = (x, upstream)) -> _Results:
             module, (x, upstream) = copy.deepcopy(of).to(precision), (y.to(precision) for y in given)
-            module.method.config = NSAConfig(use_flash=on == "triton")
+            module.method.config = NSAConfig(backend=on)
             leaves = {"input": x.requires_grad_(), **dict(module.method.named_parameters())}
             y = module(x, heads=True)
             gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
@@ -4023,7 +4023,7 @@ def _selftest_decoding() -> str:
         @torch.no_grad()
         def run(precision: torch.dtype, on: str, of: nn.Module = attention, x: Tensor = x) -> _Results:
             module = copy.deepcopy(of).to(precision)
-            module.cfg.use_flash = on == "triton"
+            module.cfg.backend = on
             cache, ends = NSACache(module.cfg, 2, 700, device=x.device, dtype=precision), (0, 600, 697, 698, 699, 700)
             pieces = (x[:, start:end].to(precision) for start, end in itertools.pairwise(ends))
             return {"output": torch.cat([module(piece, cache=cache) for piece in pieces], dim=1)}
@@ -4049,13 +4049,12 @@ def _speed() -> str:
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     sizes = {"local_window": 512, **_Choice(32, 16, 64, 16, 1, 2)._asdict()}
     random = lambda *shape: torch.randn(1, *shape, device="cuda", dtype=dtype, requires_grad=True)  # noqa: E731
-    results, on = [], "auto"
+    results = []
     for T in (4096, 32768):
         try:
             q, do, k, v = (random(T, heads, 128) for heads in (16, 16, 4, 4))
             k_cmp, v_cmp = (random(_compressed_count(T, 32, 16), 4, 128) for _ in range(2))
             gates = torch.rand(1, T, 16, 3, device="cuda", dtype=dtype, requires_grad=True)
-            on = "torch" if _choose_backend("auto", q, k, 128**-0.5) == "torch" else "triton"
             dense = lambda *x: F.scaled_dot_product_attention(  # noqa: E731
                 *(y.transpose(1, 2) for y in x), is_causal=True, enable_gqa=True
             ).transpose(1, 2)
@@ -4064,7 +4063,7 @@ def _speed() -> str:
             results.append(f"{T // 1024}k {ms:.2f} ms (dense {dense_ms:.2f}: {dense_ms / ms:.1f}×)")
         except torch.OutOfMemoryError:
             results.append(f"{T // 1024}k takes more memory than is free")
-    name = str(dtype).removeprefix("torch.")
+    name, on = str(dtype).removeprefix("torch."), which_backend("cuda", dtype, 128).name
     return f"speed: forward + backward, 16 query / 4 key heads, D 128, {name}, backend {on}: {', '.join(results)}"
 
 
