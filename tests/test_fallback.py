@@ -174,6 +174,21 @@ def test_training(
 
 
 @interpreted
+def test_terms_in_the_layout_of_the_other_backend(random: Random) -> None:
+    """Groups of three, which the kernels pad; a gate of 0 and a row that sees nothing, whose lse are infinite."""
+    do, *outputs = random((4, 2, 5, 6, 8), torch.float32).unbind()
+    lses, gates = list(random((3, 2, 5, 6), torch.float32).unbind()), random((2, 5, 6, 3), torch.float32).sigmoid()
+    lses[1][:, 0], gates[0, 1, 2, 0] = -torch.inf, 0.0
+    plain, by_kernel = (
+        of(do, outputs, lses, 2, gates=gates)[0] for of in (nsa._torch_preprocess, nsa._triton_preprocess)
+    )
+    torch.testing.assert_close(nsa._torch_terms(by_kernel, do), plain)
+    torch.testing.assert_close(nsa._torch_terms(nsa._kernel_terms(plain, do, 2), do), plain)
+    rows = [nsa._existing_rows(terms, do) for terms in (nsa._kernel_terms(plain, do, 2), by_kernel)]
+    torch.testing.assert_close(*rows)
+
+
+@interpreted
 @pytest.mark.parametrize("kernel", ["compress", "compress_dx"])
 @pytest.mark.parametrize("method", ["grouped_mlp", "conv1d"])
 def test_a_compressor_by_itself(kernel: str, method: str, plant: Any, random: Random) -> None:
