@@ -1026,7 +1026,7 @@ def test_a_kernel_that_does_not_fit(tile: str, kind: str, warm: bool, monkeypatc
     for seed in (1, 2):
         expected, _ = use.eager(seed)
         graph.replay()
-        assert_same(outputs, expected)
+        assert_same(outputs, expected, 0.01 if warm else 0.03)  # in the graph, other kernels work
     assert "out of resource" in nsa.which_backend(DEVICE, torch.bfloat16, 32).reason
     nsa._FAILURES.clear()
     monkeypatch.setattr(EVEN, "backend", "triton")
