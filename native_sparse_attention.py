@@ -6352,18 +6352,8 @@ def _triton_selected_backward(
 
 
 @_kernel
-def _project_tile(
-    x_ptr, w_ptr, bias_ptr, y_ptr, tile, rows, N: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y[:, n] = x·w[n] + bias[n] for BLOCK_N columns n."""
-    m, n = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.range(0, DIM, BLOCK_D, num_stages=STAGES):
-        d = first + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + m[:, None] * DIM + d[None, :], mask=(m < rows)[:, None] & (d < DIM)[None, :], other=0.0)
-        w = tl.load(w_ptr + n[None, :] * DIM + d[:, None], mask=(n < N)[None, :] & (d < DIM)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+def _store_columns(acc, bias_ptr, y_ptr, m, n, rows, N: tl.constexpr):
+    """y[m, n] = acc + bias[n], in the rows and columns that exist."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     y = acc.to(y_ptr.dtype.element_ty)
@@ -6372,28 +6362,39 @@ def _project_tile(
 
 @_kernel(do_not_specialize=["rows"])
 def _project_kernel(
-    x, q_weight, k_weight, v_weight, gate_weight, q_bias, k_bias, v_bias, gate_bias, q, k, v, gates, rows,
+    x_ptr, q_weight, k_weight, v_weight, gate_weight, q_bias, k_bias, v_bias, gate_bias, q, k, v, gates, rows,
     Q: tl.constexpr, KV: tl.constexpr, GATES: tl.constexpr, DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries, keys, values and gates of a few rows: a read of the weights, a few columns in each program."""
+    """Queries, keys, values and gates of a few rows, y[:, n] = x·w[n] + bias[n]: BLOCK_N columns n in each program.
+
+    One loop serves all layers, as each loop has buffers of its own.
+    """
     tile = tl.program_id(0)
-    q_tiles: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N
-    k_tiles: tl.constexpr = q_tiles + (KV + BLOCK_N - 1) // BLOCK_N
-    v_tiles: tl.constexpr = k_tiles + (KV + BLOCK_N - 1) // BLOCK_N
-    if tile < q_tiles:
-        _project_tile(x, q_weight, q_bias, q, tile, rows, Q, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)
-    elif tile < k_tiles:
-        tile -= q_tiles
-        _project_tile(x, k_weight, k_bias, k, tile, rows, KV, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)
-    elif tile < v_tiles:
-        tile -= k_tiles
-        _project_tile(x, v_weight, v_bias, v, tile, rows, KV, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)
+    k_tile: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N  # the first of the keys
+    v_tile: tl.constexpr = k_tile + (KV + BLOCK_N - 1) // BLOCK_N
+    gate_tile: tl.constexpr = v_tile + (KV + BLOCK_N - 1) // BLOCK_N
+    w_ptr = tl.where(tile < k_tile, q_weight, tl.where(tile < v_tile, k_weight, v_weight))
+    first = tl.where(tile < k_tile, 0, tl.where(tile < v_tile, k_tile, v_tile))
+    N = tl.where(tile < k_tile, Q, KV)
+    if GATES > 0:
+        w_ptr, first = tl.where(tile < gate_tile, w_ptr, gate_weight), tl.where(tile < gate_tile, first, gate_tile)
+        N = tl.where(tile < gate_tile, N, GATES)
+    m, n = tl.arange(0, BLOCK_M), (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d0 in tl.range(0, DIM, BLOCK_D, num_stages=STAGES):
+        d = d0 + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + m[:, None] * DIM + d[None, :], mask=(m < rows)[:, None] & (d < DIM)[None, :], other=0.0)
+        w = tl.load(w_ptr + n[None, :] * DIM + d[:, None], mask=(n < N)[None, :] & (d < DIM)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if tile < k_tile:
+        _store_columns(acc, q_bias, q, m, n, rows, Q)
+    elif tile < v_tile:
+        _store_columns(acc, k_bias, k, m, n, rows, KV)
+    elif tile < gate_tile:
+        _store_columns(acc, v_bias, v, m, n, rows, KV)
     elif GATES > 0:
-        tile -= v_tiles
-        _project_tile(
-            x, gate_weight, gate_bias, gates, tile, rows, GATES, DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION
-        )
+        _store_columns(acc, gate_bias, gates, m, n, rows, GATES)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -6402,8 +6403,7 @@ def _project_plan(
     precision: str,
 ) -> _Launch:  # fmt: skip
     constants = {"Q": sizes[0], "KV": sizes[1], "GATES": sizes[3], "DIM": dim, "BLOCK_M": _FEW, "BLOCK_N": 16}
-    stages = 1 + min(_shared_memory(device) >> 16, 3)  # 16 KiB each in the loop of each of four layers
-    constants |= {"BLOCK_D": 512 // dtype.itemsize, "STAGES": stages, "PRECISION": precision, "num_warps": 4}
+    constants |= {"BLOCK_D": 512 // dtype.itemsize, "STAGES": 4, "PRECISION": precision, "num_warps": 4}
     grid = (sum(_cdiv(size, constants["BLOCK_N"]) for size in sizes),)
     return _Launch(_project_kernel, grid, (rows,), **constants)
 
