@@ -4121,15 +4121,23 @@ except Exception:  # not installed, too old for tensor descriptors, or broken: t
 
 _AMD = torch.version.hip is not None  # a warp has 64 lanes there, and a program 1024
 
-# Tiles (BLOCK_M, BLOCK_N, warps, stages, KiB) of each kernel, for head dims up to 64, 128 and 256 in 16-bit types; one
-# row for all kernels in float32. A GPU takes the first tile that fits its shared memory. KiB are those of the smallest
-# GPU that a tile was built for: 227 are Hopper and B200, 163 A100, 99 other NVIDIA GPUs, 64 MI300. The first tiles are
-# tuned on an H200 by tests/benchmarks/gpu.py for head dims 64 and 128; of the others, none has run on its GPU. In the
-# query-outer kernel the warps are those of every 16 heads.
+# Tiles (BLOCK_M, BLOCK_N, warps, stages, KiB) of each kernel, for head dims up to 64, 128 and 256: in 16-bit types, and
+# in float32, whose products are exact and take no matrix unit. A GPU takes the first tile that fits its shared memory.
+# KiB are those of the smallest GPU that a tile was built for: 227 are Hopper, 163 A100 and B200, 99 other NVIDIA GPUs,
+# 64 MI300. The first tiles are tuned on an H200 and an H100; the others, chosen for few spilled registers, have not run
+# on their GPUs. In the query-outer kernel the warps are those of every 16 heads.
 _TILES = {
     "local_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((128, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
-    "local_dq": (((64, 32, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
-    "local_dkv": (((32, 64, 4, 3, 64),), ((32, 64, 4, 4, 64),), ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64))),
+    "local_dq": (
+        ((64, 32, 4, 3, 64),),
+        ((64, 64, 4, 2, 64),),
+        ((64, 64, 4, 2, 227), (64, 64, 8, 2, 163), (32, 32, 8, 2, 99), (32, 32, 4, 2, 64)),
+    ),
+    "local_dkv": (
+        ((32, 64, 4, 3, 64),),
+        ((32, 64, 4, 4, 64),),
+        ((64, 64, 8, 2, 227), (32, 64, 8, 2, 163), (32, 32, 8, 2, 99), (32, 32, 4, 2, 64)),
+    ),
     "compressed_forward": (
         ((64, 64, 4, 2, 64),),
         ((128, 64, 4, 2, 227), (128, 64, 8, 2, 64)),
@@ -4137,34 +4145,46 @@ _TILES = {
     ),
     "compressed_dq": (
         ((64, 64, 4, 2, 64),),
-        ((128, 64, 8, 3, 163), (128, 64, 8, 2, 64)),
-        ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+        ((128, 64, 8, 3, 163), (128, 64, 8, 2, 99), (64, 64, 4, 2, 64)),
+        ((128, 32, 8, 2, 227), (64, 64, 8, 2, 163), (32, 32, 8, 2, 99), (32, 32, 4, 2, 64)),
     ),
     "compressed_dkv": (
         ((64, 64, 4, 3, 64),),
-        ((64, 128, 8, 3, 163), (64, 128, 8, 2, 64)),
-        ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+        ((64, 128, 8, 3, 227), (64, 128, 8, 2, 99), (64, 64, 4, 2, 64)),
+        ((64, 64, 8, 2, 227), (32, 64, 8, 2, 163), (32, 32, 8, 2, 99), (32, 32, 4, 2, 64)),
     ),
     "scores": (((64, 128, 8, 2, 64),), ((64, 128, 8, 3, 64),), ((64, 64, 4, 2, 64),)),
-    "masked_forward": (((64, 64, 4, 3, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 2, 163), (64, 32, 8, 2, 64))),
+    "masked_forward": (
+        ((64, 64, 4, 3, 64),),
+        ((64, 64, 4, 2, 64),),
+        ((64, 64, 4, 1, 227), (64, 64, 8, 2, 163), (64, 32, 8, 2, 64)),
+    ),
     "masked_dq": (
         ((64, 64, 4, 3, 227), (64, 32, 4, 3, 64)),
         ((64, 64, 4, 2, 64),),
-        ((64, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+        ((64, 64, 4, 2, 227), (64, 64, 8, 2, 163), (32, 32, 8, 2, 99), (32, 32, 4, 2, 64)),
     ),
     "masked_dkv": (
         ((64, 64, 4, 2, 227), (32, 64, 4, 3, 64)),
-        ((64, 64, 4, 2, 64),),
-        ((32, 64, 8, 2, 163), (32, 32, 8, 2, 64)),
+        ((64, 64, 4, 2, 99), (32, 64, 4, 2, 64)),
+        ((64, 64, 8, 2, 227), (32, 64, 8, 2, 163), (32, 32, 8, 2, 99), (32, 32, 4, 2, 64)),
     ),
     "selected_by_query": (
         ((64, 64, 1, 2, 99),),  # by descriptor, which no GPU of less has
         ((64, 64, 1, 2, 99),),
         ((64, 64, 2, 2, 227), (64, 32, 2, 2, 99)),
     ),
-    "selected_by_block": (((64, 64, 4, 2, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 8, 1, 64),)),
-    "selected_backward": (((64, 64, 4, 2, 64),), ((32, 64, 4, 4, 163), (32, 64, 4, 3, 64)), ((16, 32, 8, 1, 64),)),
-    "selected_backward_large_group": (((64, 64, 4, 3, 64),), ((32, 64, 4, 3, 64),), ((16, 32, 8, 1, 64),)),
+    "selected_by_block": (((64, 64, 4, 2, 64),), ((64, 64, 4, 2, 64),), ((64, 64, 4, 1, 227), (64, 64, 8, 1, 64))),
+    "selected_backward": (
+        ((64, 64, 4, 2, 64),),
+        ((32, 64, 4, 4, 227), (32, 64, 8, 3, 99), (32, 64, 4, 3, 64)),
+        ((32, 32, 4, 2, 227), (16, 32, 4, 2, 99), (16, 32, 4, 1, 64)),
+    ),
+    "selected_backward_large_group": (
+        ((64, 64, 4, 3, 64),),
+        ((32, 64, 4, 3, 227), (32, 64, 8, 3, 99), (32, 64, 4, 3, 64)),
+        ((32, 32, 4, 2, 227), (16, 32, 4, 2, 99), (16, 32, 4, 1, 64)),
+    ),
     "decode_scan": (
         ((64, 64, 4, 3, 64),),
         ((64, 64, 4, 3, 99), (64, 64, 4, 2, 64)),
@@ -4175,13 +4195,30 @@ _TILES = {
         ((64, 64, 4, 3, 99), (64, 64, 4, 2, 64)),
         ((64, 64, 8, 2, 163), (64, 32, 8, 2, 64)),
     ),
-    "float32": (((32, 32, 8, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
+}
+_FLOAT32_TILES = {
+    "others": (((32, 32, 4, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
+    "compressed_dkv": (((32, 64, 8, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
+    "scores": (((32, 64, 8, 1, 64),), ((16, 64, 8, 1, 64),), ((16, 64, 8, 1, 99), (16, 16, 4, 1, 64))),
+    "selected_by_block": (
+        ((32, 64, 8, 1, 64),),
+        ((16, 64, 8, 1, 99), (16, 16, 4, 1, 64)),
+        ((16, 64, 8, 1, 163), (16, 16, 8, 1, 99), (16, 16, 4, 1, 64)),
+    ),
+    "selected_backward": (((32, 64, 8, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
+    "selected_backward_large_group": (((32, 64, 8, 1, 64),), ((16, 16, 4, 1, 64),), ((16, 16, 4, 1, 64),)),
+    "decode_scan": (((16, 64, 4, 1, 64),), ((16, 64, 4, 1, 99), (16, 16, 4, 1, 64)), ((16, 16, 4, 1, 64),)),
+    "decode_attend": (
+        ((16, 64, 4, 1, 64),),
+        ((16, 32, 4, 2, 99), (16, 16, 4, 1, 64)),
+        ((16, 16, 4, 2, 99), (16, 16, 4, 1, 64)),
+    ),
 }
 _LARGE_GROUP = 16  # query heads of a group that fill a tile of the matrix unit, which has 16 rows, by themselves
 
 # Compression: rows of blocks whose gradient of the weights one program sums up; tokens of a block that are enough for a
-# program.
-_COMPRESS_ROWS, _COMPRESS_TOKENS = 1024, 4
+# program; hidden units at a time where products take their operands from registers, of both layers.
+_COMPRESS_ROWS, _COMPRESS_TOKENS, _COMPRESS_UNITS = 1024, 4, (128, 64)
 
 # Bytes of memory that the intermediate results of one chunk of queries may take.
 _SCORE_BYTES = 256 << 20  # importance of selection blocks
@@ -4280,6 +4317,11 @@ def _multiplies_in_shared(device: torch.device) -> bool:
     return device.type != "cuda" or (not _AMD and _capability(device) // 10 in (9, 10, 11))
 
 
+def _has_tensor_memory(device: torch.device) -> bool:
+    """Whether products are summed in tensor memory, as on B200, which takes more shared memory for their operands."""
+    return device.type == "cuda" and not _AMD and _capability(device) // 10 in (10, 11)
+
+
 def _tile_name(kernel: str, D: int, dtype: torch.dtype) -> str:
     """Name of all that shares a tile of a kernel: "local_forward/16/128", by bits of a number and largest head dim."""
     return f"{kernel}/{8 * dtype.itemsize}/{64 if D <= 64 else 128 if D <= 128 else 256}"
@@ -4288,13 +4330,14 @@ def _tile_name(kernel: str, D: int, dtype: torch.dtype) -> str:
 def _tiles_of(name: str) -> tuple[tuple[int, ...], ...]:
     """The tiles in the table that go by this name."""
     kernel, bits, width = name.split("/")
-    of_kernel = _TILES[kernel]
-    return (of_kernel if bits == "16" else _TILES["float32"])[(64, 128, 256).index(int(width))]
+    row = _TILES[kernel] if bits == "16" else _FLOAT32_TILES.get(kernel, _FLOAT32_TILES["others"])
+    return row[(64, 128, 256).index(int(width))]
 
 
 def _first_tile(name: str, device: torch.device) -> tuple[int, ...]:
     """BLOCK_M, BLOCK_N, warps and stages: the first tile in the table that fits the GPU."""
     tiles, kib = _tiles_of(name), _shared_memory(device) >> 10
+    kib = min(kib, 163) if _has_tensor_memory(device) else kib
     return next((tile for tile in tiles if tile[4] <= kib), tiles[-1])[:4]
 
 
@@ -4498,10 +4541,11 @@ def _by_descriptor(q: Tensor, *described: Tensor) -> bool:
     """Whether kernels read these tensors through descriptors, which Hopper copies by itself, or by plain pointers.
 
     A descriptor costs the host time, which counts where there are few query rows; pointers cost registers, of which
-    wide heads leave none. Where products take their operands from registers, descriptors cost more of them.
+    wide heads leave none. Where products take their operands from registers, as in float32, descriptors cost more of
+    them.
     """
     B, T, H, D = q.shape
-    pays = B * T * H > _PLAIN_ROWS or D > 64
+    pays = q.dtype.itemsize == 2 and (B * T * H > _PLAIN_ROWS or D > 64)
     return pays and _multiplies_in_shared(q.device) and all(_addressable(x) for x in described)
 
 
@@ -4536,9 +4580,9 @@ def _offsets(strides, b, t, h):
 
 
 @_kernel
-def _load_rows(x_ptr, offsets, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x[offsets, :D] as a (len(offsets), BLOCK_D) tile, 0 where a row or a column does not exist."""
-    d = tl.arange(0, BLOCK_D)
+def _load_rows(x_ptr, offsets, exists, D: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
+    """x[offsets, first:D] as a (len(offsets), BLOCK_D) tile, 0 where a row or a column does not exist."""
+    d = first + tl.arange(0, BLOCK_D)
     return tl.load(x_ptr + offsets[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
 
 
@@ -4569,9 +4613,9 @@ def _load_queries(
 
 
 @_kernel
-def _store_rows(x_ptr, offsets, x, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x[offsets, :D] = the tile, where rows and columns exist."""
-    d = tl.arange(0, BLOCK_D)
+def _store_rows(x_ptr, offsets, x, exists, D: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
+    """x[offsets, first:D] = the tile, where rows and columns exist."""
+    d = first + tl.arange(0, BLOCK_D)
     pointers = x_ptr + offsets[:, None] + d[None, :]
     tl.store(pointers, x.to(x_ptr.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
 
@@ -7036,7 +7080,7 @@ def _triton_cached(
 # 14  Compression (eq. 7): the layers of a learned compressor
 #
 # Row r is head r % K of block c = r // K // B of sequence b, so that neighbours in a tile are the heads of one token,
-# which lie side by side. N hidden units, rounded up to BLOCK_N; where there is one layer only, they are the D outputs.
+# which lie side by side. N hidden units, BLOCK_N at a time; where there is one layer only, they are the D outputs.
 # A block is read token by token where it stands: no copy, with overlap neither. The gradient of a token has one summand
 # for each of the l/d blocks that it is in. Types of 16 bits only: of float32, the products are better left to cuBLAS.
 # Blocks of packed sequences begin where `of_key` says. Rows behind the last block read no token, which may be NaN, and
@@ -7107,20 +7151,23 @@ def _compress_kernel(
 ):  # fmt: skip
     """Part of w_in·(x + position) + b_in, of TOKENS tokens of each block; the first part has b_in."""
     row, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
-    n, exists = tl.arange(0, BLOCK_N), row < n_rows
+    exists = row < n_rows
     x_ptr, w_in_ptr = _of_compressor(x_ptr, x2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
     position_ptr, b_in_ptr = _of_compressor(position_ptr, position2_ptr), _of_compressor(b_in_ptr, b_in2_ptr)
     holds = row < _rows_of_blocks(n_rows, cu_keys, n_segments, K)
     first = _first_tokens(row, holds, B, of_key, x_strides, K, STRIDE)
-    b_in = tl.load(b_in_ptr + n, mask=n < tl.where(split == 0, N, 0), other=0.0).to(tl.float32)
-    hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + b_in[None, :]
-    for s in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, BLOCK)):
-        x = _load_positioned(x_ptr, position_ptr, first + s * x_strides[1], s, holds, D, BLOCK_D)
-        w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D)
-        hidden += tl.dot(x, tl.trans(w))
     size = tl.cast(n_rows, tl.int64) * N
     out_ptr += _compressor_offset(tl.num_programs(1) * size) + split * size
-    _store_rows(out_ptr, _block_offsets(row, B, out_strides, K, 1), hidden, exists, N, BLOCK_N)
+    out = _block_offsets(row, B, out_strides, K, 1)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        b_in = tl.load(b_in_ptr + n, mask=n < tl.where(split == 0, N, 0), other=0.0).to(tl.float32)
+        hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + b_in[None, :]
+        for s in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, BLOCK)):
+            x = _load_positioned(x_ptr, position_ptr, first + s * x_strides[1], s, holds, D, BLOCK_D)
+            w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D)
+            hidden += tl.dot(x, tl.trans(w))
+        _store_rows(out_ptr, out, hidden, exists, N, BLOCK_N, n0)
 
 
 @_kernel(do_not_specialize=["n_rows", "B"])
@@ -7137,24 +7184,28 @@ def _compress_output_kernel(
     y_rows = _block_offsets(row, B, y_strides, K, 1)
     if hidden_ptr is not None:
         hidden_ptr += _compressor_offset(size)
-    if parts_ptr is None:
-        hidden = _load_rows(hidden_ptr, rows, exists, N, BLOCK_N).to(tl.float32)
-    else:
+    if parts_ptr is not None:
         parts_ptr += _compressor_offset(SPLITS * size)
-        hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for split in tl.static_range(SPLITS):
-            hidden += _load_rows(parts_ptr + split * size, rows, exists, N, BLOCK_N)
-    if w_out_ptr is None:
-        _store_rows(y_ptr, y_rows, hidden, exists, D, BLOCK_D)
-    else:
-        if parts_ptr is not None:
-            _store_rows(hidden_ptr, rows, hidden, exists, N, BLOCK_N)
-        w = _load_rows(_of_compressor(w_out_ptr, w_out2_ptr), d * N, d < D, N, BLOCK_N)
+    y = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+    for n0 in tl.range(0, N, BLOCK_N, num_stages=1):
+        if parts_ptr is None:
+            hidden = _load_rows(hidden_ptr, rows, exists, N, BLOCK_N, n0).to(tl.float32)
+        else:
+            hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for split in tl.static_range(SPLITS):
+                hidden += _load_rows(parts_ptr + split * size, rows, exists, N, BLOCK_N, n0)
+        if w_out_ptr is None:
+            _store_rows(y_ptr, y_rows, hidden, exists, D, BLOCK_N, n0)
+        else:
+            if parts_ptr is not None:
+                _store_rows(hidden_ptr, rows, hidden, exists, N, BLOCK_N, n0)
+            w = _load_rows(_of_compressor(w_out_ptr, w_out2_ptr), d * N, d < D, N, BLOCK_N, n0)
+            active = (hidden * _gelu_cdf(hidden)).to(w.dtype)
+            # Turned, so that the units are the operand that the warps share: as the other, each would compute all.
+            y = tl.dot(w, tl.trans(active), y)
+    if w_out_ptr is not None:
         b_out = tl.load(_of_compressor(b_out_ptr, b_out2_ptr) + d, mask=d < D, other=0.0).to(tl.float32)
-        active = (hidden * _gelu_cdf(hidden)).to(w.dtype)
-        # Turned, so that the units are the operand that the warps share: as the other, each would compute all of them.
-        y = tl.trans(tl.dot(w, tl.trans(active))) + b_out[None, :]
-        _store_rows(y_ptr, y_rows, y, exists, D, BLOCK_D)
+        _store_rows(y_ptr, y_rows, tl.trans(y) + b_out[None, :], exists, D, BLOCK_D)
 
 
 @_kernel(do_not_specialize=["n_rows", "B"])
@@ -7169,12 +7220,13 @@ def _compress_dhidden_kernel(
     rows = _compressor_offset(tl.cast(n_rows, tl.int64) * N) + row.to(tl.int64) * N
     dy_rows = _block_offsets(row, B, dy_strides, K, 1)
     dy = _load_rows(_of_compressor(dy_ptr, dy2_ptr), dy_rows, exists, D, BLOCK_D)
-    w = _load_rows(_of_compressor(w_out_ptr, w_out2_ptr), d * N, d < D, N, BLOCK_N)
-    h = _load_rows(hidden_ptr, rows, exists, N, BLOCK_N).to(tl.float32)
-    cdf = _gelu_cdf(h)
-    slope = cdf + h * tl.exp2(h * h * (-0.5 * _TL_LOG2E)) * 0.3989422804014327
-    _store_rows(active_ptr, rows, h * cdf, exists, N, BLOCK_N)
-    _store_rows(dhidden_ptr, rows, tl.dot(dy, w) * slope, exists, N, BLOCK_N)
+    for n0 in tl.range(0, N, BLOCK_N, num_stages=1):
+        w = _load_rows(_of_compressor(w_out_ptr, w_out2_ptr), d * N, d < D, N, BLOCK_N, n0)
+        h = _load_rows(hidden_ptr, rows, exists, N, BLOCK_N, n0).to(tl.float32)
+        cdf = _gelu_cdf(h)
+        slope = cdf + h * tl.exp2(h * h * (-0.5 * _TL_LOG2E)) * 0.3989422804014327
+        _store_rows(active_ptr, rows, h * cdf, exists, N, BLOCK_N, n0)
+        _store_rows(dhidden_ptr, rows, tl.dot(dy, w) * slope, exists, N, BLOCK_N, n0)
 
 
 @_kernel(do_not_specialize=["n_blocks", "B", "T", "n_segments"])
@@ -7188,7 +7240,7 @@ def _compress_dx_kernel(
 
     The d tokens of a row are a tile of their segment: they begin where a block of it begins.
     """
-    row, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile, b, head = row // (B * K), row // K % B, row % K
     t, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, n_blocks, 1, STRIDE)
     last = t // STRIDE  # the last block that its tokens may be in
@@ -7197,13 +7249,15 @@ def _compress_dx_kernel(
     dx_rows, dh_rows = _offsets(dx_strides, b, token + t, head), _offsets(dh_strides, b, key + last, head)
     parts: tl.constexpr = BLOCK // STRIDE
     dx = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for step in range(TOKENS * parts):  # one loop, which is pipelined, for tokens and their blocks
-        s, part = tl.program_id(1) * TOKENS + step // parts, step % parts
+    unit_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    for step in range(TOKENS * parts * unit_tiles):  # one loop, which is pipelined, for tokens, their blocks and units
+        s, n0 = tl.program_id(1) * TOKENS + step // (parts * unit_tiles), step % unit_tiles * BLOCK_N
+        part, n = step // unit_tiles % parts, n0 + tl.arange(0, BLOCK_N)
         holds = (last >= part) & (last - part < keys)
-        dh = _load_rows(dh_ptr, dh_rows - part * dh_strides[1], holds, N, BLOCK_N)
+        dh = _load_rows(dh_ptr, dh_rows - part * dh_strides[1], holds, N, BLOCK_N, n0)
         w = _load_rows(w_in_ptr, (n * BLOCK + part * STRIDE + s) * D, n < N, D, BLOCK_D)
-        dx = tl.dot(dh, w, tl.where(part == 0, 0.0, dx))
-        complete = t + s < tl.where(part == parts - 1, tokens, 0)
+        dx = tl.dot(dh, w, tl.where(step % (parts * unit_tiles) == 0, 0.0, dx))
+        complete = t + s < tl.where(step % (parts * unit_tiles) == parts * unit_tiles - 1, tokens, 0)
         _store_rows(dx_ptr, dx_rows + s * dx_strides[1], dx, complete, D, BLOCK_D)
 
 
@@ -7224,7 +7278,7 @@ def _compress_dw_kernel(
     s, split = tl.program_id(0), tl.program_id(1)
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, _rows_of_blocks(n_rows, cu_keys, n_segments, K))
-    d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
     size: tl.constexpr = BLOCK * D * (N + 1) + N + (0 if active_ptr is None else D * (N + 1))
     dposition = out_ptr + _compressor_offset(tl.num_programs(1) * size) + split * size
     dw_in = dposition + BLOCK * D
@@ -7232,35 +7286,39 @@ def _compress_dw_kernel(
     ones = tl.full([BLOCK_M, 16], 1.0, x_ptr.dtype.element_ty)
     if s < BLOCK:
         dh_ptr, x_ptr = _of_compressor(dh_ptr, dh2_ptr), _of_compressor(x_ptr, x2_ptr) + s * x_strides[1]
-        dw, sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, 16], tl.float32)
-        for r in range(start, end, BLOCK_M):
-            row = r + tl.arange(0, BLOCK_M)
-            dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), row < end, N, BLOCK_N)
-            tokens = _first_tokens(row, row < end, B, of_key, x_strides, K, STRIDE)
-            x = _load_rows(x_ptr, tokens, row < end, D, BLOCK_D)
-            dw += tl.dot(tl.trans(dh), x)
-            sums += tl.dot(tl.trans(dh), ones)
-        db = tl.sum(sums, axis=1) / 16
         position_ptr, w_in_ptr = _of_compressor(position_ptr, position2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
-        position = tl.load(position_ptr + s * D + d, mask=d < D, other=0.0).to(tl.float32)
-        _store_rows(dw_in, (n * BLOCK + s) * D, dw + db[:, None] * position[None, :], n < N, D, BLOCK_D)
-        w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D).to(tl.float32)
-        dp = tl.sum(w * db[:, None], axis=0)
+        dp = tl.zeros([BLOCK_D], tl.float32)
+        for n0 in range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            dw, sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, 16], tl.float32)
+            for r in range(start, end, BLOCK_M):
+                row = r + tl.arange(0, BLOCK_M)
+                dh = _load_rows(dh_ptr, _block_offsets(row, B, dh_strides, K, 1), row < end, N, BLOCK_N, n0)
+                tokens = _first_tokens(row, row < end, B, of_key, x_strides, K, STRIDE)
+                x = _load_rows(x_ptr, tokens, row < end, D, BLOCK_D)
+                dw += tl.dot(tl.trans(dh), x)
+                sums += tl.dot(tl.trans(dh), ones)
+            db = tl.sum(sums, axis=1) / 16
+            position = tl.load(position_ptr + s * D + d, mask=d < D, other=0.0).to(tl.float32)
+            _store_rows(dw_in, (n * BLOCK + s) * D, dw + db[:, None] * position[None, :], n < N, D, BLOCK_D)
+            w = _load_rows(w_in_ptr, (n * BLOCK + s) * D, n < N, D, BLOCK_D).to(tl.float32)
+            dp += tl.sum(w * db[:, None], axis=0)
+            if s == 0:
+                tl.store(db_in + n, db.to(out_ptr.dtype.element_ty), mask=n < N)
         tl.store(dposition + s * D + d, dp.to(out_ptr.dtype.element_ty), mask=d < D)
-        if s == 0:
-            tl.store(db_in + n, db.to(out_ptr.dtype.element_ty), mask=n < N)
     elif active_ptr is not None:
         dy_ptr, active_ptr = _of_compressor(dy_ptr, dy2_ptr), active_ptr + _compressor_offset(n_rows * N)
-        dw_2, sums_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
-        for r in range(start, end, BLOCK_M):
-            row = r + tl.arange(0, BLOCK_M)
-            dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), row < end, D, BLOCK_D)
-            active = _load_rows(active_ptr, row.to(tl.int64) * N, row < end, N, BLOCK_N)
-            dw_2 += tl.dot(tl.trans(dy), active)
-            sums_2 += tl.dot(tl.trans(dy), ones)
-        db_2 = tl.sum(sums_2, axis=1) / 16
-        _store_rows(db_in + N, d * N, dw_2, d < D, N, BLOCK_N)
-        tl.store(db_in + N + D * N + d, db_2.to(out_ptr.dtype.element_ty), mask=d < D)
+        for n0 in range(0, N, BLOCK_N):
+            dw_2, sums_2 = tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_D, 16], tl.float32)
+            for r in range(start, end, BLOCK_M):
+                row = r + tl.arange(0, BLOCK_M)
+                dy = _load_rows(dy_ptr, _block_offsets(row, B, dy_strides, K, 1), row < end, D, BLOCK_D)
+                active = _load_rows(active_ptr, row.to(tl.int64) * N, row < end, N, BLOCK_N, n0)
+                dw_2 += tl.dot(tl.trans(dy), active)
+                sums_2 += tl.dot(tl.trans(dy), ones)
+            db_2 = tl.sum(sums_2, axis=1) / 16
+            _store_rows(db_in + N, d * N, dw_2, d < D, N, BLOCK_N, n0)
+            tl.store(db_in + N + D * N + d, db_2.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def _alike(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -7274,14 +7332,16 @@ def _compress_constants(
     rows: int, K: int, D: int, N: int, block: int, stride: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of the kernels that know blocks, and of those that do not. Few rows are cut into smaller tiles."""
-    units, many, columns = _block_d(N), rows > 2048, max(_block_d(N), _block_d(D))
-    wide, weights, limit = units > 128, units * _block_d(D), _shared_memory(device) // 2
+    wide, many = _block_d(N) > 128, rows > 2048
+    whole = _multiplies_in_shared(device)  # registers do not hold all units at once
+    units, output_units = (_block_d(N) if whole else min(_block_d(N), most) for most in _COMPRESS_UNITS)
+    weights, columns, limit = units * _block_d(D), max(units, _block_d(D)), _shared_memory(device) // 2
     tiles = [(m, stages) for m in ((64, 32) if many else (32,)) for stages in ((2,) if wide and many else (3, 2))]
     fits = [(m, n) for m, n in tiles if (n - 1) * (weights + m * columns) + m * columns <= limit]
-    block_m, stages = fits[0]  # see `_weights_fit`
-    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": units, "BLOCK_M": 32 if many else 16}
+    block_m, stages = fits[0]
+    layer = {"K": K, "D": D, "BLOCK_D": _block_d(D), "N": N, "BLOCK_N": output_units, "BLOCK_M": 32 if many else 16}
     layer |= {"num_warps": 8 if wide else 4, "num_stages": stages}
-    return layer | {"BLOCK": block, "STRIDE": stride, "BLOCK_M": block_m}, layer
+    return layer | {"BLOCK": block, "STRIDE": stride, "BLOCK_M": block_m, "BLOCK_N": units}, layer
 
 
 class _CompressPlan(NamedTuple):
@@ -7641,15 +7701,11 @@ def _triton_obstacle(
     return None
 
 
-def _weights_fit(units: int, D: int, size: int, device: torch.device) -> bool:
-    """Whether the weights of a token, a tile of numbers of this size, leave room for the tokens that they multiply."""
-    return _block_d(units) * _block_d(D) * size <= _shared_memory(device) * 2 // 3
-
-
 def _triton_extends(k: Tensor, units: int) -> bool:
     """Whether a step compresses by itself: where the weights of a token are not too many to be read so often."""
     D, size = k.shape[3], k.element_size()
-    return units * D * size <= 2**16 and _weights_fit(units, D, size, k.device)
+    tile = _block_d(units) * _block_d(D) * size  # which must leave room for the tokens that it multiplies
+    return units * D * size <= 2**16 and tile <= _shared_memory(k.device) * 2 // 3
 
 
 def _triton_compresses(x: Tensor, weight: Tensor, backend: str) -> bool:
@@ -7658,7 +7714,7 @@ def _triton_compresses(x: Tensor, weight: Tensor, backend: str) -> bool:
     served = cast or x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     if not served or _triton_unserved(x.device) is not None or (backend == "auto" and not _triton_preferred(x.device)):
         return False
-    return x.shape[-1] <= 128 and _weights_fit(2 * x.shape[-1], x.shape[-1], 2, x.device)
+    return x.shape[-1] <= 128
 
 
 _BACKENDS["triton"] = _Backend(

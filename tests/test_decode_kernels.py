@@ -81,7 +81,8 @@ def test_any_number_of_parts(processors: int, random: Random, monkeypatch: pytes
 @interpreted
 def test_blocks_that_nothing_but_their_left_weighs(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compressed blocks reach three selection blocks far, from one tile of scores into the next; no block is forced."""
-    monkeypatch.setitem(nsa._TILES, "float32", (((16, 16, 4, 1, 64),),) * 3)
+    for name in ("decode_scan", "decode_attend"):
+        monkeypatch.setitem(nsa._FLOAT32_TILES, name, (((16, 16, 4, 1, 64),),) * 3)
     case = Case("reaching", T=81, H=3, K=1, D=16, block_size=16, stride=4, topk_blocks=10, local_blocks=0)
     check(case, Step((76, 76, 81), (4, 4, 4)), random, torch.float32)
 

@@ -203,11 +203,12 @@ def test_versions(version: str, direct: bool) -> None:
 @pytest.mark.parametrize("kib", [227, 163, 99, 64])
 def test_a_gpu_takes_the_first_tile_that_fits(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nsa, "_shared_memory", lambda device: (kib << 10) + 512)
-    for name, D, dtype in itertools.product(nsa._TILES, (64, 80, 256), (torch.float16, torch.float32)):
+    others = dict.fromkeys(nsa._TILES, nsa._FLOAT32_TILES["others"])
+    tables = (torch.float16, nsa._TILES), (torch.float32, others | nsa._FLOAT32_TILES)
+    for (dtype, table), name, (i, D) in itertools.product(tables, nsa._TILES, enumerate((64, 80, 256))):
         if kib == 64 and name == "selected_by_query":
             continue
-        tiles = nsa._TILES["float32" if dtype == torch.float32 else name][[64, 80, 256].index(D)]
-        made = nsa._constants(name, 4, 2, D, dtype, "ieee", torch.device("cpu"))
+        tiles, made = table[name][i], nsa._constants(name, 4, 2, D, dtype, "ieee", torch.device("cpu"))
         made = tuple(made[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
         fitting = [tile[:4] for tile in tiles if tile[4] <= kib]
         assert made == fitting[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import compile_only, disassemble, launch, needs_triton
+from cases import compile_only, cuobjdump, launch, needs_triton
 
 import native_sparse_attention as nsa
 
@@ -36,25 +36,22 @@ EVERYTHING = ("local", "compressed", "masked", "selective", "select", "decode", 
 INDEX = {"count_pairs", "place_pairs", "cut_tiles"}
 WITHOUT_PRODUCTS = INDEX | {"preprocess", "merge_slots", "sum_tiles", "sum_slots", "choose"}
 WITHOUT_PRODUCTS |= {"append"}  # unless a step compresses, which it does where the weights fit
-# Registers that a kernel may keep in memory, by head dim; 4 bytes each, of the 255 or, on AMD's, 512 of a lane.
-SPILLS = {64: 64, 128: 400, 256: 800}
-MORE = {"compress_output": 3000}  # 2605 on sm_80 at head dim 128, where the weights are an operand in registers
+# Registers that a kernel may keep in memory, by head dim; 4 bytes each, of the 255 or, on AMD's, 512 of a lane. On an
+# H100, the fastest tiles of head dim 256 keep up to 198, those of float32 up to 98 at head dims up to 128.
+SPILLS = {64: 100, 128: 100, 256: 200}
 
-# (target, dtype, head dim) of each build: a cover, of ten minutes of one core. sm_80, sm_86 and sm_89 have the same
-# products, sm_86, sm_89 and sm_120 the same shared memory; head dim 64 has room everywhere; test_kernels.py builds for
-# sm_90 at head dims 64 and 128. NSA_ALL_TARGETS=1 builds all, which takes an hour of one core.
+# (target, dtype, head dim) of each build: a cover, of five minutes of one core. sm_80, sm_86 and sm_89 have the same
+# products, sm_86, sm_89 and sm_120 the same shared memory; bfloat16 and float16 take the same tiles; head dim 64 has
+# room everywhere; test_kernels.py builds for sm_90 at head dims 64 and 128. Most pairs of a target and a head dim are
+# left out, and float32 but for one build. NSA_ALL_TARGETS=1 builds all, which takes an hour of one core.
 COVER = [
     "sm_80 bfloat16 128",
-    "sm_86 bfloat16 128",
-    "sm_86 float32 256",
-    "sm_89 float16 64",
-    "sm_90 bfloat16 256",
+    "sm_86 bfloat16 256",
+    "sm_89 float32 64",
+    "sm_90 float16 256",
     "sm_100 bfloat16 128",
-    "sm_100 bfloat16 256",
-    "sm_120 bfloat16 256",
+    "sm_120 float16 128",
     "gfx942 bfloat16 128",
-    "gfx942 bfloat16 256",
-    "gfx942 float32 256",
 ]
 ALL = [f"{target} {dtype} {D}" for target in TARGETS for dtype in ("bfloat16", "float16", "float32") for D in SPILLS]
 BUILDS = ALL if os.environ.get("NSA_ALL_TARGETS") == "1" else COVER
@@ -68,12 +65,13 @@ def build(name: str, folder: str) -> None:
 
     def take(kernel: str, options: dict[str, Any], compiled: Any) -> None:
         code = compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
-        found = {"shared": compiled.metadata.shared, "products": sum(code.count(word) for word in matrix_unit)}
         if target[0] == "cuda":
-            machine = disassemble(compiled.asm["cubin"], Path(folder) / "kernel.cubin")
-            found["spills"] = 0 if machine is None else machine["STL"]
+            usage = cuobjdump("-res-usage", compiled.asm["cubin"], Path(folder) / "kernel.cubin") or "STACK:0"
+            spills = int(re.search(r"STACK:(\d+)", usage)[1]) // 4
         else:
-            found["spills"] = int(re.search(r"\.vgpr_spill_count: +(\d+)", code)[1])
+            spills = int(re.search(r"\.vgpr_spill_count: +(\d+)", code)[1])
+        products = sum(code.count(word) for word in matrix_unit)
+        found = {"shared": compiled.metadata.shared, "products": products, "spills": spills}
         result.setdefault(kernel, []).append(found)
 
     compile_only(target, take)
@@ -81,6 +79,7 @@ def build(name: str, folder: str) -> None:
     nsa._shared_memory = lambda device: kib << 10
     nsa._has_descriptors = lambda device: target[0] == "cuda" and target[1] >= 90
     nsa._multiplies_in_shared = lambda device: target[0] == "cuda" and target[1] in (90, 100)
+    nsa._has_tensor_memory = lambda device: target[0] == "cuda" and target[1] == 100
     nsa._PLAIN_ROWS = 0  # descriptors where there are any
     kinds = [kind for kind in EVERYTHING if kind != "compress" or (dtype != "float32" and int(D) <= 128)]
     G = 16 if int(D) < 256 else 64  # the largest tiles of the kernels that take a whole group at once
@@ -122,7 +121,6 @@ def test_kernels_for(name: str, builds: dict[str, Future]) -> None:
     for kernel, versions in kernels.items():
         for found in versions:
             assert found["shared"] <= kib << 10, f"{kernel} takes {found['shared']} bytes of {kib} KiB"
-            spills = MORE.get(kernel, SPILLS[int(D)])
-            assert found["spills"] <= spills, f"{kernel} stores {found['spills']} spilled registers, more than {spills}"
+            assert found["spills"] <= SPILLS[int(D)], f"{kernel} keeps {found['spills']} registers in memory"
         if kernel not in WITHOUT_PRODUCTS and dtype != "float32":  # whose products are exact
             assert any(found["products"] for found in versions), f"{kernel} does without the matrix unit"

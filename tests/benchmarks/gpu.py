@@ -601,7 +601,7 @@ def sweep_decode(shapes: list[tuple[int, int]]) -> None:
 
     present = times()
     print("present:", " ".join(f"{t:.1f}" for t in present), "at (batch, tokens)", *shapes, flush=True)
-    for name in [name for name in nsa._TILES if name.startswith("decode_")]:
+    for name in ("decode_scan", "decode_attend"):
         rows = []
         for values in itertools.product(*VARIANTS.values()):
             set_tiles(name, values)
