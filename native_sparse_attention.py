@@ -147,8 +147,8 @@ class NSAConfig:
         bias: True: projections, feed-forward and norms have biases.
         ffn_mult: hidden width of the feed-forward, in units of dim.
         use_flash: True: accelerated kernels where they exist; False: plain PyTorch everywhere, as backend = "torch".
-        recompute: True: the backward computes the local branch's output again, which takes some 3 % of the time, in
-            place of keeping it: a tensor as large as the queries.
+        recompute: True: the backward computes the local branch's output again, in 2 to 6 % of the time, in place of
+            keeping it: a tensor as large as the queries.
         backend: "auto", "torch" or "triton", as in `local_attention`. With "torch" no kernel of this file runs in the
             module; with "triton" its attention runs in kernels, or an error says why not. The last three fields may be
             changed at any time, and take effect with the next forward.
