@@ -1192,7 +1192,7 @@ def select_blocks(
     _check_choice(choice)
     on = _choose_backend(backend, q, k_cmp, scale, choice)
     segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
-    return _select(q, k_cmp, lse, *segments.tables(), on, *choice, scale)
+    return _select(q, k_cmp, lse, *segments.tables(), on, *choice, scale, 0)
 
 
 def selective_attention(
@@ -1319,21 +1319,25 @@ def tune(device: torch.device | str | None = None, dtype: torch.dtype = torch.bf
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
     v_local: Tensor | None, *, local_window: int, choice: _Choice, segments: _Segments, scale: float, backend: str,
-    recompute: bool,
+    recompute: bool, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve."""
+    """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve.
+
+    Queries begin at position `first`, and keys at 0.
+    """
     on = _choose_backend(backend, q, k, scale, choice)
-    flash = _flash_attention(q, backend, on, segments)
+    flash = _flash_attention(q, backend, on, segments) if q.shape[1] == k.shape[1] else None
     if flash is not None:  # it has a backward of its own, so that the branches are joined by autograd
         local = (k, v) if k_local is None else (k_local, v_local)
         o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
         span = _Span(0, choice.block_size, choice.stride)  # torch 2.8 does not trace a NamedTuple's property
         o_compressed, lse = _branch(on, span, scale, segments, q, k_cmp, v_cmp)
-        chosen = _select(q, k_cmp, lse.detach(), *segments.tables(), on, *choice, scale)
+        chosen = _select(q, k_cmp, lse.detach(), *segments.tables(), on, *choice, scale, 0)
         o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, segments, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-    return _apply(_AttentionFunction, (on, local_window, *choice, scale, recompute), *segments.tables(), *tensors)[0]
+    settings = (on, local_window, *choice, scale, recompute, first)
+    return _apply(_AttentionFunction, settings, *segments.tables(), *tensors)[0]
 
 
 def _branch(
@@ -1341,7 +1345,7 @@ def _branch(
     block_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse of one branch on a backend: over spans of keys, or over the blocks that are chosen."""
-    return _apply(_BranchFunction, (on, *span, scale), *segments.tables(), *_apart(q, k, v), block_indices)
+    return _apply(_BranchFunction, (on, *span, scale, 0), *segments.tables(), *_apart(q, k, v), block_indices)
 
 
 def _obstacle(
@@ -1976,12 +1980,16 @@ def _row_terms(terms: Tensor) -> list[_RowTerms]:
 class _Backend(NamedTuple):
     """All that a backend must bring. `segments` are packed sequences; PyTorch on a CPU is given rows instead.
 
-    span_forward(q, k, v, span, scale, segments) → o, lse
-    span_backward(do, terms, q, k, v, span, scale, dq, segments) → dq, dk, dv; added to the dq that is given
-    select(q, k_cmp, lse, choice, scale, segments) → block_indices
-    selected_forward(q, k, v, block_indices, l', scale, gated, segments, index) → o, lse, and the gated sum of all
+    Queries may begin at a position `first`, of keys that begin at 0: PyTorch takes a number for all rows, or a tensor
+    of one for each row; the kernels take a tensor.
+
+    span_forward(q, k, v, span, scale, segments, first) → o, lse
+    span_backward(do, terms, q, k, v, span, scale, dq, segments, first) → dq, dk, dv; added to the dq that is given
+    select(q, k_cmp, lse, choice, scale, segments, first) → block_indices
+    selected_forward(q, k, v, block_indices, l', scale, gated, segments, first, index) → o, lse, and the gated sum of all
         branches where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
-    selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments, index) → dq, dk, dv; likewise
+    selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments, first, index) → dq, dk, dv;
+        likewise
         `index`: memory from `_index_room`, in which a forward may leave to its backward what it has worked out
     preprocess(do, outputs, lses, kv_heads, gates, dlse) → terms, which `_row_terms` takes apart, and dgates
     decode(q, tokens, blocks, logits, first, of_token, window, choice, scale) → o
@@ -2233,11 +2241,16 @@ class _PackedRows(NamedTuple):
 
 
 def _backend(
-    backend: str, x: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None
-) -> tuple[_Backend, dict[str, _Segments]]:
-    """The backend, and the argument `segments` for its functions where sequences are packed."""
-    packed = {} if cu_seqlens is None else {"segments": _Segments(cu_seqlens, cu_keys, of_token)}
-    return _serving(backend, x), packed
+    backend: str, x: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, first: int = 0
+) -> tuple[_Backend, dict[str, Any]]:
+    """The backend, and for its functions `segments` where sequences are packed, `first` where queries begin later."""
+    on, at = _serving(backend, x), {}
+    if cu_seqlens is not None:
+        at["segments"] = _Segments(cu_seqlens, cu_keys, of_token)
+    if first > 0:
+        numbers = {"dtype": torch.int32, "device": x.device}
+        at["first"] = first if on is _BACKENDS["torch"] else torch.full((x.shape[0],), first, **numbers)
+    return on, at
 
 
 @_operator
@@ -2336,13 +2349,13 @@ def _fake_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 def _branch_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
-    window: int, block_size: int, stride: int, scale: float,
+    window: int, block_size: int, stride: int, scale: float, first: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse over the blocks of `block_size` tokens that are chosen; without a choice, over the spans."""
-    on, packed = _backend(backend, q, cu_seqlens, cu_keys, of_token)
+    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
     if block_indices is None:
-        return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **packed)
-    return on.selected_forward(q, k, v, block_indices, block_size, scale, **packed)[:2]
+        return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **at)
+    return on.selected_forward(q, k, v, block_indices, block_size, scale, **at)[:2]
 
 
 @_fake_of(_branch_forward)
@@ -2357,16 +2370,16 @@ torch.library.register_autograd(_branch_forward.operator, _refuse_gradients, lib
 def _branch_backward(
     do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
-    window: int, block_size: int, stride: int, scale: float,
+    window: int, block_size: int, stride: int, scale: float, first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    on, packed = _backend(backend, do, cu_seqlens, cu_keys, of_token)
+    on, at = _backend(backend, do, cu_seqlens, cu_keys, of_token, first)
     (terms,) = _row_terms(on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)[0])
     if block_indices is None:
         span = _Span(window, block_size, stride)
-        dq, dk, dv = on.span_backward(do, terms, q, k, v, span, scale, **packed)
+        dq, dk, dv = on.span_backward(do, terms, q, k, v, span, scale, **at)
     else:
-        dq, dk, dv = on.selected_backward(do, terms, q, k, v, block_indices, block_size, scale, **packed)
+        dq, dk, dv = on.selected_backward(do, terms, q, k, v, block_indices, block_size, scale, **at)
     return dq.to(q.dtype).contiguous(), dk, dv
 
 
@@ -2380,12 +2393,12 @@ def _select(
     q: Tensor, k_cmp: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float,
+    scale: float, first: int,
 ) -> Tensor:  # fmt: skip
     """block_indices."""
-    on, packed = _backend(backend, q, cu_seqlens, cu_keys, of_token)
+    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    return on.select(q, k_cmp, lse, choice, scale, **packed)
+    return on.select(q, k_cmp, lse, choice, scale, **at)
 
 
 @_fake_of(_select)
@@ -2394,13 +2407,15 @@ def _(q: Tensor, k_cmp: Tensor, *others: Any) -> Tensor:
     return q.new_empty(*q.shape[:2], k_cmp.shape[2], topk_blocks, dtype=torch.int32)
 
 
-def _index_room(q: Tensor, K: int, S: int, select_block_size: int, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+def _index_room(
+    q: Tensor, k: Tensor, S: int, select_block_size: int, cu_seqlens: Tensor | None, backend: str
+) -> Tensor:
     """Memory for an index: four numbers of each block, one of each slot of a query; none for PyTorch's backend."""
-    B, T = q.shape[:2]
+    (B, T), (T_keys, K) = q.shape[:2], k.shape[1:3]
     if backend == "torch":
         return q.new_empty(B, T, 0, dtype=torch.int32)
     more = 1 if cu_seqlens is None else cu_seqlens.shape[0]
-    blocks = T // select_block_size + more  # as many as there are, or one more
+    blocks = T_keys // select_block_size + more  # as many as there are, or one more
     return q.new_empty(B * K * (4 * blocks + T * S), dtype=torch.int32)
 
 
@@ -2410,21 +2425,21 @@ def _attention_forward(
     k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float, recompute: bool,
+    scale: float, recompute: bool, first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o; o of the local, the compressed and the selective branch; their lse; block_indices, and an index of them.
 
-    The first of the branches is empty where the backward is to `recompute` it.
+    The first of the branches is empty where the backward is to `recompute` it. Queries begin at position `first`.
     """
-    on, packed = _backend(backend, q, cu_seqlens, cu_keys, of_token)
+    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
-    o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **packed)
-    o_compressed, lse_compressed = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, **packed)
-    chosen = on.select(q, k_cmp, lse_compressed, choice, scale, **packed)
-    index = _index_room(q, k.shape[2], topk_blocks, select_block_size, cu_seqlens, backend)
+    o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **at)
+    o_compressed, lse_compressed = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, **at)
+    chosen = on.select(q, k_cmp, lse_compressed, choice, scale, **at)
+    index = _index_room(q, k, topk_blocks, select_block_size, cu_seqlens, backend)
     o_selective, lse_selective, o = on.selected_forward(
-        q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), index=index, **packed
+        q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), index=index, **at
     )
     o_local = q.new_empty(*q.shape[:2], 0) if recompute else o_local
     return o, o_local, o_compressed, o_selective, lse_local, lse_compressed, lse_selective, chosen, index
@@ -2436,11 +2451,11 @@ def _(
     k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float, recompute: bool,
+    scale: float, recompute: bool, first: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     outputs, lses = map(list, zip(*(_fake_output(q) for _ in range(3)), strict=True))
     chosen = q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
-    index = _index_room(q, k.shape[2], topk_blocks, select_block_size, cu_seqlens, backend)
+    index = _index_room(q, k, topk_blocks, select_block_size, cu_seqlens, backend)
     outputs[0] = q.new_empty(*q.shape[:2], 0) if recompute else outputs[0]
     return *_fake_like(q), *outputs, *lses, chosen, index
 
@@ -2507,23 +2522,23 @@ def _attention_backward(
     do: Tensor, terms: Tensor, block_indices: Tensor, index: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_local: Tensor | None, v_local: Tensor | None,
     cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
-    block_size: int, stride: int, select_block_size: int, scale: float,
+    block_size: int, stride: int, select_block_size: int, scale: float, first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dk_cmp, dv_cmp, dk_local, dv_local; the last two are empty where k and v serve all.
 
     The branches add up their dq in place.
     """
-    on, packed = _backend(backend, do, cu_seqlens, cu_keys, of_token)
+    on, at = _backend(backend, do, cu_seqlens, cu_keys, of_token, first)
     terms = _torch_terms(terms, do) if _fell_back(on, backend) else terms
     local, compressed, selective = _row_terms(terms)
     own_keys = k_local is not None
     keys = (k_local, v_local) if own_keys else (k, v)
-    dq, dk_local, dv_local = on.span_backward(do, local, q, *keys, _Span(local_window), scale, **packed)
+    dq, dk_local, dv_local = on.span_backward(do, local, q, *keys, _Span(local_window), scale, **at)
     span = _Span(0, block_size, stride)
-    dq, dk_cmp, dv_cmp = on.span_backward(do, compressed, q, k_cmp, v_cmp, span, scale, dq=dq, **packed)
+    dq, dk_cmp, dv_cmp = on.span_backward(do, compressed, q, k_cmp, v_cmp, span, scale, dq=dq, **at)
     sums = {"dq": dq} if own_keys else {"dq": dq, "dk": dk_local, "dv": dv_local}
     dq, dk, dv = on.selected_backward(
-        do, selective, q, k, v, block_indices, select_block_size, scale, index=index, **sums, **packed
+        do, selective, q, k, v, block_indices, select_block_size, scale, index=index, **sums, **at
     )
     if not own_keys:
         dk_local, dv_local = k.new_empty(0), v.new_empty(0)
@@ -2621,7 +2636,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 class _BranchFunction(torch.autograd.Function):
     """One branch → o, lse. Saves its arguments and results, never a probability.
 
-    settings: backend, window, block_size, stride, scale.
+    settings: backend, window, block_size, stride, scale, first.
     """
 
     @staticmethod
@@ -2647,7 +2662,7 @@ class _BranchFunction(torch.autograd.Function):
 class _AttentionFunction(torch.autograd.Function):
     """Gated sum of the branches → o, and what backward reads.
 
-    settings: backend, window, the six numbers of a `_Choice`, scale, recompute.
+    settings: backend, window, the six numbers of a `_Choice`, scale, recompute, first.
     """
 
     @staticmethod
@@ -2670,7 +2685,7 @@ class _AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if do is None:  # o took no part in what is differentiated
             return (None,) * 12
-        backend, window, block_size, stride, select_block_size, *_, scale, recompute = ctx.settings
+        backend, window, block_size, stride, select_block_size, *_, scale, recompute, first = ctx.settings
         saved = ctx.saved_tensors
         if not _traced():
             ctx.maybe_clear_saved_tensors()  # the outputs of the branches are freed with the last name for them
@@ -2680,10 +2695,10 @@ class _AttentionFunction(torch.autograd.Function):
         with torch.no_grad():
             if recompute:
                 keys = (k, v) if k_local is None else (k_local, v_local)
-                outputs[0], _ = _branch_forward(q, *keys, None, *segments, backend, *_Span(window), scale)
+                outputs[0], _ = _branch_forward(q, *keys, None, *segments, backend, *_Span(window), scale, first)
             terms, dgates = _gated_terms(do, *outputs, *lses, gates, k.shape[2], backend)
             del outputs
-            settings = (*segments, backend, window, block_size, stride, select_block_size, scale)
+            settings = (*segments, backend, window, block_size, stride, select_block_size, scale, first)
             tensors = (q, k, v, k_cmp, v_cmp, k_local, v_local)
             *gradients, dk_local, dv_local = _attention_backward(do, terms, block_indices, index, *tensors, *settings)
         local = (dk_local, dv_local) if own_keys else (None, None)
@@ -3214,10 +3229,10 @@ def _torch_span_forward(
 
 def _torch_span_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
-    segments: _Segments | None = None,
+    segments: _Segments | None = None, first: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, added to the one that is given; dk, dv."""
-    like, at = q, _placed(q, k, span, segments, 0)
+    like, at = q, _placed(q, k, span, segments, first)
     dq = _wide_zeros(q) if dq is None else dq
     rows = _Rows(q, do, *terms).map(lambda x: _grouped(at.spread(x), k.shape[2]))
     k, v, dq_rows = k.unsqueeze(3), v.unsqueeze(3), _grouped(at.spread(dq), k.shape[2])
@@ -3425,11 +3440,12 @@ def _torch_selected_forward(
 def _torch_selected_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
     scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    segments: _Segments | None = None, index: Tensor | None = None,
+    segments: _Segments | None = None, first: int | Tensor = 0, index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given."""
-    dq = _wide_zeros(q) if dq is None else dq
-    block_indices = _without_free_slots(block_indices, _selection_count(q.shape[1], select_block_size))
+    dq, by_query = _wide_zeros(q) if dq is None else dq, _by_query(q, segments, first)
+    tokens = k.shape[1] if isinstance(first, Tensor) else first + q.shape[1]
+    block_indices = _without_free_slots(block_indices, _selection_count(tokens, select_block_size))
     group, dim = q.shape[2] // k.shape[2], q.shape[3]
     rows = _Rows(q, do, *terms).map(lambda x: x.reshape(-1, group, *x.shape[3:]))  # (B·T·K, G, ·)
     keys, values, dq_rows = k.reshape(-1, 1, dim), v.reshape(-1, 1, dim), dq.view(-1, group, dim)
@@ -3437,7 +3453,7 @@ def _torch_selected_backward(
     dk, dv = wide(dk, keys), wide(dv, values)
     for chunk in _row_chunks(block_indices, group * dim):
         settings = (block_indices, chunk, k.shape[1], select_block_size, group, dq)
-        for tiles in _row_tiles(*settings, segments) if _by_query(q, segments) else _pair_tiles(*settings):
+        for tiles in _row_tiles(*settings, segments, first) if by_query else _pair_tiles(*settings, first):
             tile_rows = rows.map(lambda x, index=tiles.row: _gather(x, index))
             # pairs that only fill up a tile have no gradient
             tile_rows.lse.unflatten(1, (-1, group)).masked_fill_(tiles.spare[..., None], math.inf)
@@ -4898,12 +4914,12 @@ def _span(t, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @_kernel
-def _span_of_key(key, T, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
-    """(first, end): the queries [first, end) see the key."""
+def _span_of_key(key, past, T, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """(first, end): of T queries behind a past, [first, end) see the key."""
     end = key * 0 + T
     if WINDOW > 0:
-        end = tl.minimum(key + WINDOW, T)
-    return key * STRIDE + (BLOCK - 1), end
+        end = tl.maximum(tl.minimum(key + WINDOW - past, T), 0)
+    return tl.maximum(key * STRIDE + (BLOCK - 1) - past, 0), end
 
 
 @_kernel
@@ -4923,15 +4939,15 @@ def _key_tiles(
 
 @_kernel
 def _query_tiles(
-    key_low, key_high, T, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr,
+    key_low, key_high, past, T, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the query rows that see any of the keys key_low..key_high: (first, first full, end of full, end).
 
     Every row of a full one sees all keys.
     """
-    first, full_end = _span_of_key(key_low, T, WINDOW, BLOCK, STRIDE)
-    full, end = _span_of_key(key_high, T, WINDOW, BLOCK, STRIDE)
+    first, full_end = _span_of_key(key_low, past, T, WINDOW, BLOCK, STRIDE)
+    full, end = _span_of_key(key_high, past, T, WINDOW, BLOCK, STRIDE)
     first, end = tl.minimum(first, T) * GROUP_PAD // BLOCK_M, tl.cdiv(end * GROUP_PAD, BLOCK_M)
     full = tl.minimum(tl.cdiv(tl.minimum(full, T) * GROUP_PAD, BLOCK_M), end)
     return first, full, tl.maximum(full_end * GROUP_PAD // BLOCK_M, full), end
@@ -5055,8 +5071,8 @@ def _span_forward_kernel(
 
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_dq_kernel(
-    do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, by_mask, n_segments,
-    T, C, Z, term_stride, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr,
+    do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, first_ptr, by_mask,
+    n_segments, T, C, Z, term_stride, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -5081,8 +5097,9 @@ def _span_dq_kernel(
     term = z.to(tl.int64) * term_stride + token * GROUP_PAD + n
     lse, delta = tl.load(lse_ptr + term), tl.load(delta_ptr + term)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first, end = _span(t, WINDOW, BLOCK, STRIDE)
-    t_low, t_high = row // GROUP_PAD, tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
+    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1))
+    first, end = _span(past + t, WINDOW, BLOCK, STRIDE)
+    t_low, t_high = past + row // GROUP_PAD, past + tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
     if S > 0:
         slots = _load_slots(blocks_ptr, block_strides, b, token + t, k, exists, S)
@@ -5116,7 +5133,7 @@ def _span_dq_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
 def _span_dkv_kernel(
     do_from, q_from, k_from, v_from, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
-    cu_keys, by_mask, n_segments, T, C, Z, term_stride, key_tiles, tiles_per_split, scale, do_strides, q_strides,
+    cu_keys, first_ptr, by_mask, n_segments, T, C, Z, term_stride, key_tiles, tiles_per_split, scale, do_strides, q_strides,
     k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr,
     SELECT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -5135,7 +5152,8 @@ def _span_dkv_kernel(
         if start >= written:
             return
     key_high = tl.minimum(start + BLOCK_N, keys) - 1
-    first, full, full_end, end = _query_tiles(start, key_high, tokens, GROUP_PAD, BLOCK_M, WINDOW, BLOCK, STRIDE)
+    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1))
+    first, full, full_end, end = _query_tiles(start, key_high, past, tokens, GROUP_PAD, BLOCK_M, WINDOW, BLOCK, STRIDE)
     low, high = split * tiles_per_split, (split + 1) * tiles_per_split
     if PACKED:  # its own rows are split
         splits = tl.num_programs(0) // (Z * key_tiles)
@@ -5146,7 +5164,7 @@ def _span_dkv_kernel(
     k_tile = _load_keys(k_from, k_strides, b, k, key + start, C, D, BLOCK_D, BLOCK_N)
     v_tile = _load_keys(v_from, v_strides, b, k, key + start, C, D, BLOCK_D, BLOCK_N)
     i = start + tl.arange(0, BLOCK_N)  # a neighbour's keys stay in their rows
-    t_first, t_end = _span_of_key(i, tokens, WINDOW, BLOCK, STRIDE)
+    t_first, t_end = _span_of_key(i, past, tokens, WINDOW, BLOCK, STRIDE)
     lse_ptr, delta_ptr = lse_ptr + z.to(tl.int64) * term_stride, delta_ptr + z.to(tl.int64) * term_stride
     row0, rows = token * GROUP_PAD, tokens * GROUP_PAD
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -5235,9 +5253,9 @@ def _span_backward_plan(
     scale: float, select_block_size: int, precision: str,
 ) -> tuple[_Launch, _Launch, int]:  # fmt: skip
     """Launches for dq, over tiles of queries, and for dk and dv, over tiles of keys and splits of the queries."""
-    ((B, T, H, _), q_strides, _, device), ((_, C, K, _), *_), _, chosen, (_, do_strides, *_) = layout
+    ((B, T, H, _), q_strides, _, device), ((_, C, K, _), *_), _, chosen, (_, do_strides, *_), _ = layout
     block_strides = chosen and chosen[1]
-    q, k, v, _, do = layout
+    q, k, v, _, do, _ = layout
     constants = _span_constants("dq", layout, span, select_block_size, precision)
     tiles = _tile_count(T * constants["GROUP_PAD"], constants["BLOCK_M"], segments)
     views = {i: _key_view(x, constants["BLOCK_N"]) for i, x in ((2, k), (3, v)) if described}
@@ -5296,7 +5314,7 @@ def _span_forward(
 
 def _triton_span_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float, dq: Tensor | None = None,
-    segments: _Segments | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+    segments: _Segments | None = None, first: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
     block_indices: Tensor | None = None, select_block_size: int = 0, by_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given; where `by_mask` says no, those themselves."""
@@ -5307,16 +5325,16 @@ def _triton_span_backward(
     do, q, k, v = _unit_stride(do), _unit_stride(q), _unit_stride(k), _unit_stride(v)
     chosen = _unit_stride(block_indices) if masked else None
     *offsets, n = _span_offsets(segments, span, masked)
-    layout, add = _layout(q, k, v, chosen, do), (dq is not None, dk is not None)
+    layout, add = _layout(q, k, v, chosen, do, first), (dq is not None, dk is not None)
     settings = (n, terms.lse.stride(1), span, scale, select_block_size, _precision(q))
     launch_dq, launch_dkv, splits = _span_backward_plan(layout, _by_descriptor(q, do, q, k, v), *add, *settings)
     dq = _empty(q) if dq is None else dq
-    launch_dq(do, q, k, v, *terms, dq, chosen, *offsets, by_mask)
+    launch_dq(do, q, k, v, *terms, dq, chosen, *offsets, first, by_mask)
     if splits > 1:
         dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32).unbind()
     elif dk is None:
         dk, dv = _empty(k), _empty(k)
-    launch_dkv(do, q, k, v, *terms, dk, dv, *given, chosen, *offsets, by_mask)
+    launch_dkv(do, q, k, v, *terms, dk, dv, *given, chosen, *offsets, first, by_mask)
     if splits > 1:
         dk, dv = dk.sum(0).to(k.dtype), dv.sum(0).to(k.dtype)
         if by_mask is not None and given[0] is not None:
@@ -6089,9 +6107,12 @@ def _large_group(q: Tensor, K: int) -> bool:
     return q.shape[2] // K >= _LARGE_GROUP and q.dtype.itemsize == 2 and _has_descriptors(q.device)
 
 
-def _forward_made_index(q: Tensor, K: int, S: int, select_block_size: int, segments: _Segments | None) -> bool:
+def _forward_made_index(
+    q: Tensor, K: int, S: int, select_block_size: int, segments: _Segments | None, first: Tensor | None
+) -> bool:
     """Whether the forward made an index, by shapes alone. Where the backward has one chunk, it has no more."""
-    return not _large_group(q, K) and _by_mask("forward", q, K, S, select_block_size, segments) is False
+    by_index = first is not None or _by_mask("forward", q, K, S, select_block_size, segments) is False
+    return by_index and not _large_group(q, K)
 
 
 def _block_count(T: int, select_block_size: int, segments: int) -> int:
@@ -6180,10 +6201,10 @@ def _triton_selected_forward(
 # Backward ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "n_pairs", "t0", "z0"])
+@_kernel(do_not_specialize=["n_segments", "T_keys", "n_blocks", "n_tiles", "n_pairs", "t0", "z0"])
 def _selected_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, pairs_ptr, table_ptr, block_ptr, dq_part, dk_part, dv_part,
-    cu_seqlens, n_segments, T, n_blocks, n_tiles, n_pairs, term_stride, t0, z0, scale,
+    cu_seqlens, first_ptr, n_segments, T_keys, n_blocks, n_tiles, n_pairs, term_stride, t0, z0, scale,
     do_strides, q_strides, k_strides, v_strides,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, SELECT: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -6198,7 +6219,8 @@ def _selected_gradient_kernel(
         return
     b, k = z // K, z % K
     first_pair, first, end = _rows_of_tile(table_ptr + (z.to(tl.int64) * n_blocks + j) * 4, tile, GROUP, SIZE)
-    begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
+    begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T_keys, SELECT)
+    past = _past(first_ptr, b, T_keys)
     s = begin + split * BLOCK_N + tl.arange(0, BLOCK_N)
     in_block = s < tl.minimum(block_end, begin + SELECT)
     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), in_block, D, BLOCK_D)
@@ -6214,7 +6236,7 @@ def _selected_gradient_kernel(
     for r in range(first, end, BLOCK_M):
         row = r + tl.arange(0, BLOCK_M)
         exists = row < end
-        t = tl.where(exists, t0 + pair // S, -1)
+        t = tl.where(exists, past + t0 + pair // S, -1)
         term = (t0 + pair // S) * GROUP_PAD + row % GROUP
         q = _load_rows(q_ptr, _offsets(q_strides, 0, t0 + pair // S, row % GROUP), exists, D, BLOCK_D)
         do = _load_rows(do_ptr, _offsets(do_strides, 0, t0 + pair // S, row % GROUP), exists, D, BLOCK_D)
@@ -6240,9 +6262,9 @@ def _selected_gradient_kernel(
     _store_rows(dv_part, out * D, dv, in_block, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["n_segments", "T", "n_blocks", "n_tiles", "z0"])
+@_kernel(do_not_specialize=["n_segments", "T_keys", "n_blocks", "n_tiles", "z0"])
 def _sum_tiles_kernel(
-    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, by_mask, n_segments, T, n_blocks, n_tiles, z0,
+    dk_part, dv_part, table_ptr, dk_ptr, dv_ptr, cu_seqlens, by_mask, n_segments, T_keys, n_blocks, n_tiles, z0,
     K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SELECT: tl.constexpr, ROOM: tl.constexpr,
     BLOCK_N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -6255,9 +6277,9 @@ def _sum_tiles_kernel(
     j, z = tl.program_id(0), z0 + tl.program_id(2)
     i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     entry_ptr = table_ptr + (z.to(tl.int64) * n_blocks + j) * 4
-    begin, end = _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT)
+    begin, end = _tokens_of_block(j, cu_seqlens, n_segments, T_keys, SELECT)
     in_block = (i < SELECT) & (begin + i < end)
-    out = (((z // K).to(tl.int64) * T + begin + i) * K + z % K) * D
+    out = (((z // K).to(tl.int64) * T_keys + begin + i) * K + z % K) * D
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if ADD:
         dk += _load_rows(dk_ptr, out, in_block, D, BLOCK_D)
@@ -6271,9 +6293,9 @@ def _sum_tiles_kernel(
     _store_rows(dv_ptr, out, dv, in_block, D, BLOCK_D)
 
 
-@_kernel(do_not_specialize=["T", "n_tokens", "t0", "z0"])
+@_kernel(do_not_specialize=["T", "T_keys", "n_tokens", "t0", "z0"])
 def _sum_slots_kernel(
-    dq_part, block_indices, dq_ptr, of_token, by_mask, T, n_tokens, t0, z0, strides,
+    dq_part, block_indices, dq_ptr, of_token, first_ptr, by_mask, T, T_keys, n_tokens, t0, z0, strides,
     K: tl.constexpr, GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -6284,7 +6306,7 @@ def _sum_slots_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
-    _, position = _position_of_token(t, z // K, of_token, None, T, T, exists)
+    _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
     part = (tl.program_id(1).to(tl.int64) * n_tokens + row // GROUP) * (S * SPLITS * GROUP) + row % GROUP
     out = (((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP) * D
@@ -6305,15 +6327,15 @@ def _selected_backward_plan(
 ) -> tuple[int, list[tuple[_IndexPlan, int, list[tuple[_Launch, _Launch, _Launch]]]]]:  # fmt: skip
     """Rows of partial dq; for each chunk of queries its index and rows of partial dk, and for each of key heads the
     launches for parts and their sums."""
-    ((B, T, H, D), q_strides, dtype, device), (_, k_strides, *_), (_, v_strides, *_), *others = layout
-    ((_, _, K, S), strides, *_), (_, do_strides, *_), _ = others
-    G = H // K
+    ((B, T, H, D), q_strides, dtype, device), (k_shape, k_strides, *_), (_, v_strides, *_), *others = layout
+    ((_, _, K, S), strides, *_), (_, do_strides, *_), *_ = others
+    T_keys, G = k_shape[1], H // K
     large = G >= _LARGE_GROUP
     kernel = "selected_backward_large_group" if large else "selected_backward"
     constants = _selected_constants(kernel, H, K, D, S, select_block_size, dtype, precision, device)
     keys, merge_rows = constants["BLOCK_N"], _merge_rows(D)
     splits, size = _cdiv(select_block_size, keys), _SUM_ROWS[large] if dtype.itemsize == 2 else _SUM_ROWS_FLOAT32
-    n_blocks = _block_count(T, select_block_size, segments)
+    n_blocks = _block_count(T_keys, select_block_size, segments)
     heads, queries = _partial_chunk(B * K, T, S * splits, G * D * dtype.itemsize)
     sizes = {name: constants[name] for name in ("K", "D", "BLOCK_D", "SELECT")}
     constants |= {"GROUP_PAD": _power_of_2(G), "SIZE": size, "SPLITS": splits}
@@ -6324,14 +6346,14 @@ def _selected_backward_plan(
     for t0, n_tokens in _pieces(T, queries):
         index = _index_plan(others[0], t0, n_tokens, n_blocks, select_block_size, size, G)
         n_tiles, launches = index.block[1], []
-        numbers, add_dk = (segments, T, n_blocks, n_tiles), add_dk or t0 > 0
+        numbers, add_dk = (segments, T_keys, n_blocks, n_tiles), add_dk or t0 > 0
         for z0, n_heads in _pieces(B * K, heads):
             more = (n_tokens * S, term_stride, t0, z0, scale, do_strides, q_strides, k_strides, v_strides)
             merge_grid = (_cdiv(n_tokens * G, merge_rows), n_heads)
             gradient = _Launch(_selected_gradient_kernel, (n_tiles, splits, n_heads), (*numbers, *more), **constants)
             grid, last = (n_blocks, pieces, n_heads), (*numbers, z0)
             sum_tiles = _Launch(_sum_tiles_kernel, grid, last, ADD=add_dk, **tile_sizes)
-            last = (T, n_tokens, t0, z0, strides)
+            last = (T, T_keys, n_tokens, t0, z0, strides)
             sum_slots = _Launch(_sum_slots_kernel, merge_grid, last, ADD=add_dq, **slot_sizes)
             launches.append((gradient, sum_tiles, sum_slots))
         chunks.append((index, heads * n_tiles * splits * keys, launches))
@@ -6341,21 +6363,21 @@ def _selected_backward_plan(
 def _triton_selected_backward(
     do: Tensor, terms: _RowTerms, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, select_block_size: int,
     scale: float, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
-    segments: _Segments | None = None, index: Tensor | None = None,
+    segments: _Segments | None = None, first: Tensor | None = None, index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, added to those that are given. A block's sums are made by its own programs, in a fixed order."""
     K, S = block_indices.shape[2:]
     add = (dq is not None, dk is not None)
-    by_mask = _by_mask("backward", q, K, S, select_block_size, segments)
+    by_mask = first is None and _by_mask("backward", q, K, S, select_block_size, segments)
     flag = by_mask if isinstance(by_mask, Tensor) else None
     if by_mask is not False:
         masked = (block_indices, select_block_size, flag)
-        dq, dk, dv = _triton_span_backward(do, terms, q, k, v, _Span(0), scale, dq, segments, dk, dv, *masked)
+        dq, dk, dv = _triton_span_backward(do, terms, q, k, v, _Span(0), scale, dq, segments, None, dk, dv, *masked)
     if by_mask is True:
         return dq, dk, dv
     do, q, k, v, block_indices = (_unit_stride(x) for x in (do, q, k, v, block_indices))
     of_token, cu_seqlens, n = _token_tables(segments)
-    layout = _layout(q, k, v, block_indices, do, of_token)
+    layout = _layout(q, k, v, block_indices, do, of_token, first)
     settings = (n, terms.lse.stride(1), select_block_size, scale, *add, _precision(q))
     dq_rows, chunks = _selected_backward_plan(layout, *settings)
     dq = _empty(q) if dq is None else dq
@@ -6363,14 +6385,15 @@ def _triton_selected_backward(
     dk, dv = (_empty(k, sum_dtype) if x is None else x.to(sum_dtype).contiguous() for x in (dk, dv))
     dq_part = q.new_empty(dq_rows, q.shape[3])
     made = index is not None and len(chunks) == 1 and by_mask is False
-    made = made and _forward_made_index(q, K, S, select_block_size, segments)
+    made = made and _forward_made_index(q, K, S, select_block_size, segments, first)
     for index_plan, dk_rows, launches in chunks:
-        pairs = _cut_again(index_plan, index) if made else _index_pairs(index_plan, block_indices, of_token, None, flag)
+        given = (block_indices, of_token, first, flag)
+        pairs = _cut_again(index_plan, index) if made else _index_pairs(index_plan, *given)
         dk_part, dv_part = q.new_empty(2, dk_rows, q.shape[3], dtype=torch.float32).unbind()
         for gradient, sum_tiles, sum_slots in launches:
-            gradient(do, q, k, v, *terms, *pairs, dq_part, dk_part, dv_part, cu_seqlens)
+            gradient(do, q, k, v, *terms, *pairs, dq_part, dk_part, dv_part, cu_seqlens, first)
             sum_tiles(dk_part, dv_part, pairs.table, dk, dv, cu_seqlens, flag)
-            sum_slots(dq_part, block_indices, dq, of_token, flag)
+            sum_slots(dq_part, block_indices, dq, of_token, first, flag)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

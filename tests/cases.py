@@ -765,10 +765,10 @@ def launch(
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
         settings = (*tables[:3], "triton", 512)
         with going("by_index"):
-            _, *outputs, indices, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
+            _, *outputs, indices, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False, 0)
             terms, _ = nsa._gated_terms(q, *outputs, gates, K, "triton")
             keys = (q, k, k, k_cmp, k_cmp, None, None)
-            nsa._attention_backward(q, terms, indices, index, *keys, *settings, *choice[:3], scale)
+            nsa._attention_backward(q, terms, indices, index, *keys, *settings, *choice[:3], scale, 0)
     if "decode" in launched:
         (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
         on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)

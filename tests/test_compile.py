@@ -523,26 +523,34 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
     do, choice, scale = turned(torch.randn_like(q)), list(case.choice.values()), 0.3
     own_keys = {"attention": (None, None), "own keys": (turned(k), turned(v))}
     spans = {"local": (k, v, (case.window, 1, 1)), "compressed": (k_cmp, v_cmp, (0, *choice[:2]))}
-    lse = nsa._branch_forward(q, k_cmp, v_cmp, None, *NOT_PACKED, backend, *spans["compressed"][2], scale)[1]
-    select = q, k_cmp, lse, *NOT_PACKED, backend, *choice, scale
+    lse = nsa._branch_forward(q, k_cmp, v_cmp, None, *NOT_PACKED, backend, *spans["compressed"][2], scale, 0)[1]
+    select = q, k_cmp, lse, *NOT_PACKED, backend, *choice, scale, 0
     made: Calls = {"select": (nsa._select, select)}
     branches = {name: ((q, keys, values, None), span) for name, (keys, values, span) in spans.items()}
     branches["selective"] = (q, k, v, nsa._select(*select)), (0, choice[2], choice[2])
     for name, (tensors, span) in branches.items():
-        settings = *NOT_PACKED, backend, *span, scale
+        settings = *NOT_PACKED, backend, *span, scale, 0
         o, lse = nsa._branch_forward(*tensors, *settings)
         made[f"{name} forward"] = nsa._branch_forward, (*tensors, *settings)
         made[f"{name} backward"] = nsa._branch_backward, (do, torch.randn_like(lse), o, lse, *tensors, *settings)
     for name, local in own_keys.items():
         tensors, settings = (q, k, v, k_cmp, v_cmp, gates, *local), (*NOT_PACKED, backend, case.window)
-        _, *outputs, chosen, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False)
+        _, *outputs, chosen, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False, 0)
         for recompute in (False, True):
-            forward = (*tensors, *settings, *choice, scale, recompute)
+            forward = (*tensors, *settings, *choice, scale, recompute, 0)
             made[f"{name} forward" + ", recomputed" * recompute] = nsa._attention_forward, forward
         made[f"{name} terms"] = nsa._gated_terms, (do, *outputs, gates, case.K, backend)
         keys, terms = (q, k, v, k_cmp, v_cmp, *local), nsa._gated_terms(*made[f"{name} terms"][1])[0]
-        backward = (do, terms, chosen, index, *keys, *settings, *choice[:3], scale)
+        backward = (do, terms, chosen, index, *keys, *settings, *choice[:3], scale, 0)
         made[f"{name} backward"] = nsa._attention_backward, backward
+    later, settings = [x[:, 3:] for x in (q, do, gates)], (*NOT_PACKED, backend, case.window)  # queries from 3 on
+    tensors = (k, v, k_cmp, v_cmp)
+    forward = (later[0], *tensors, later[2], None, None, *settings, *choice, scale, False, 3)
+    made["attention forward, later"] = nsa._attention_forward, forward
+    _, *outputs, chosen, index = nsa._attention_forward(*forward)
+    terms = nsa._gated_terms(later[1], *outputs, later[2], case.K, backend)[0]
+    backward = (later[1], terms, chosen, index, later[0], *tensors, None, None, *settings, *choice[:3], scale, 3)
+    made["attention backward, later"] = nsa._attention_backward, backward
     return made
 
 

@@ -314,7 +314,7 @@ def test_the_way_that_does_not_work_leaves_all_as_it_is(random: Random, poisoned
         assert o.isnan().all()
     given = [random(t.shape, torch.float16) for t in tensors]
     sums = [t.clone() for t in given]
-    of = (nsa._Span(0), 0.1, sums[0], None, *sums[1:], chosen, 8, by_index)
+    of = (nsa._Span(0), 0.1, sums[0], None, None, *sums[1:], chosen, 8, by_index)
     for dx, was in zip(nsa._triton_span_backward(x["q"], terms, *tensors, *of), given, strict=True):
         assert torch.equal(dx, was)
     plan = nsa._index_plan(nsa._layout(chosen)[0], 0, case.T, 5, 8, 64, 3)
