@@ -1986,8 +1986,8 @@ class _Backend(NamedTuple):
     span_forward(q, k, v, span, scale, segments, first) → o, lse
     span_backward(do, terms, q, k, v, span, scale, dq, segments, first) → dq, dk, dv; added to the dq that is given
     select(q, k_cmp, lse, choice, scale, segments, first) → block_indices
-    selected_forward(q, k, v, block_indices, l', scale, gated, segments, first, index) → o, lse, and the gated sum of all
-        branches where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
+    selected_forward(q, k, v, block_indices, l', scale, gated, segments, first, index) → o, lse, and the gated sum of
+        all branches where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
     selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments, first, index) → dq, dk, dv;
         likewise
         `index`: memory from `_index_room`, in which a forward may leave to its backward what it has worked out
@@ -5072,10 +5072,10 @@ def _span_forward_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "C"])
 def _span_dq_kernel(
     do_ptr, q_ptr, k_from, v_from, lse_ptr, delta_ptr, dq_ptr, blocks_ptr, cu_seqlens, cu_keys, first_ptr, by_mask,
-    n_segments, T, C, Z, term_stride, scale, do_strides, q_strides, k_strides, v_strides, block_strides, K: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    n_segments, T, C, Z, term_stride, scale, do_strides, q_strides, k_strides, v_strides, block_strides,
+    K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
+    BLOCKS: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_t = scale·sum_i ds_ti k_i, ds_ti = p_ti (do_t·v_i − delta_t), p_ti = exp(scale·q_t·k_i − lse_t).
 
@@ -5133,10 +5133,11 @@ def _span_dq_kernel(
 @_kernel(do_not_specialize=["n_segments", "T", "C", "key_tiles", "tiles_per_split"])
 def _span_dkv_kernel(
     do_from, q_from, k_from, v_from, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_given, dv_given, blocks_ptr, cu_seqlens,
-    cu_keys, first_ptr, by_mask, n_segments, T, C, Z, term_stride, key_tiles, tiles_per_split, scale, do_strides, q_strides,
-    k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr,
-    SELECT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    cu_keys, first_ptr, by_mask, n_segments, T, C, Z, term_stride, key_tiles, tiles_per_split, scale, do_strides,
+    q_strides, k_strides, v_strides, block_strides, K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    S: tl.constexpr, SELECT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv_i = sum_t p_ti do_t and dk_i = scale·sum_t ds_ti q_t, over a split of the rows; the first adds those given."""
     if _other_way_works(by_mask, True):
