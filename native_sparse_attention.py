@@ -17,7 +17,7 @@ so that a token reads about T/d + S·l' + W keys in place of T.
     torch.Size([2, 100, 64])
 
 With an NSACache a module goes on from the tokens that it has seen. Sequences of several lengths share a batch packed
-(cu_seqlens) or padded (key_padding_mask).
+(cu_seqlens) or padded (key_padding_mask). Under context_parallel one sequence is spread over several processes.
 
 Letters, here and everywhere below. Tensors are (B, T, H, D), flash-attention's layout; positions count from 0.
 
@@ -41,7 +41,7 @@ Contents, callers above callees.
              2 the definition                              Triton  10 local and compressed attention
              3 the model: NSABlock, attention, compressors         11 choice of blocks
              4 functions                                           12 selected attention
-             5 batches: packed, padded, NSACache                   13 decoding
+             5 batches, NSACache, context_parallel                 13 decoding
              6 operators and autograd                              14 compression
              7 block rules, PyTorch backend                        15 tuning
              8 self-tests                                          16 registration
@@ -78,9 +78,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "AttentionPatterns",
@@ -94,6 +96,7 @@ __all__ = [
     "NativeSparseAttention",
     "TokenCompressor",
     "compressed_attention",
+    "context_parallel",
     "local_attention",
     "nsa_attention",
     "select_blocks",
@@ -501,8 +504,27 @@ class NativeSparseAttention(nn.Module):
                 cache._fill_blocks(k_cmp, v_cmp, segments)
             own_keys = (p.k_local, p.v_local) if cfg.separate_kv else (None, None)
             tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
-            o = _attention(*tensors, **self._settings, scale=cfg.dim_head**-0.5, segments=segments)
+            settings = {**self._settings, "scale": cfg.dim_head**-0.5, "segments": segments}
+            o = self._attend_shard(batch.context, *tensors, **settings)
         return self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
+
+    def _attend_shard(
+        self, context: context_parallel | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor,
+        gates: Tensor, k_local: Tensor | None, v_local: Tensor | None, **settings: Any,
+    ) -> Tensor:  # fmt: skip
+        """Attention of this rank's queries over the keys of all ranks, each part over those up to its end."""
+        if context is None:
+            return _attention(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings)
+        until, outputs = lambda end, *keys: [None if x is None else x[:, :end] for x in keys], []  # noqa: E731
+        choice, segments, backend = settings["choice"], settings.pop("segments"), settings["backend"]
+        for part, first in context._places(q.shape[1]):
+            end, blocks = first + part.stop - part.start, k_cmp.shape[1]
+            if segments.cu_seqlens is None:
+                blocks = _compressed_count(end, choice.block_size, choice.stride)
+            tensors = (*until(end, k, v), *until(blocks, k_cmp, v_cmp), gates[:, part], *until(end, k_local, v_local))
+            tables = segments.last(backend, first, end, blocks, _Span(0, choice.block_size, choice.stride))
+            outputs.append(_attention(q[:, part], *tensors, **settings, segments=tables, first=first))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend_past(self, x: Tensor, batch: _Batch) -> Tensor:
         """Attention of the next tokens over a cache, which takes their keys first: (B, T, H, D)."""
@@ -572,8 +594,9 @@ class NativeSparseAttention(nn.Module):
         >>> attention.attention_patterns(torch.randn(1, 70, 64)).compressed.shape
         torch.Size([1, 2, 70, 2])
         """
-        _read_batch(self.cfg, self.to_q, x)
-        p = self._project(x, _Batch())
+        batch = _read_batch(self.cfg, self.to_q, x)
+        _check(batch.context is None, "context_parallel", "a context", "attention_patterns needs the whole sequence")
+        p = self._project(x, batch)
         k_cmp, v_cmp = self._compress(p, _Segments())
         cfg, backend = self.cfg, self._settings["backend"]
         lse = compressed_attention(p.q, k_cmp, v_cmp, cfg.block_size, cfg.stride, backend=backend)[1]
@@ -596,16 +619,20 @@ class NativeSparseAttention(nn.Module):
         # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
         heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
         queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
-        rope = None if cfg.rope_theta is None else _rope(batch.positions(x), cfg.rope_theta, queries)
+        # Of all ranks, where each has its own tokens: the keys, their values and their positions.
+        shared = (self.to_k(x), self.to_v(x))
+        shared = shared if batch.context is None else batch.context._gather(shared)
+        rope = None if cfg.rope_theta is None else _rope(batch.positions(shared[0]), cfg.rope_theta, queries)
         rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
         # 1 or 3 of (B, T, K, D): local, compressed, selective. To unbind a single one would copy its gradient.
         keys, values = (
-            heads(y, 3, cfg.kv_heads).unbind(2) if cfg.separate_kv else (heads(y, cfg.kv_heads),)
-            for y in (self.to_k(x), self.to_v(x))
+            heads(y, 3, cfg.kv_heads).unbind(2) if cfg.separate_kv else (heads(y, cfg.kv_heads),) for y in shared
         )
         k_local = rotated(keys[0])
+        if rope is not None:
+            queries = _apply_rope(queries, rope if batch.context is None else batch.context.shard(rope, dim=-3))
         return _Projections(
-            q=rotated(queries),
+            q=queries,
             k=rotated(keys[-1]) if cfg.separate_kv else k_local,
             v=values[-1],
             k_local=k_local,
@@ -695,7 +722,7 @@ def _untouched(*modules: nn.Module) -> bool:
 
 
 class _Projections(NamedTuple):
-    """Tensors that the branches and the compressors read, made of an input x."""
+    """Tensors that the branches and the compressors read, made of an input x; under context_parallel, keys of all."""
 
     q: Tensor  # (B, T, H, D); queries and keys are rotated by their positions already
     k: Tensor  # (B, T, K, D)
@@ -705,7 +732,7 @@ class _Projections(NamedTuple):
     k_raw: Tensor  # for the compressors: not rotated
     v_raw: Tensor
     gates: Tensor  # (B, T, H, 3)
-    rope: Tensor | None  # cos and sin of the tokens
+    rope: Tensor | None  # cos and sin of the keys
 
 
 def _rope(positions: Tensor, theta: float, like: Tensor) -> Tensor:
@@ -1566,7 +1593,7 @@ def _check_call(module: nn.Module, arguments: tuple[object, ...], named: dict[st
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# 5  Batches: packed and padded sequences, and the cache by which a module goes on
+# 5  Batches: packed and padded sequences, the cache by which a module goes on, and a sequence over several processes
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1577,6 +1604,13 @@ class _Segments(NamedTuple):
     cu_keys: Tensor | None = None  # int32 (n + 1,): offsets of compressed keys, ascending from 0 to at most C
     of_token: Tensor | None = None  # int32 (2, total): segment of each token, and its position there
     of_key: Tensor | None = None  # int32 (2, C): first token of each compressed block, and its position there
+
+    def last(self, backend: str, first: int, end: int, keys: int, span: _Span) -> _Segments:
+        """Tables of the first `end` tokens, of which those from `first` on are the queries."""
+        if self.cu_seqlens is None:
+            return self
+        tables = _packed_tables(backend, self.cu_seqlens.clamp(max=end), end, keys, span)
+        return tables._replace(of_token=tables.of_token[:, first:].contiguous())
 
     def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Tables that the operators of attention take. (torch 2.8 does not trace a slice.)"""
@@ -1628,6 +1662,7 @@ class _Batch(NamedTuple):
     padding: _Padding | None = None
     counts: Tensor | int = 0  # tokens of each row: int32 (B,), or one number for all
     known: tuple[int, ...] | None = None  # the same on the host, where it knows them
+    context: context_parallel | None = None  # in which each rank has a part of the tokens
 
     def pack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.pack(x)
@@ -1649,25 +1684,35 @@ def _read_batch(
     mask: Tensor | None = None,
 ) -> _Batch:  # fmt: skip
     """Checks the arguments of a module's forward, whose first layer is given; once, whatever else they pass through."""
+    context = None if _CONTEXT is None or _CONTEXT.size == 1 else _CONTEXT
+    if context is not None:
+        context._check_alike(x=x, cu_seqlens=cu_seqlens)  # before what one rank alone may find
     _check_tokens(x, cfg.dim, layer)
     known_cache = cache is None or isinstance(cache, NSACache)
     _check(known_cache, "cache", type(cache).__name__, "must be an NSACache", TypeError)
     (rows, tokens), padding, segments = x.shape[:2], None, _Segments()
+    if context is not None:
+        rule = "cannot be given under context_parallel, which takes rows or packed sequences"
+        for name, given in (("cache", cache), ("key_padding_mask", mask)):
+            _check(given is None, name, type(given).__name__, rule)
+        tokens *= context.size
+        context._part_size("tokens of all ranks", tokens)
     counts, known = tokens, (tokens,) * rows if cache is not None else None
     if mask is not None:
         _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
         padding, counts, known = _read_mask(mask, x)
     elif cu_seqlens is not None:
-        segments, known = _read_offsets(cfg, cu_seqlens, x)
+        segments, known = _read_offsets(cfg, cu_seqlens, rows, tokens, x.device)
         rows, counts = len(cu_seqlens) - 1, 0 if cache is None else segments.cu_seqlens.diff()
     if known is None and cu_seqlens is None and tokens > cfg.seq_len:
-        _check(False, "x.shape", tuple(x.shape), f"must have T of at most seq_len = {cfg.seq_len}")
+        of_all = "" if context is None else f", {tokens} on all ranks,"
+        _check(False, "x.shape", tuple(x.shape), f"must have T{of_all} of at most seq_len = {cfg.seq_len}")
     for i, n in enumerate(known or ()):
         of = f"cu_seqlens[{i + 1}] - cu_seqlens[{i}]" if cu_seqlens is not None else f"tokens of row {i}"
         _check(n <= cfg.seq_len, of, n, f"must be at most seq_len = {cfg.seq_len}")
     if cache is not None:
         cache._check_room(cfg, rows, known, x.device)
-    return _Batch(cache, segments, padding, counts, known)
+    return _Batch(cache, segments, padding, counts, known, context)
 
 
 def _read_mask(mask: Tensor, x: Tensor) -> tuple[_Padding, Tensor, tuple[int, ...] | None]:
@@ -1681,10 +1726,11 @@ def _read_mask(mask: Tensor, x: Tensor) -> tuple[_Padding, Tensor, tuple[int, ..
     return _Padding(mask, place[:, : max(known, default=0)] if known is not None else place), counts, known
 
 
-def _read_offsets(cfg: NSAConfig, cu_seqlens: Tensor, x: Tensor) -> tuple[_Segments, tuple[int, ...] | None]:
-    """Tables of the sequences packed in x, and their lengths on the host where a look is free."""
-    batch, total = x.shape[:2]
-    _check_packed(cu_seqlens, batch, total, x.device)
+def _read_offsets(
+    cfg: NSAConfig, cu_seqlens: Tensor, batch: int, total: int, device: torch.device
+) -> tuple[_Segments, tuple[int, ...] | None]:
+    """Tables of packed sequences of so many tokens, and their lengths on the host where a look is free."""
+    _check_packed(cu_seqlens, batch, total, device)
     blocks, known = total // cfg.stride, None  # which is always enough
     if _readable(cu_seqlens):
         known = tuple(cu_seqlens.diff().tolist())
@@ -1954,6 +2000,165 @@ class NSACache:
         _check(not wanted, "cache", self, rule)
 
 
+# The context that modules are in. Not a context variable, which the threads of a backward would not see: a checkpoint
+# computes a forward again in one of them.
+_CONTEXT: context_parallel | None = None
+
+
+class context_parallel:
+    """A context in which a sequence is spread over the processes of a group: each has a part of its tokens.
+
+        mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("cp",))
+        with context_parallel(mesh["cp"], layout="zigzag") as cp:
+            x, targets = cp.shard(x), cp.shard(targets)  # (B, T, ...) → (B, T / 4, ...): this rank's tokens
+            loss = F.cross_entropy(model(x).flatten(0, 1), targets.flatten())
+            loss.backward()
+
+    NativeSparseAttention and NSABlock then take this rank's tokens, and return their outputs: those that one process
+    would have for the whole sequence. Queries stay where they are; each layer gathers the keys and values of all ranks,
+    and a backward adds up their gradients. Everything else that a model does token by token stays as it is; learned
+    positions are those of `positions`.
+
+    A backward differentiates the sum of all ranks' losses. The gradients of parameters are this rank's share: their sum
+    over the group is the gradient. The mean over the group, which DistributedDataParallel and FSDP take, is therefore
+    right for losses that are means over a rank's tokens, as above.
+
+    All ranks call the same modules in the same order, and all call backward. Where a checkpoint computes a forward
+    again, backward is called within the context. torch.compile breaks its graph where keys are gathered, so that
+    fullgraph=True is refused.
+
+    Args:
+        mesh_or_group: a DeviceMesh of one dimension, or a process group. A group of one changes nothing.
+        layout: the tokens of rank r of P. "contiguous": part r of P. "zigzag": parts r and 2·P − 1 − r of 2·P, so that
+            all ranks have about as much to do, as later queries see more.
+
+    Attributes:
+        rank, size, layout: this rank, r; the number of ranks, P; and the layout.
+
+    Raises:
+        ValueError, TypeError: an argument breaks one of these rules; contexts are nested; ranks differ in the shapes or
+            dtypes of what they give to a module, in which case all of them raise it. On a GPU only the first call in a
+            context compares them.
+    """
+
+    def __init__(self, mesh_or_group: dist.DeviceMesh | dist.ProcessGroup, layout: str = "contiguous") -> None:
+        group, rule = mesh_or_group, "must be a DeviceMesh of one dimension, or a process group with this process in it"
+        if hasattr(group, "get_group"):
+            _check(group.ndim == 1, "mesh_or_group", group, rule)
+            group = group.get_group()
+        _check(dist.is_available() and isinstance(group, dist.ProcessGroup), "mesh_or_group", group, rule, TypeError)
+        _check(layout in ("contiguous", "zigzag"), "layout", layout, "must be 'contiguous' or 'zigzag'")
+        self.layout, self._group, self._compared = layout, group, False
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def __enter__(self) -> context_parallel:
+        global _CONTEXT
+        _check(_CONTEXT is None, "context_parallel", self.layout, "is within another one, which must be left first")
+        _CONTEXT, self._compared = self, False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _CONTEXT
+        _CONTEXT = None
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of a tensor of all tokens, (B, T, ...) → (B, T / P, ...)."""
+        return self._shard(x, dim, self.rank)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The reverse, from the parts of all ranks: (B, T / P, ...) → (B, T, ...), the same on each of them.
+
+        A loss of the result that all ranks compute alike counts P times.
+        """
+        self._check_alike(x=x)
+        return self._gather((x,), dim)[0]
+
+    def positions(self, total: int, device: torch.device | str | None = None) -> Tensor:
+        """Positions of this rank's tokens in a sequence of so many, int64 (T / P,)."""
+        return self.shard(torch.arange(total, device=device), dim=0)
+
+    def _parts(self, rank: int) -> tuple[int, ...]:
+        """Numbers of a rank's parts, of P, or 2·P in zigzag."""
+        return (rank,) if self.layout == "contiguous" or self.size == 1 else (rank, 2 * self.size - 1 - rank)
+
+    def _part_size(self, name: str, tokens: int) -> int:
+        """Tokens of a part, of so many in all."""
+        parts = self.size * len(self._parts(0))
+        if tokens % parts:
+            to = _selection_count(tokens, parts) * parts
+            _check(False, name, tokens, f"must be a multiple of {parts} in layout {self.layout!r}; pad them to {to}")
+        return tokens // parts
+
+    def _shard(self, x: Tensor, dim: int, rank: int) -> Tensor:
+        size = self._part_size(f"x.shape[{dim}]", x.shape[dim])
+        parts = [x.narrow(dim, part * size, size) for part in self._parts(rank)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def _places(self, tokens: int) -> Iterator[tuple[slice, int]]:
+        """Each part of this rank's tokens, a slice of them, and the position of its first."""
+        size = tokens // len(self._parts(self.rank))
+        for i, part in enumerate(self._parts(self.rank)):
+            yield slice(i * size, (i + 1) * size), part * size
+
+    def _gather(self, xs: tuple[Tensor, ...], dim: int = 1) -> tuple[Tensor, ...]:
+        """Tensors of all ranks' tokens from those of this rank's and the others'."""
+        return xs if self.size == 1 else _Gather.apply(self, dim, *xs)
+
+    def _join(self, x: Tensor, dim: int) -> Tensor:
+        """One of these tensors."""
+        size = self._part_size(f"x.shape[{dim}] of all ranks", x.shape[dim] * self.size)
+        every = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(every.flatten(0, 1), x.contiguous(), self._group)
+        parts = [
+            (part, every[rank].narrow(dim, i * size, size))
+            for rank in range(self.size)
+            for i, part in enumerate(self._parts(rank))
+        ]
+        return torch.cat([x for _, x in sorted(parts, key=lambda part: part[0])], dim)
+
+    def _sum(self, x: Tensor, dim: int) -> Tensor:
+        """The reverse for gradients: this rank's part of the sum over all ranks."""
+        every = torch.stack([self._shard(x, dim, rank) for rank in range(self.size)])
+        part = torch.empty_like(every[0])
+        dist.reduce_scatter_tensor(part, every.flatten(0, 1), group=self._group)
+        return part
+
+    def _check_alike(self, **tensors: object) -> None:
+        """Complains, on all ranks, where they differ in the layout, or in a tensor's shape, dtype or known values."""
+        device = getattr(tensors["x"], "device", torch.device("cpu"))
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        compared = self._compared and device.type != "cpu"  # else the host would wait for the others in each call
+        if self.size == 1 or compared or capturing or torch.compiler.is_compiling():
+            return
+        mine = {name: _description(x) for name, x in tensors.items() if x is not None} | {"layout": self.layout}
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, mine, self._group)
+        given = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(map(str, every)))
+        _check(all(theirs == mine for theirs in every), "context_parallel", given, "must be the same on all ranks")
+        self._compared = True
+
+
+def _description(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    values = f", {x.tolist()}" if x.ndim == 1 and _readable(x) else ""
+    return f"{tuple(x.shape)}, {x.dtype}{values}"
+
+
+class _Gather(torch.autograd.Function):
+    """Tensors of all ranks' tokens from those of each rank. Their gradients are added up over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, context: context_parallel, dim: int, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.context, ctx.dim = context, dim
+        return tuple(context._join(x, dim) for x in xs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(ctx.context._sum(x, ctx.dim) for x in gradients)
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # 6  Operators and autograd: one function for the whole, one for a branch, on every backend
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1985,7 +2190,7 @@ class _Backend(NamedTuple):
 
     span_forward(q, k, v, span, scale, segments, first) → o, lse
     span_backward(do, terms, q, k, v, span, scale, dq, segments, first) → dq, dk, dv; added to the dq that is given
-    select(q, k_cmp, lse, choice, scale, segments, first) → block_indices
+    select(q, k_cmp, lse, choice, scale, segments, first, max_len) → block_indices; all positions are below max_len
     selected_forward(q, k, v, block_indices, l', scale, gated, segments, first, index) → o, lse, and the gated sum of
         all branches where `gated` is (gates, o_local, o_compressed), as contiguous as span_forward returns them
     selected_backward(do, terms, q, k, v, block_indices, l', scale, dq, dk, dv, segments, first, index) → dq, dk, dv;
@@ -2113,7 +2318,7 @@ def _operator(function: Callable[..., Any] | None = None, *, mutates: Sequence[s
         try:
             if packed is not None and arguments[packed] is not None:
                 given = dict(zip(names, arguments, strict=True))
-                if given["backend"] == "torch" and _on_host(given["cu_keys"]):
+                if given["backend"] == "torch" and _on_host(given["cu_keys"]) and given["first"] == 0:
                     return _in_rows(function, **given)
             return function(*arguments)
         except _CannotLaunch as failure:
@@ -2243,7 +2448,10 @@ class _PackedRows(NamedTuple):
 def _backend(
     backend: str, x: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, first: int = 0
 ) -> tuple[_Backend, dict[str, Any]]:
-    """The backend, and for its functions `segments` where sequences are packed, `first` where queries begin later."""
+    """The backend, and for its functions `segments` where sequences are packed, `first` where queries begin later.
+
+    Then the queries are the last tokens of their sequences, of packed ones the last of all tokens.
+    """
     on, at = _serving(backend, x), {}
     if cu_seqlens is not None:
         at["segments"] = _Segments(cu_seqlens, cu_keys, of_token)
@@ -2398,7 +2606,7 @@ def _select(
     """block_indices."""
     on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
-    return on.select(q, k_cmp, lse, choice, scale, **at)
+    return on.select(q, k_cmp, lse, choice, scale, **at, max_len=first + q.shape[1])
 
 
 @_fake_of(_select)
@@ -2436,7 +2644,7 @@ def _attention_forward(
     local = (k, v) if k_local is None else (k_local, v_local)
     o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **at)
     o_compressed, lse_compressed = on.span_forward(q, k_cmp, v_cmp, choice.span, scale, **at)
-    chosen = on.select(q, k_cmp, lse_compressed, choice, scale, **at)
+    chosen = on.select(q, k_cmp, lse_compressed, choice, scale, **at, max_len=first + q.shape[1])
     index = _index_room(q, k, topk_blocks, select_block_size, cu_seqlens, backend)
     o_selective, lse_selective, o = on.selected_forward(
         q, k, v, chosen, select_block_size, scale, gated=(gates, o_local, o_compressed), index=index, **at
@@ -3157,7 +3365,10 @@ class _Places(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, span: _Span, segments: _Segments | None, first: Tensor | int) -> _Places:
-        """Places of packed sequences, or of queries that go on from the positions `first` over rows of keys."""
+        """Places of packed sequences, or of queries that go on from the positions `first` over rows of keys.
+
+        Of packed sequences, `first` tokens came before the first query.
+        """
         (batch, tokens), device = q.shape[:2], q.device
         total, rows = batch * tokens, min(64, tokens)
         each = torch.arange(total, device=device)
@@ -3166,8 +3377,8 @@ class _Places(NamedTuple):
             keys = torch.arange(len(first) + 1, device=device) * k.shape[1]
             stop = k.shape[1] * span.stride + span.block_size
         else:
-            keys, stop = (segments.cu_seqlens if span.window else segments.cu_keys).long(), tokens
-            first = torch.zeros_like(begin[1:])
+            keys, stop = (segments.cu_seqlens if span.window else segments.cu_keys).long(), first + tokens
+            begin, first = (begin - first).clamp(min=0), (first - begin[:-1]).clamp(min=0)
         first_row = begin[:-1] // rows + torch.arange(len(begin) - 1, device=device)
         row = torch.arange(total // rows + len(begin) - 1, device=device)
         s = torch.searchsorted(first_row, row, right=True)[:, None] - 1
@@ -3255,7 +3466,7 @@ def _torch_span_backward(
 
 def _torch_select(
     q: Tensor, k_cmp: Tensor, lse: Tensor, choice: _Choice, scale: float, segments: _Segments | None = None,
-    first: int | Tensor = 0,
+    first: int | Tensor = 0, max_len: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Chosen blocks (B, T, K, S), a tile of queries at a time: scores are (M, n), never (T, C) or (T, N)."""
     kv_heads, group = k_cmp.shape[2], q.shape[2] // k_cmp.shape[2]
@@ -3367,9 +3578,11 @@ def _row_tiles(
     if isinstance(first, Tensor):
         position = (first[sequence] + position).clamp(max=keys - 1)
         begin = sequence * keys
-    else:
+    elif segments is None:
         position = position + first
-        begin = token // tokens * keys if segments is None else token - position
+        begin = token // tokens * keys
+    else:
+        begin = first + token - position
     inside = torch.arange(min(size, keys), device=device)
     most = max(1, _PARTIAL_VALUES // max(1, slots * len(inside) * like.shape[-1]))
     for part in torch.arange(len(rows), device=device)[:, None].split(most):  # (n, 1)
@@ -4649,8 +4862,9 @@ def _store_sum(x_ptr, given_ptr, offsets, x, exists, added, D: tl.constexpr, BLO
 # s is offsets[s] // SIZE + s, which leaves room for all tiles of those before it. Hence `total // SIZE + n` tiles are
 # enough for n segments, and the number of a tile tells its segment. Selection blocks are numbered in the same way.
 #
-# In place of segments, the queries of each row may begin behind a past: query t of row b has the position first[b] + t
-# among keys that begin at 0. Positions are clamped to the keys' rows, so that no number in `first` reaches outside.
+# The queries of each row may begin behind a past: query t of row b has the position first[b] + t among keys that begin
+# at 0. Positions are clamped to the keys' rows, so that no number in `first` reaches outside. Of packed sequences,
+# first[0] tokens came before the first query: whole sequences, and the past of the one that it stands in.
 
 
 @_kernel
@@ -4726,60 +4940,82 @@ def _triton_segments(cu_seqlens: Tensor, total: int, keys: int, block_size: int,
 
 
 @_kernel
-def _find_segment(tile, offsets_ptr, n_segments, UNIT: tl.constexpr, SIZE: tl.constexpr):
-    """Segment of a tile of SIZE rows, and the tile's first row there; an item of a segment has UNIT rows."""
+def _find_segment(tile, offsets_ptr, n_segments, past, UNIT: tl.constexpr, SIZE: tl.constexpr):
+    """Segment of a tile of SIZE rows, and the tile's first row there; an item has UNIT rows, one of the past none."""
     low, left = tile * 0, tl.cast(n_segments, tl.int32)
     while left > 1:  # the segment is one of the `left` from `low` on
         middle = low + left // 2
-        later = tl.load(offsets_ptr + middle) * UNIT // SIZE + middle > tile
+        later = tl.maximum(tl.load(offsets_ptr + middle) - past, 0) * UNIT // SIZE + middle > tile
         low, left = tl.where(later, low, middle), left - left // 2
-    return low, (tile - tl.load(offsets_ptr + low) * UNIT // SIZE - low) * SIZE
+    return low, (tile - tl.maximum(tl.load(offsets_ptr + low) - past, 0) * UNIT // SIZE - low) * SIZE
+
+
+@_kernel
+def _queries_of(segment, cu_seqlens, past):
+    """Queries of a segment: (tokens before its first, number of the first, how many)."""
+    begin, end = tl.load(cu_seqlens + segment), tl.load(cu_seqlens + segment + 1)
+    first = tl.maximum(begin - past, 0)
+    return tl.maximum(past - begin, 0), first, tl.maximum(end - past, 0) - first
 
 
 @_kernel
 def _query_tile(
-    tile, cu_seqlens, cu_keys, n_segments, T, C, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr
+    tile, cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, T_keys, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """(first row of a tile in its segment; the segment's first token, its tokens, its first key, its keys)."""
+    """(first row of a tile in its segment; the segment's past, its first query, its queries; its first key, its keys).
+
+    A row has at most T_keys tokens of the past.
+    """
     row, token, key = tile * BLOCK_M, tile * 0, tile * 0
+    past = _past(first_ptr, b, T_keys, cu_seqlens)
     if cu_seqlens is not None:
-        segment, row = _find_segment(tile, cu_seqlens, n_segments, GROUP_PAD, BLOCK_M)
-        token, key = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
-        T, C = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - key
-    return row, token, T, key, C
+        segment, row = _find_segment(tile, cu_seqlens, n_segments, past, GROUP_PAD, BLOCK_M)
+        past, token, T = _queries_of(segment, cu_seqlens, past)
+        key = tl.load(cu_keys + segment)
+        C = tl.load(cu_keys + segment + 1) - key
+    return row, past, token, T, key, C
 
 
 @_kernel
-def _key_tile(tile, cu_seqlens, cu_keys, n_segments, T, C, BLOCK_N: tl.constexpr):
+def _key_tile(
+    tile, cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+):  # fmt: skip
     """The same for a tile of keys; and how many are written: those behind the last segment's are nobody's, and 0."""
     key, token, first, keys, written = tile * BLOCK_N, tile * 0, tile * 0, C, C
+    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1), cu_seqlens)
     if cu_seqlens is not None:
-        segment, key = _find_segment(tile, cu_keys, n_segments, 1, BLOCK_N)
-        token, first = tl.load(cu_seqlens + segment), tl.load(cu_keys + segment)
-        T, keys = tl.load(cu_seqlens + segment + 1) - token, tl.load(cu_keys + segment + 1) - first
+        segment, key = _find_segment(tile, cu_keys, n_segments, 0, 1, BLOCK_N)
+        past, token, T = _queries_of(segment, cu_seqlens, past)
+        first = tl.load(cu_keys + segment)
+        keys = tl.load(cu_keys + segment + 1) - first
         written = tl.where(segment == n_segments - 1, C - first, keys)
-    return key, token, T, first, keys, written
+    return key, past, token, T, first, keys, written
 
 
 @_kernel
-def _past(first_ptr, b, T_keys):
+def _past(first_ptr, b, T_keys, cu_seqlens):
     """Number of tokens that came before the first query of row b: at most those that have room among the keys."""
     past = b * 0
     if first_ptr is not None:
-        past = tl.minimum(tl.maximum(tl.load(first_ptr + b), 0), T_keys)
+        past = tl.load(first_ptr + b)
+        if cu_seqlens is None:
+            past = tl.minimum(tl.maximum(past, 0), T_keys)
     return past
 
 
 @_kernel
 def _position_of_token(t, b, of_token, first_ptr, T, T_keys, exists):
-    """(segment of token t of row b, its position there)."""
-    segment, position = t * 0, t
+    """(segment of query t of row b, number of the segment's first token, the query's position there)."""
+    segment, start, position = t * 0, t * 0, _past(first_ptr, b, T_keys, of_token) + t
     if of_token is not None:
         segment = tl.load(of_token + t, mask=exists, other=0)
+        start = position
         position = tl.load(of_token + T + t, mask=exists, other=0)
-    if first_ptr is not None:
-        position = tl.minimum(_past(first_ptr, b, T_keys) + t, T_keys - 1)
-    return segment, position
+        start -= position
+    elif first_ptr is not None:
+        position = tl.minimum(position, T_keys - 1)
+    return segment, start, position
 
 
 @_kernel
@@ -4787,7 +5023,7 @@ def _tokens_of_block(j, cu_seqlens, n_segments, T, SELECT: tl.constexpr):
     """[first, end): the tokens of selection block j, of which no more than SELECT count."""
     first, end = j * SELECT, T
     if cu_seqlens is not None:
-        segment, first = _find_segment(j, cu_seqlens, n_segments, 1, SELECT)
+        segment, first = _find_segment(j, cu_seqlens, n_segments, 0, 1, SELECT)
         first += tl.load(cu_seqlens + segment)
         end = tl.load(cu_seqlens + segment + 1)
     return first, end
@@ -5026,7 +5262,9 @@ def _span_forward_kernel(
     # The last tokens see the most keys and go first, so that no long program starts late.
     tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
     b, k = z // K, z % K
-    row, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, C, GROUP_PAD, BLOCK_M)
+    row, past, token, tokens, key, keys = _query_tile(
+        tile, cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, C * STRIDE + (BLOCK - 1), GROUP_PAD, BLOCK_M
+    )
     if PACKED:
         if row >= tokens * GROUP_PAD:
             return
@@ -5035,7 +5273,6 @@ def _span_forward_kernel(
     q = _load_rows(q_ptr, _offsets(q_strides, b, token + t, h), exists, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1))
     first, end = _span(past + t, WINDOW, BLOCK, STRIDE)
     t_low, t_high = past + row // GROUP_PAD, past + tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
@@ -5086,7 +5323,9 @@ def _span_dq_kernel(
     PACKED: tl.constexpr = cu_seqlens is not None
     tile, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // Z, tl.program_id(0) % Z
     b, k = z // K, z % K
-    row, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, C, GROUP_PAD, BLOCK_M)
+    row, past, token, tokens, key, keys = _query_tile(
+        tile, cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, C * STRIDE + (BLOCK - 1), GROUP_PAD, BLOCK_M
+    )
     if PACKED:
         if row >= tokens * GROUP_PAD:
             return
@@ -5097,7 +5336,6 @@ def _span_dq_kernel(
     term = z.to(tl.int64) * term_stride + token * GROUP_PAD + n
     lse, delta = tl.load(lse_ptr + term), tl.load(delta_ptr + term)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1))
     first, end = _span(past + t, WINDOW, BLOCK, STRIDE)
     t_low, t_high = past + row // GROUP_PAD, past + tl.minimum((row + BLOCK_M - 1) // GROUP_PAD, tokens - 1)
     start, before, full, tiles = _key_tiles(t_low, t_high, BLOCK_N, WINDOW, BLOCK, STRIDE)
@@ -5146,14 +5384,13 @@ def _span_dkv_kernel(
     # Later splits are seen by more keys and go first.
     split, z = (tl.num_programs(0) - 1 - tl.program_id(0)) // (Z * key_tiles), tl.program_id(0) % Z
     b, k = z // K, z % K
-    start, token, tokens, key, keys, written = _key_tile(
-        tl.program_id(0) // Z % key_tiles, cu_seqlens, cu_keys, n_segments, T, C, BLOCK_N
+    start, past, token, tokens, key, keys, written = _key_tile(
+        tl.program_id(0) // Z % key_tiles, cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, BLOCK_N, BLOCK, STRIDE
     )
     if PACKED:
         if start >= written:
             return
     key_high = tl.minimum(start + BLOCK_N, keys) - 1
-    past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1))
     first, full, full_end, end = _query_tiles(start, key_high, past, tokens, GROUP_PAD, BLOCK_M, WINDOW, BLOCK, STRIDE)
     low, high = split * tiles_per_split, (split + 1) * tiles_per_split
     if PACKED:  # its own rows are split
@@ -5421,10 +5658,10 @@ def _block_scores_kernel(
     """
     z, block_tile = tl.program_id(2), tl.program_id(1)
     b, k = z // K, z % K
-    row, token, tokens, key, keys = _query_tile(
-        first_tile + tl.program_id(0), cu_seqlens, cu_keys, n_segments, T, C, 1, BLOCK_M
-    )
-    past = _past(first_ptr, b, n_blocks * SELECT)
+    row, past, token, tokens, key, keys = _query_tile(
+        first_tile + tl.program_id(0), cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, n_blocks * SELECT, 1,
+        BLOCK_M,
+    )  # fmt: skip
     last = (past + tl.minimum(row + BLOCK_M, tokens) - 1) // SELECT  # the last block that has begun
     tiles = tl.cdiv(tl.minimum(last + 1, n_blocks), BLOCKS - CARRY)
     if (block_tile >= tiles) | (row >= tokens):
@@ -5443,7 +5680,7 @@ def _block_scores_kernel(
     else:
         for each_tile in range(block_tile, tiles, tl.num_programs(1)):
             _store_scores(
-                each_tile, q_ptr, q_row, q_strides[2], k_ptr, key, keys, k_strides, lse_row, scores_ptr, out, t,
+                each_tile, q_ptr, q_row, q_strides[2], k_ptr, key, keys, k_strides, lse_row, scores_ptr, out, past + t,
                 exists, b, k, n_blocks, scale, GROUP, D, BLOCK_D, BLOCK, STRIDE, SELECT, BLOCK_M, BLOCKS, PART, CARRY,
                 PRECISION,
             )  # fmt: skip
@@ -5541,13 +5778,13 @@ def _choose_kernel(
     One program: ROWS queries. Its tiles are NP blocks wide, or as few of LEAST_NP, 4·LEAST_NP ... as its blocks fit.
     """
     z, n = tl.program_id(1), tl.program_id(0) * ROWS
-    row, token, tokens, _, _ = _query_tile(
-        first_tile + n // BLOCK_M, cu_seqlens, cu_seqlens, n_segments, T, 0, 1, BLOCK_M
-    )
+    row, past, token, tokens, _, _ = _query_tile(
+        first_tile + n // BLOCK_M, cu_seqlens, cu_seqlens, first_ptr, z // K, n_segments, T, 0, n_blocks * SELECT, 1,
+        BLOCK_M,
+    )  # fmt: skip
     row += n % BLOCK_M
     if row >= tokens:
         return
-    past = _past(first_ptr, z // K, n_blocks * SELECT)
     for level in tl.static_range(LEVELS):
         _choose_level(
             scores_ptr, chosen_ptr, n, row, past, z, token, tokens, T, n_rows, n_blocks, K, S, SP, SELECT, INIT, LOCAL,
@@ -5663,11 +5900,11 @@ def _load_pair_block(
 ):  # fmt: skip
     """Block of each pair, and whether it counts: free slots and blocks after the query do not."""
     t = t0 + pair // S
-    segment, position = _position_of_token(t, b, of_token, first_ptr, T, n_blocks * SELECT, in_range)
+    segment, start, position = _position_of_token(t, b, of_token, first_ptr, T, n_blocks * SELECT, in_range)
     j = tl.load(blocks_ptr + t.to(tl.int64) * stride_t + pair % S, mask=in_range, other=-1)
     counted = in_range & (j >= 0) & (j <= position // SELECT)
     if of_token is not None:
-        j += (t - position) // SELECT + segment  # behind the blocks of the segments before it
+        j += start // SELECT + segment  # behind the blocks of the segments before it
     return j, counted
 
 
@@ -5863,7 +6100,7 @@ def _selected_by_block_kernel(
     first_pair, first, end = _rows_of_tile(table_ptr + (z.to(tl.int64) * n_blocks + j) * 4, tile, GROUP, SIZE)
     begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T_keys, SELECT)
     block_end = tl.minimum(block_end, begin + SELECT)
-    past = _past(first_ptr, b, T_keys)
+    past = _past(first_ptr, b, T_keys, cu_seqlens)
     s = begin + tl.arange(0, BLOCK_N)
     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), s < block_end, D, BLOCK_D)
     k_t = tl.trans(k_tile)  # here, so that it stays in shared memory
@@ -5939,7 +6176,7 @@ def _merge_slots_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
-    _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
+    _, _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
     own = position // SELECT
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
     part = (tl.program_id(1).to(tl.int64) * n_tokens + row // GROUP) * (S * GROUP) + row % GROUP  # slot 0
@@ -5986,10 +6223,10 @@ def _selected_by_query_kernel(
     PACKED: tl.constexpr = cu_seqlens is not None
     t, z = tl.program_id(0), tl.program_id(1)
     b, k = z // K, z % K
-    segment, position = _position_of_token(t, b, of_token, first_ptr, tl.num_programs(0), T_keys, True)
-    token, end, own = z * 0, T_keys, position // SELECT
+    segment, token, position = _position_of_token(t, b, of_token, first_ptr, tl.num_programs(0), T_keys, True)
+    end, own = T_keys, position // SELECT
     if PACKED:
-        token, end = t - position, tl.load(cu_seqlens + segment + 1)
+        end = tl.load(cu_seqlens + segment + 1)
     g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = g < GROUP
     q = _load_rows(q_ptr, _offsets(q_strides, b, t, k * GROUP + g), exists, D, BLOCK_D)
@@ -6021,7 +6258,7 @@ def _selected_by_query_kernel(
                     s = token + j * SELECT + each
                     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), s < end, D, BLOCK_D)
                     v = _load_rows(v_ptr, _offsets(v_strides, b, s, k), s < end, D, BLOCK_D)
-                    visible = (each < SELECT) & (s <= t)
+                    visible = (each < SELECT) & (s <= token + position)
                     acc, m_i, alpha, p = _softmax_step(
                         acc, m_i, q, tl.trans(k_tile), v, visible[None, :], scale * _TL_LOG2E, PRECISION
                     )
@@ -6221,7 +6458,7 @@ def _selected_gradient_kernel(
     b, k = z // K, z % K
     first_pair, first, end = _rows_of_tile(table_ptr + (z.to(tl.int64) * n_blocks + j) * 4, tile, GROUP, SIZE)
     begin, block_end = _tokens_of_block(j, cu_seqlens, n_segments, T_keys, SELECT)
-    past = _past(first_ptr, b, T_keys)
+    past = _past(first_ptr, b, T_keys, cu_seqlens)
     s = begin + split * BLOCK_N + tl.arange(0, BLOCK_N)
     in_block = s < tl.minimum(block_end, begin + SELECT)
     k_tile = _load_rows(k_ptr, _offsets(k_strides, b, s, k), in_block, D, BLOCK_D)
@@ -6307,7 +6544,7 @@ def _sum_slots_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head)
     exists = row < n_tokens * GROUP
     t = t0 + row // GROUP
-    _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
+    _, _, position = _position_of_token(t, z // K, of_token, first_ptr, T, T_keys, exists)
     blocks = block_indices + (z // K).to(tl.int64) * strides[0] + (z % K) * strides[2] + t.to(tl.int64) * strides[1]
     part = (tl.program_id(1).to(tl.int64) * n_tokens + row // GROUP) * (S * SPLITS * GROUP) + row % GROUP
     out = (((z // K).to(tl.int64) * T + t) * (K * GROUP) + z % K * GROUP + row % GROUP) * D
@@ -7266,7 +7503,9 @@ def _compress_dx_kernel(
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile, b, head = row // (B * K), row // K % B, row % K
-    t, token, tokens, key, keys = _query_tile(tile, cu_seqlens, cu_keys, n_segments, T, n_blocks, 1, STRIDE)
+    t, _, token, tokens, key, keys = _query_tile(
+        tile, cu_seqlens, cu_keys, None, b, n_segments, T, n_blocks, T, 1, STRIDE
+    )
     last = t // STRIDE  # the last block that its tokens may be in
     dh_ptr, w_in_ptr = _of_compressor(dh_ptr, dh2_ptr), _of_compressor(w_in_ptr, w_in2_ptr)
     dx_ptr += _compressor_offset(tl.cast(B, tl.int64) * T * (K * D))

@@ -1,0 +1,238 @@
+"""One sequence over several processes, by gloo: outputs and all gradients are those of one process."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Last, Random
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import native_sparse_attention as nsa
+from native_sparse_attention import NativeSparseAttention, NSABlock, NSACache, NSAConfig, context_parallel
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+LAYOUTS = ("contiguous", "zigzag")
+BASE = {"dim": 24, "heads": 4, "seq_len": 96, "local_window": 5, "block_size": 4, "topk_blocks": 3}
+# Sizes, tokens: 96 are 12 in each part of 4 ranks in zigzag, 16 are 2.
+CASES: dict[str, tuple[dict[str, object], int]] = {
+    "rows": ({}, 48),
+    "grouped_queries": ({"kv_heads": 1, "rope_theta": 100.0, "select_block_size": 8, "init_blocks": 1}, 48),
+    "overlapping_blocks": ({"kv_heads": 2, "block_size": 8, "stride": 2, "select_block_size": 4}, 40),
+    "separate_kv": ({"separate_kv": True, "gate_mode": "q_cond", "kv_heads": 2, "stride": 2}, 48),
+    "rope_separate_kv": ({"separate_kv": True, "rope_theta": 100.0, "bias": True, "stride": 2, "recompute": True}, 48),
+    "conv1d": ({"compression": "conv1d", "block_size": 8, "stride": 4}, 48),
+    "avgpool": ({"compression": "avgpool", "rope_theta": 1e4}, 48),
+    "compressor_of_the_user": ({"compression": Last}, 48),
+    "window_longer_than_a_part": ({"local_window": 31, "gate_mode": "q_cond"}, 48),
+    "parts_shorter_than_a_block": ({"block_size": 8, "stride": 4, "select_block_size": 8, "local_window": 3}, 16),
+    "shorter_than_a_block": ({"block_size": 32, "stride": 4}, 16),
+    "one_token_a_part": ({}, 8),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def process(rank: int, check: Callable[..., None], ranks: int, path: str, arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    try:
+        check(*arguments)
+    except Exception:
+        Path(f"{path}.{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(ranks: int, path: Path, check: Callable[..., None], *arguments: object) -> None:
+    """check(*arguments) in that many processes."""
+    try:
+        torch.multiprocessing.spawn(process, (check, ranks, str(path / "group"), arguments), ranks)
+    except Exception as error:
+        first = next((log.read_text() for log in sorted(path.glob("group.*"))), str(error))
+        pytest.fail(first, pytrace=False)
+
+
+@contextmanager
+def group_of_one(path: Path) -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", init_method=f"file://{path / 'one'}", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs and gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"{what}: {text}")
+
+
+def compare(
+    name: str, model: nn.Module, x: Tensor, upstream: Tensor, layout: str, call: Callable = nn.Module.__call__
+) -> None:
+    """Output, and gradients of x and of all parameters: of all tokens at once, and of each rank's."""
+    model.zero_grad()
+    whole = x.clone().requires_grad_()
+    y = model(whole)
+    y.backward(upstream)
+    expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with context_parallel(dist.group.WORLD, layout) as cp:
+        part = cp.shard(x).clone().requires_grad_()
+        mine = call(model, part)
+        mine.backward(cp.shard(upstream))
+        close(mine, cp.shard(y), f"{name}, {layout}: output")
+        close(part.grad, cp.shard(whole.grad), f"{name}, {layout}: gradient of x")
+        close(cp.unshard(mine), y, f"{name}, {layout}: output of all ranks")
+    for key, p in model.named_parameters():
+        if key in expected:
+            dist.all_reduce(p.grad)
+            close(p.grad, expected[key], f"{name}, {layout}: gradient of {key}")
+
+
+def check_modules() -> None:
+    random = Random(seed=3)
+    for name, (sizes, tokens) in CASES.items():
+        torch.manual_seed(1)
+        attention = NativeSparseAttention(NSAConfig(**BASE | sizes)).double()
+        x, upstream = random((2, tokens, 24)), random((2, tokens, 24))
+        for layout in LAYOUTS:
+            compare(name, attention, x, upstream, layout)
+    stack = nn.Sequential(*(NSABlock(NSAConfig(**BASE, rope_theta=100.0)) for _ in range(2))).double()
+    again = lambda model, x: checkpoint(model, x, use_reentrant=False)  # noqa: E731
+    for layout in LAYOUTS:
+        compare("blocks", stack, x := random((1, 48, 24)), random((1, 48, 24)), layout)
+        compare("checkpoint", stack, x, random((1, 48, 24)), layout, again)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_has_its_part_of_the_whole(ranks: int, tmp_path: Path) -> None:
+    in_processes(ranks, tmp_path, check_modules)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The context
+# ---------------------------------------------------------------------------------------------------------------------
+
+PARTS = {("contiguous", 2): [[0, 1], [2, 3]], ("zigzag", 2): [[0, 3], [1, 2]]}  # of 4
+
+
+def check_parts() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for layout in LAYOUTS:
+        with context_parallel(dist.group.WORLD, layout) as cp:
+            assert (cp.rank, cp.size, cp.layout) == (rank, ranks, layout)
+            mine = torch.tensor(PARTS[layout, ranks][rank])
+            expected = (mine[:, None] * 3 + torch.arange(3)).flatten()
+            assert torch.equal(cp.positions(12), expected)
+            x = Random(seed=1)((2, 12, 5))
+            for dim in (1, -2):
+                assert torch.equal(cp.shard(x, dim), x[:, expected])
+                assert torch.equal(cp.unshard(cp.shard(x, dim), dim), x)
+            for dim in (0, -1):
+                assert torch.equal(cp.unshard(cp.shard(x.movedim(1, dim), dim), dim), x.movedim(1, dim))
+            assert torch.equal(cp.unshard(expected[None]), torch.arange(12)[None])
+            part = cp.shard(x).requires_grad_()
+            (cp.unshard(part) * (1 + rank)).sum().backward()  # the sum of all ranks' losses
+            assert torch.equal(part.grad, torch.full_like(part, sum(range(1, ranks + 1))))
+
+
+def test_parts(tmp_path: Path) -> None:
+    in_processes(2, tmp_path, check_parts)
+
+
+def check_complaints() -> None:
+    """What ranks disagree on is an error on each of them, and the next context works."""
+    attention, rank = NativeSparseAttention(NSAConfig(**BASE)), dist.get_rank()
+    x = torch.randn(1, 8, 24)
+    with (
+        pytest.raises(ValueError, match="layout.*must be the same on all ranks"),
+        context_parallel(dist.group.WORLD, LAYOUTS[rank]),
+    ):
+        attention(x)
+    for layout in LAYOUTS:
+        with pytest.raises(ValueError, match=r"rank 0: .*\(1, 8, 24\).*; rank 1: .*\(1, 6, 24\)"):
+            with context_parallel(dist.group.WORLD, layout):
+                attention(x[:, : 8 - 2 * rank])
+        with pytest.raises(ValueError, match="must be the same"), context_parallel(dist.group.WORLD, layout):
+            attention(x if rank else x.double())
+        with pytest.raises(ValueError, match="must be the same"), context_parallel(dist.group.WORLD, layout) as cp:
+            cp.unshard(x[:, rank:])
+        with context_parallel(dist.group.WORLD, layout) as cp:
+            assert attention(x).shape == x.shape
+            with pytest.raises(ValueError, match=r"x.shape = \(1, 50, 24\): must have T, 100 on all ranks, of at most"):
+                attention(torch.randn(1, 50, 24))
+            with pytest.raises(ValueError, match=r"cache = 'NSACache': cannot be given under context_parallel"):
+                attention(x, cache=NSACache(attention.cfg, 1, 20))
+            with pytest.raises(ValueError, match=r"key_padding_mask = 'Tensor': cannot be given"):
+                attention(x, key_padding_mask=torch.ones(1, 8, dtype=torch.bool))
+            with pytest.raises(ValueError, match="needs the whole sequence"):
+                attention.attention_patterns(x)
+            parts = 2 if layout == "contiguous" else 4
+            rule = rf"x.shape\[1\] = 7: must be a multiple of {parts} in layout '{layout}'; pad them to 8"
+            with pytest.raises(ValueError, match=rule):
+                cp.shard(x[:, :7])
+            with pytest.raises(ValueError, match="must be a multiple"):
+                cp.positions(7)
+    with context_parallel(dist.group.WORLD, "zigzag") as cp:
+        with pytest.raises(ValueError, match="must be a multiple of 4"):
+            cp.unshard(x[:, :3])
+
+
+def test_complaints(tmp_path: Path) -> None:
+    in_processes(2, tmp_path, check_complaints)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_group_of_one(layout: str, random: Random, tmp_path: Path) -> None:
+    """Nothing changes, whatever the number of tokens."""
+    block = NSABlock(NSAConfig(**BASE)).double()
+    x = random((2, 7, 24))
+    mask = torch.arange(7) < torch.tensor([[7], [3]])
+    with group_of_one(tmp_path) as group, context_parallel(group, layout) as cp:
+        assert cp.shard(x) is x or torch.equal(cp.shard(x), x)
+        assert torch.equal(cp.unshard(x), x) and cp.positions(7).tolist() == list(range(7))
+        within, padded = block(x), block(x, key_padding_mask=mask)
+    assert torch.equal(within, block(x)) and torch.equal(padded, block(x, key_padding_mask=mask))
+
+
+def test_contexts_do_not_nest(tmp_path: Path) -> None:
+    with group_of_one(tmp_path) as group:
+        with context_parallel(group):
+            with pytest.raises(ValueError, match="is within another one"), context_parallel(group):
+                pass
+            assert nsa._CONTEXT is not None, "the outer one goes on"
+        with pytest.raises(KeyError), context_parallel(group):
+            raise KeyError
+        with context_parallel(group):
+            pass
+    assert nsa._CONTEXT is None
+
+
+def test_what_makes_a_context(tmp_path: Path) -> None:
+    with group_of_one(tmp_path) as group:
+        with pytest.raises(ValueError, match="layout = 'striped': must be 'contiguous' or 'zigzag'"):
+            context_parallel(group, "striped")
+        for wrong in (None, 4, "cp"):
+            with pytest.raises(TypeError, match="must be a DeviceMesh of one dimension, or a process group"):
+                context_parallel(wrong)
+        mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "cp"))
+        with pytest.raises(ValueError, match="must be a DeviceMesh of one dimension"):
+            context_parallel(mesh)
+        with context_parallel(mesh["cp"]) as cp:
+            assert (cp.rank, cp.size) == (0, 1)
