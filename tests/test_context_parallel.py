@@ -5,12 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Last, Random
+from cases import Last, Random, edges
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,13 @@ CASES: dict[str, tuple[dict[str, object], int]] = {
     "parts_shorter_than_a_block": ({"block_size": 8, "stride": 4, "select_block_size": 8, "local_window": 3}, 16),
     "shorter_than_a_block": ({"block_size": 32, "stride": 4}, 16),
     "one_token_a_part": ({}, 8),
+}
+PACKED: dict[str, tuple[dict[str, object], list[int]]] = {
+    "every_way": ({"kv_heads": 2, "rope_theta": 100.0, "block_size": 8, "stride": 4}, [5, 0, 1, 23, 3, 16]),
+    "one_over_all": ({"separate_kv": True, "gate_mode": "q_cond", "rope_theta": 100.0, "stride": 2}, [48]),
+    "ends_at_the_ranks_ends": ({"compression": "conv1d"}, [12, 12, 0, 24]),
+    "last_token_alone": ({"kv_heads": 1, "compression": "avgpool", "local_window": 31}, [47, 1]),
+    "no_block": ({"block_size": 8}, [3] * 16),
 }
 
 
@@ -83,39 +91,43 @@ def close(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 def compare(
-    name: str, model: nn.Module, x: Tensor, upstream: Tensor, layout: str, call: Callable = nn.Module.__call__
+    what: str, model: nn.Module, x: Tensor, upstream: Tensor, layout: str, call: Callable[..., Tensor] | None = None
 ) -> None:
     """Output, and gradients of x and of all parameters: of all tokens at once, and of each rank's."""
+    call, what = call or (lambda model, x: model(x)), f"{what}, {layout}"
     model.zero_grad()
     whole = x.clone().requires_grad_()
-    y = model(whole)
+    y = call(model, whole)
     y.backward(upstream)
-    expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     with context_parallel(dist.group.WORLD, layout) as cp:
         part = cp.shard(x).clone().requires_grad_()
         mine = call(model, part)
         mine.backward(cp.shard(upstream))
-        close(mine, cp.shard(y), f"{name}, {layout}: output")
-        close(part.grad, cp.shard(whole.grad), f"{name}, {layout}: gradient of x")
-        close(cp.unshard(mine), y, f"{name}, {layout}: output of all ranks")
-    for key, p in model.named_parameters():
-        if key in expected:
-            dist.all_reduce(p.grad)
-            close(p.grad, expected[key], f"{name}, {layout}: gradient of {key}")
+        close(mine, cp.shard(y), f"{what}: output")
+        close(part.grad, cp.shard(whole.grad), f"{what}: gradient of x")
+        close(cp.unshard(mine), y, f"{what}: output of all ranks")
+    for name, p in model.named_parameters():
+        dist.all_reduce(p.grad)
+        close(p.grad, expected[name], f"{what}: gradient of {name}")
+
+
+def build(**sizes: object) -> NativeSparseAttention:
+    torch.manual_seed(1)
+    return NativeSparseAttention(NSAConfig(**BASE | sizes)).double()
 
 
 def check_modules() -> None:
     random = Random(seed=3)
-    for name, (sizes, tokens) in CASES.items():
-        torch.manual_seed(1)
-        attention = NativeSparseAttention(NSAConfig(**BASE | sizes)).double()
-        x, upstream = random((2, tokens, 24)), random((2, tokens, 24))
-        for layout in LAYOUTS:
-            compare(name, attention, x, upstream, layout)
-    stack = nn.Sequential(*(NSABlock(NSAConfig(**BASE, rope_theta=100.0)) for _ in range(2))).double()
-    again = lambda model, x: checkpoint(model, x, use_reentrant=False)  # noqa: E731
     for layout in LAYOUTS:
+        for name, (sizes, tokens) in CASES.items():
+            compare(name, build(**sizes), random((2, tokens, 24)), random((2, tokens, 24)), layout)
+        for name, (sizes, lengths) in PACKED.items():
+            packed = partial(nn.Module.__call__, cu_seqlens=edges(lengths))
+            compare(name, build(**sizes), random((1, 48, 24)), random((1, 48, 24)), layout, packed)
+        stack = nn.Sequential(*(NSABlock(NSAConfig(**BASE, rope_theta=100.0)) for _ in range(2))).double()
+        again = lambda model, x: checkpoint(model, x, use_reentrant=False)  # noqa: E731
         compare("blocks", stack, x := random((1, 48, 24)), random((1, 48, 24)), layout)
         compare("checkpoint", stack, x, random((1, 48, 24)), layout, again)
 
@@ -171,12 +183,16 @@ def check_complaints() -> None:
                 attention(x[:, : 8 - 2 * rank])
         with pytest.raises(ValueError, match="must be the same"), context_parallel(dist.group.WORLD, layout):
             attention(x if rank else x.double())
+        with pytest.raises(ValueError, match=r"rank 1: .*\[0, 3, 16\]"), context_parallel(dist.group.WORLD, layout):
+            attention(x, cu_seqlens=edges([4 - rank, 12 + rank]))
         with pytest.raises(ValueError, match="must be the same"), context_parallel(dist.group.WORLD, layout) as cp:
             cp.unshard(x[:, rank:])
         with context_parallel(dist.group.WORLD, layout) as cp:
             assert attention(x).shape == x.shape
             with pytest.raises(ValueError, match=r"x.shape = \(1, 50, 24\): must have T, 100 on all ranks, of at most"):
                 attention(torch.randn(1, 50, 24))
+            with pytest.raises(ValueError, match=r"cu_seqlens\[-1\] = 8: must be 16, the number of tokens"):
+                attention(x, cu_seqlens=edges([8]))
             with pytest.raises(ValueError, match=r"cache = 'NSACache': cannot be given under context_parallel"):
                 attention(x, cache=NSACache(attention.cfg, 1, 20))
             with pytest.raises(ValueError, match=r"key_padding_mask = 'Tensor': cannot be given"):
