@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from cases import Last, Random, edges
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import native_sparse_attention as nsa
@@ -135,6 +137,30 @@ def check_modules() -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_has_its_part_of_the_whole(ranks: int, tmp_path: Path) -> None:
     in_processes(ranks, tmp_path, check_modules)
+
+
+def check_data_parallel(parallel: str) -> None:
+    """Means over a rank's tokens, whose gradients are averaged over a mesh (dp, cp): those of the mean over all."""
+    mesh, random = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")), Random(seed=5)
+    make = lambda: (torch.manual_seed(1), NSABlock(NSAConfig(**BASE, rope_theta=100.0)).double())[1]  # noqa: E731
+    x, targets, alone, model = random((4, 24, 24)), random((4, 24, 24)), make(), make()
+    nn.functional.mse_loss(alone(x), targets).backward()
+    if parallel == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=mesh)
+    rows = mesh["dp"].get_local_rank() * 2 + torch.arange(2)
+    with context_parallel(mesh["cp"], "zigzag") as cp:
+        loss = nn.functional.mse_loss(model(cp.shard(x[rows])), cp.shard(targets[rows]))
+        loss.backward()
+    for (name, p), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        whole = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        close(whole, expected.grad, f"{parallel}: gradient of {name}")
+
+
+@pytest.mark.parametrize("parallel", ["DDP", "FSDP2"])
+def test_data_parallel(parallel: str, tmp_path: Path) -> None:
+    in_processes(4, tmp_path, check_data_parallel, parallel)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
