@@ -2024,8 +2024,7 @@ class context_parallel:
     right for losses that are means over a rank's tokens, as above.
 
     All ranks call the same modules in the same order, and all call backward. Where a checkpoint computes a forward
-    again, backward is called within the context. torch.compile breaks its graph where keys are gathered, so that
-    fullgraph=True is refused.
+    again, backward is called within the context. torch.compile takes the collectives into its graph.
 
     Args:
         mesh_or_group: a DeviceMesh of one dimension, or a process group. A group of one changes nothing.
@@ -2038,7 +2037,7 @@ class context_parallel:
     Raises:
         ValueError, TypeError: an argument breaks one of these rules; contexts are nested; ranks differ in the shapes or
             dtypes of what they give to a module, in which case all of them raise it. On a GPU only the first call in a
-            context compares them.
+            context compares them, and compiled code does not.
     """
 
     def __init__(self, mesh_or_group: dist.DeviceMesh | dist.ProcessGroup, layout: str = "contiguous") -> None:
@@ -2125,10 +2124,12 @@ class context_parallel:
 
     def _check_alike(self, **tensors: object) -> None:
         """Complains, on all ranks, where they differ in the layout, or in a tensor's shape, dtype or known values."""
+        if self.size == 1 or torch.compiler.is_compiling():
+            return
         device = getattr(tensors["x"], "device", torch.device("cpu"))
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         compared = self._compared and device.type != "cpu"  # else the host would wait for the others in each call
-        if self.size == 1 or compared or capturing or torch.compiler.is_compiling():
+        if compared or capturing:
             return
         mine = {name: _description(x) for name, x in tensors.items() if x is not None} | {"layout": self.layout}
         every: list[Any] = [None] * self.size

@@ -158,6 +158,21 @@ def check_data_parallel(parallel: str) -> None:
         close(whole, expected.grad, f"{parallel}: gradient of {name}")
 
 
+def check_compiled() -> None:
+    """One graph for all steps, each of which has a context of its own."""
+    block, random = NSABlock(NSAConfig(**BASE, rope_theta=100.0)).double(), Random(seed=7)
+    block.load_state_dict({name: random(tuple(x.shape)) / 9 for name, x in block.state_dict().items()})
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            run = lambda model, x, step=step: (model if x.shape[1] == 48 else compiled)(x)  # noqa: E731
+            compare(f"step {step}", block, random((1, 48, 24)), random((1, 48, 24)), "zigzag", run)
+
+
+def test_compiled(tmp_path: Path) -> None:
+    in_processes(2, tmp_path, check_compiled)
+
+
 @pytest.mark.parametrize("parallel", ["DDP", "FSDP2"])
 def test_data_parallel(parallel: str, tmp_path: Path) -> None:
     in_processes(4, tmp_path, check_data_parallel, parallel)
