@@ -6,6 +6,7 @@
     python nsa_gpt_training.py --full --resume                go on where a run was stopped
     python nsa_gpt_training.py --generate --prompt "To be"    write on with the model of the quick run
     torchrun --nproc-per-node 8 nsa_gpt_training.py --full    one process for each GPU: same batches, same losses
+        ... --attention nsa --context-parallel 4              of which each 4 share their sequences
 
 Text, split and schedule of the full run are those of nanoGPT's Shakespeare example, so that losses compare.
 """
@@ -25,7 +26,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from native_sparse_attention import AttentionPatterns, NSABlock, NSACache, NSAConfig
+from native_sparse_attention import AttentionPatterns, NSABlock, NSACache, NSAConfig, context_parallel
 
 HERE = Path(__file__).resolve().parent
 BRANCHES = ("local", "compressed", "selective")
@@ -73,6 +74,7 @@ class Settings:
     device: str = option("device", "auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     compile: str = option("device", "off", "torch.compile and its mode", choices=("off", "default", "reduce-overhead"))
     fsdp: bool = option("device", False, "shard the model over processes (FSDP2) instead of copying it (DDP)")
+    context_parallel: int = option("device", 1, "processes that have a part of each sequence; for NSA", 1)
     accumulate: int = option("device", 1, "save memory: parts of a batch, one after the other", 1)
     layers: int = option("model", 6, "blocks of attention and feed-forward", 1)
     dim: int = option("model", 384, "width")
@@ -113,15 +115,31 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    cp: context_parallel | None = None  # of the processes that share their sequences
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    @property
+    def groups(self) -> int:
+        """Number of processes, or of groups of them, that have rows of their own."""
+        return self.world if self.cp is None else self.world // self.cp.size
 
-    def share(self, batch: Batch, parts: int = 1) -> Iterator[Batch]:
-        """Rows of a batch (tokens, targets) that are this process's, on the device, in equal parts."""
-        mine = [x.chunk(self.world)[self.rank] for x in batch]
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Context of a forward: autocast, and that of the processes that share a sequence."""
+        narrow = self.dtype != torch.float32
+        with self.cp or nullcontext(), torch.autocast(self.device.type, self.dtype, enabled=narrow):
+            yield
+
+    def share(self, batch: Batch, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tokens and targets of a batch that are this process's, on the device, in equal parts of its rows.
+
+        The last of the three are the tokens' positions, if they are not those from 0 on.
+        """
+        mine = [x.chunk(self.groups)[self.rank * self.groups // self.world] for x in batch]
+        mine = mine if self.cp is None else [self.cp.shard(x) for x in mine]
         mine = [x.pin_memory() for x in mine] if self.device.type == "cuda" else mine
-        return zip(*(x.to(self.device, non_blocking=True).chunk(parts) for x in mine), strict=True)
+        tokens, targets = (x.to(self.device, non_blocking=True).chunk(parts) for x in mine)
+        positions = None if self.cp is None else self.cp.positions(batch[0].shape[1], self.device)
+        return zip(tokens, targets, itertools.repeat(positions, parts), strict=True)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -193,10 +211,13 @@ class NSALanguageModel(nn.Module):
         self.head.weight = self.token_embedding.weight
         self.initialize(init_std)
 
-    def forward(self, tokens: Tensor, targets=None, *, caches=None, mask=None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, targets=None, positions=None, *, caches=None, mask=None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, vocabulary) of tokens (B, T), and their mean cross-entropy with targets (B, T) other than -100.
 
-        With an NSACache for each block, tokens follow those in the caches; `mask` (B, T) is False at padding.
+        With an NSACache for each block, tokens follow those in the caches; `mask` (B, T) is False at padding. Within
+        context_parallel, `positions` (T,) are those of this process's tokens.
         """
         T = tokens.shape[1]
         if T > self.cfg.seq_len:
@@ -204,7 +225,8 @@ class NSALanguageModel(nn.Module):
         x = self.token_embedding(tokens)  # (B, T, dim)
         if self.position_embedding is not None:
             start = 0 if caches is None else caches[0].seqlens[:, None]
-            positions = start + torch.arange(T, device=x.device)  # (T,), or (B, T) with caches
+            if positions is None:
+                positions = start + torch.arange(T, device=x.device)  # (T,), or (B, T) with caches
             x = x + self.position_embedding(positions.clamp(max=self.cfg.seq_len - 1))  # padding may lie beyond
         x = self.dropout(x)
         for number, block in enumerate(self.blocks):
@@ -347,9 +369,9 @@ def score(net: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> tuple[f
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     net.eval()
     for batch in batches:
-        tokens, targets = next(runtime.share(batch))
-        with runtime.autocast():
-            logits, loss = net(tokens, targets)
+        tokens, targets, positions = next(runtime.share(batch))
+        with runtime.forward():
+            logits, loss = net(tokens, targets, positions)
         asked = (targets >= 0).sum()
         totals += torch.stack([loss * asked, (logits.argmax(-1) == targets).sum(), asked])
     net.train()
@@ -505,9 +527,9 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     total = torch.zeros((), device=runtime.device)
-    for tokens, targets in runtime.share(batch, settings.accumulate):
-        with runtime.autocast():
-            loss = net(tokens, targets)[1] / settings.accumulate
+    for tokens, targets, positions in runtime.share(batch, settings.accumulate):
+        with runtime.forward():
+            loss = net(tokens, targets, positions)[1] / settings.accumulate
         loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -779,8 +801,15 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
             raise Stop(f"{each.name} = {value!r}: must be at least {least}")
     if settings.compile == "reduce-overhead" and settings.accumulate > 1:  # a CUDA graph overwrites its own gradients
         raise Stop("accumulate: must be 1 with --compile reduce-overhead")
-    if settings.fsdp and "RANK" not in os.environ:
-        raise Stop("fsdp: start several processes with torchrun --nproc-per-node N")
+    parts, world = settings.context_parallel, int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ and (settings.fsdp or parts > 1):
+        name = "fsdp" if settings.fsdp else "context_parallel"
+        raise Stop(f"{name}: start several processes with torchrun --nproc-per-node N")
+    if world % parts != 0 or (parts > 1 and settings.context % (2 * parts) != 0):
+        rule = f"must divide the number of processes, {world}, and half of the context, {settings.context}"
+        raise Stop(f"context_parallel = {parts}: {rule}")
+    if parts > 1 and settings.attention != "nsa":
+        raise Stop(f"context_parallel = {parts}: dense attention has all tokens; give --attention nsa")
     if settings.resume and settings.overwrite:
         raise Stop("resume and overwrite: give only one of them")
     return settings
@@ -826,6 +855,10 @@ def start_runtime(settings: Settings) -> Iterator[Runtime]:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
         runtime = dataclasses.replace(runtime, rank=dist.get_rank(), world=dist.get_world_size())
+        if settings.context_parallel > 1:
+            shape = (runtime.world // settings.context_parallel, settings.context_parallel)
+            mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp"))
+            runtime = dataclasses.replace(runtime, cp=context_parallel(mesh["cp"], layout="zigzag"))
     try:
         yield runtime
     finally:
@@ -854,9 +887,10 @@ def run_training(settings: Settings, runtime: Runtime) -> None:
     if len(text.val) <= settings.context:
         raise Stop(f"{text.source} is too short: a tenth of it must be longer than the context, {settings.context}")
     encode_prompts(text.vocabulary, settings)
-    parts = runtime.world * settings.accumulate
+    parts = runtime.groups * settings.accumulate
     if settings.batch_size % parts != 0:
-        raise Stop(f"batch_size = {settings.batch_size}: must be divisible by processes * accumulate = {parts}")
+        of = "processes / context_parallel * accumulate"
+        raise Stop(f"batch_size = {settings.batch_size}: must be divisible by {of} = {parts}")
     attentions = ("nsa", "dense") if settings.attention == "both" else (settings.attention,)
     try:
         models = [build_model(text.vocabulary, attention, settings) for attention in attentions]

@@ -401,10 +401,13 @@ def test_the_losses_are_the_same_on_any_number_of_processes(settings: script.Set
     on_two += [*noisy, *stopped, *(dataclasses.replace(each, resume=True) for each in stopped)]
     longer = {"resume": True, "iterations": 9}  # of what two processes began
     on_four = [named("four", quiet), named("four shards", quiet, fsdp=True), named("two", quiet, **longer)]
+    on_two += [named("two parts", quiet, context_parallel=2)]
+    on_four += [named(f"two by two {fsdp}", quiet, context_parallel=2, fsdp=fsdp) for fsdp in (False, True)]
     shown = do_runs({2: on_two, 4: on_four}, tmp_path)
     assert shown.count("validation loss, best") == len(on_two) + len(on_four) - len(stopped), "one process prints"
 
-    for name in ("two", "two shards", "four", "four shards"):
+    parts = ("two parts", "two by two False", "two by two True")
+    for name in ("two", "two shards", "four", "four shards", *parts):
         run = script.read_checkpoint(tmp_path / name / "nsa.last.pt")["run"]
         assert len(run["losses"]) == (9 if name == "two" else 7)
         assert run["losses"][:7] == pytest.approx(whole.run.losses, rel=1e-4), name
