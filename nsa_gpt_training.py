@@ -122,12 +122,12 @@ class Runtime:
         """Number of processes, or of groups of them, that have rows of their own."""
         return self.world if self.cp is None else self.world // self.cp.size
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Context of a forward: autocast, and that of the processes that share a sequence."""
-        narrow = self.dtype != torch.float32
-        with self.cp or nullcontext(), torch.autocast(self.device.type, self.dtype, enabled=narrow):
-            yield
+    def context(self) -> Any:
+        """Context of forward and backward."""
+        return self.cp or nullcontext()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def share(self, batch: Batch, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tokens and targets of a batch that are this process's, on the device, in equal parts of its rows.
@@ -370,7 +370,7 @@ def score(net: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> tuple[f
     net.eval()
     for batch in batches:
         tokens, targets, positions = next(runtime.share(batch))
-        with runtime.forward():
+        with runtime.context(), runtime.autocast():
             logits, loss = net(tokens, targets, positions)
         asked = (targets >= 0).sum()
         totals += torch.stack([loss * asked, (logits.argmax(-1) == targets).sum(), asked])
@@ -528,9 +528,10 @@ def train_step(
         group["lr"] = rate
     total = torch.zeros((), device=runtime.device)
     for tokens, targets, positions in runtime.share(batch, settings.accumulate):
-        with runtime.forward():
-            loss = net(tokens, targets, positions)[1] / settings.accumulate
-        loss.backward()
+        with runtime.context():
+            with runtime.autocast():
+                loss = net(tokens, targets, positions)[1] / settings.accumulate
+            loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()

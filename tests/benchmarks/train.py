@@ -6,6 +6,7 @@
     python tests/benchmarks/train.py --contexts 32768 --recompute       # activation checkpointing
     python tests/benchmarks/train.py --paper                            # the paper's block sizes and window
     python tests/benchmarks/train.py --kv-heads 4                       # grouped queries, for both
+    torchrun --nproc-per-node 2 tests/benchmarks/train.py --attention nsa --contexts 131072 --context-parallel 2
 
 12 layers, dim 768, 12 heads, vocabulary 50304, rotary positions; bf16 autocast, fused AdamW, clipped gradients:
 forward, backward and update as the training example does them, on random tokens. Median of steps, and the peak of
@@ -106,16 +107,18 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="compile, and run CUDA graphs")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
+    parser.add_argument("--context-parallel", type=int, default=1, help="processes that share a sequence, by torchrun")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    with script.start_runtime(dataclasses.replace(MODEL, device=args.device)) as runtime:
-        print(f"{runtime}, torch {torch.__version__}, {' '.join(sys.argv[1:]) or 'defaults'}\n")
+    of_run = dataclasses.replace(MODEL, device=args.device, context_parallel=args.context_parallel)
+    with script.start_runtime(of_run) as runtime:
+        script.say(f"{runtime}, torch {torch.__version__}, {' '.join(sys.argv[1:]) or 'defaults'}\n")
         names = [f"{attention}, {what}" for attention in args.attention for what in ("tokens/s", "peak GiB")]
         columns = ("context", "batch", *names, "NSA / dense")
-        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+        script.say("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for context in args.contexts:
-            print(row(context, args, runtime), flush=True)
+            script.say(row(context, args, runtime))
 
 
 if __name__ == "__main__":
