@@ -2004,6 +2004,10 @@ class NSACache:
 # computes a forward again in one of them.
 _CONTEXT: context_parallel | None = None
 
+# Their names from torch 2.13 on, and before; a build without processes has neither.
+_all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
 
 class context_parallel:
     """A context in which a sequence is spread over the processes of a group: each has a part of its tokens.
@@ -2107,7 +2111,7 @@ class context_parallel:
         """One of these tensors."""
         size = self._part_size(f"x.shape[{dim}] of all ranks", x.shape[dim] * self.size)
         every = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(every.flatten(0, 1), x.contiguous(), self._group)
+        _all_gather(every.flatten(0, 1), x.contiguous(), group=self._group)
         parts = [
             (part, every[rank].narrow(dim, i * size, size))
             for rank in range(self.size)
@@ -2119,7 +2123,7 @@ class context_parallel:
         """The reverse for gradients: this rank's part of the sum over all ranks."""
         every = torch.stack([self._shard(x, dim, rank) for rank in range(self.size)])
         part = torch.empty_like(every[0])
-        dist.reduce_scatter_tensor(part, every.flatten(0, 1), group=self._group)
+        _reduce_scatter(part, every.flatten(0, 1), group=self._group)
         return part
 
     def _check_alike(self, **tensors: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,9 +54,14 @@ PACKED: dict[str, tuple[dict[str, object], list[int]]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def process(rank: int, check: Callable[..., None], ranks: int, path: str, arguments: tuple[object, ...]) -> None:
+def process(
+    rank: int, check: Callable[..., None], ranks: int, path: str, backend: str, arguments: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    warnings.simplefilter("error", FutureWarning)
+    if backend != "gloo":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=ranks)
     try:
         check(*arguments)
     except Exception:
@@ -65,10 +71,10 @@ def process(rank: int, check: Callable[..., None], ranks: int, path: str, argume
         dist.destroy_process_group()
 
 
-def in_processes(ranks: int, path: Path, check: Callable[..., None], *arguments: object) -> None:
+def in_processes(ranks: int, path: Path, check: Callable[..., None], *arguments: object, backend: str = "gloo") -> None:
     """check(*arguments) in that many processes."""
     try:
-        torch.multiprocessing.spawn(process, (check, ranks, str(path / "group"), arguments), ranks)
+        torch.multiprocessing.spawn(process, (check, ranks, str(path / "group"), backend, arguments), ranks)
     except Exception as error:
         first = next((log.read_text() for log in sorted(path.glob("group.*"))), str(error))
         pytest.fail(first, pytrace=False)
@@ -176,6 +182,51 @@ def test_compiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parallel", ["DDP", "FSDP2"])
 def test_data_parallel(parallel: str, tmp_path: Path) -> None:
     in_processes(4, tmp_path, check_data_parallel, parallel)
+
+
+def check_gpus() -> None:
+    """bfloat16 by the kernels: as one GPU but for rounding, and the same to the bit in every run."""
+    device, sizes = torch.device("cuda", dist.get_rank()), {"block_size": 32, "stride": 16, "select_block_size": 64}
+    sizes |= {"dim": 512, "heads": 16, "kv_heads": 1, "seq_len": 4096, "topk_blocks": 16, "local_blocks": 2}
+    for more, lengths in (({"rope_theta": 1e4}, None), ({"separate_kv": True, "stride": 32}, [1000, 1, 0, 2500, 595])):
+        torch.manual_seed(1)
+        model = NSABlock(NSAConfig(**sizes | more, init_blocks=1)).to(device, torch.bfloat16)
+        x, upstream = (torch.randn(1, 4096, 512).to(device, torch.bfloat16) for _ in range(2))
+        call = model if lengths is None else partial(model, cu_seqlens=edges(lengths).to(device))
+        call(x).backward(upstream)
+        expected = [p.grad.float() for p in model.parameters()]
+        for layout in LAYOUTS:
+            with context_parallel(dist.group.WORLD, layout) as cp:
+                runs = []
+                for _ in range(2):
+                    model.zero_grad()
+                    mine = call(cp.shard(x))
+                    mine.backward(cp.shard(upstream))
+                    runs.append([mine, *(p.grad.clone() for p in model.parameters())])
+                assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), f"{layout}: two runs differ"
+                pairs = [(mine.float(), cp.shard(call_alone(call, x)).float())]
+            for grad, whole in zip(runs[0][1:], expected, strict=True):
+                total = grad.float()
+                dist.all_reduce(total)
+                pairs.append((total, whole))
+            errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+            # the gates' biases have small sums of many terms
+            assert errors[0] < 0.01 and max(errors) < 0.05, f"{layout}, {lengths}: {errors}"
+
+
+def call_alone(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The output of one process, in the middle of a context."""
+    context, nsa._CONTEXT = nsa._CONTEXT, None
+    try:
+        return call(x)
+    finally:
+        nsa._CONTEXT = context
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(tmp_path: Path) -> None:
+    in_processes(2, tmp_path, check_gpus, backend="cpu:gloo,cuda:nccl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
