@@ -734,9 +734,10 @@ def draw_config(pick: python_random.Random, random: Random) -> NativeSparseAtten
 
 
 def launch(
-    G: int, D: int, launched: tuple[str, ...], lengths: list[int], dtype: torch.dtype = torch.bfloat16, K: int = 2
+    G: int, D: int, launched: tuple[str, ...], lengths: list[int], dtype: torch.dtype = torch.bfloat16, K: int = 2,
+    first: int = 0,
 ) -> None:  # fmt: skip
-    """All that Part II registers, once each, with the paper's block sizes."""
+    """All that Part II registers, once each, with the paper's block sizes; from a first position, to be compiled only."""
     random, H, T, S = Random(seed=1), K * G, sum(lengths), 16
     C = sum(max(0, (length - 32) // 16 + 1) for length in lengths)
     q, k, k_cmp = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
@@ -744,7 +745,7 @@ def launch(
     chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
     tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
-    on, packed = nsa._backend("triton", q, *tables[:3])
+    on, packed = nsa._backend("triton", q, *tables[:3], first)
     (terms,) = nsa._row_terms(on.preprocess(q, [q], [lse], K, dlse=lse)[0])
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
         if name in launched:
@@ -765,10 +766,10 @@ def launch(
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
         settings = (*tables[:3], "triton", 512)
         with going("by_index"):
-            _, *outputs, indices, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False, 0)
+            _, *outputs, indices, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False, first)
             terms, _ = nsa._gated_terms(q, *outputs, gates, K, "triton")
             keys = (q, k, k, k_cmp, k_cmp, None, None)
-            nsa._attention_backward(q, terms, indices, index, *keys, *settings, *choice[:3], scale, 0)
+            nsa._attention_backward(q, terms, indices, index, *keys, *settings, *choice[:3], scale, first)
     if "decode" in launched:
         (tokens, blocks), first = as_cache(k, k, k, k, k_cmp, k_cmp), torch.zeros(1, dtype=torch.int32)
         on.decode(q[:, :1], tokens, blocks, gates[:, :1], first, None, 512, choice, scale)

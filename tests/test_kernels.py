@@ -683,6 +683,8 @@ BUILDS = {
     "many_compressed_rows_of_64_packed": (1, 64, ("compress",), [12_000, 0, 1, 7999]),
     "1_head_a_group_of_64_by_pointer": (1, 64, BY_POINTER, [1024]),
     "4_heads_a_group_of_64_packed_by_pointer": (4, 64, BY_POINTER, [600, 0, 1, 423]),
+    "16_heads_a_group_of_128_later": (16, 128, BRANCHES_AND_CHOICE, [1024]),  # queries that begin at a position
+    "4_heads_a_group_of_128_packed_later": (4, 128, BRANCHES_AND_CHOICE, [600, 0, 1, 423]),
 }
 # Kernels of matrix products, and what one multiplies with where it is not Hopper's wgmma: the query is the outer loop
 # only in groups of 16 heads, which fill the 16 rows of mma.sync, not the 64 of wgmma.
@@ -766,7 +768,7 @@ def build(names: list[str], folder: str) -> None:
     for name in names:
         result[name] = {}
         nsa._PLAIN_ROWS = math.inf if name.endswith("by_pointer") else 0
-        launch(*BUILDS[name])
+        launch(*BUILDS[name], first=512 if name.endswith("later") else 0)
     print(json.dumps(result))
 
 
