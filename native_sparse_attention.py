@@ -2041,7 +2041,8 @@ class context_parallel:
     Raises:
         ValueError, TypeError: an argument breaks one of these rules; contexts are nested; ranks differ in the shapes or
             dtypes of what they give to a module, in which case all of them raise it. On a GPU only the first call in a
-            context compares them, and compiled code does not.
+            context compares them, through the host where the group has "cpu:gloo" beside "cuda:nccl", and with NCCL
+            alone by a wait for the GPU. Compiled code compares nothing.
     """
 
     def __init__(self, mesh_or_group: dist.DeviceMesh | dist.ProcessGroup, layout: str = "contiguous") -> None:

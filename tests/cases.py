@@ -737,7 +737,7 @@ def launch(
     G: int, D: int, launched: tuple[str, ...], lengths: list[int], dtype: torch.dtype = torch.bfloat16, K: int = 2,
     first: int = 0,
 ) -> None:  # fmt: skip
-    """All that Part II registers, once each, with the paper's block sizes; those of queries from `first` on are not run."""
+    """All that Part II registers, once each, with the paper's block sizes. With a `first` position, to be built."""
     random, H, T, S = Random(seed=1), K * G, sum(lengths), 16
     C = sum(max(0, (length - 32) // 16 + 1) for length in lengths)
     q, k, k_cmp = (random((1, *shape, D), dtype) for shape in ((T, H), (T, K), (C, K)))
