@@ -44,7 +44,8 @@ SPILLS = {64: 100, 128: 100, 256: 250}
 # (target, dtype, head dim) of each build: a cover, of five minutes of one core. sm_80, sm_86 and sm_89 have the same
 # products, sm_86, sm_89 and sm_120 the same shared memory; bfloat16 and float16 take the same tiles; head dim 64 has
 # room everywhere; test_kernels.py builds for sm_90 at head dims 64 and 128. Most pairs of a target and a head dim are
-# left out, and float32 but for one build. NSA_ALL_TARGETS=1 builds all, which takes an hour of one core.
+# left out, and float32 but for one build. NSA_ALL_TARGETS=1 builds all, which takes half
+# an hour of two cores.
 COVER = [
     "sm_80 bfloat16 128",
     "sm_86 bfloat16 256",
