@@ -1378,7 +1378,7 @@ def _branch(
 def _obstacle(
     backend: str, device: torch.device, dtype: torch.dtype | None, dim_head: int | None, *call: Any
 ) -> str | None:
-    """Why the kernels do not serve a call with this backend, "auto" or "triton"; None if they do.
+    """Reason why the kernels do not serve a call with this backend, "auto" or "triton"; None if they do.
 
     A dtype or a head dim of None is any. `call` are the arguments of a backend's `obstacle`, where they are known.
     """
@@ -1405,7 +1405,7 @@ def _choose_backend(
 def _device_backend(
     backend: str, device: torch.device, dtype: torch.dtype | None = None, dim_head: int | None = None, *call: Any
 ) -> str:
-    """The same where there are no tensors to ask about. A dtype or a head dim of None is any."""
+    """Name of the backend for operators, without tensors to ask about. A dtype or a head dim of None is any."""
     if backend == "torch":
         return "torch"
     obstacle = _obstacle(backend, device, dtype, dim_head, *call)
@@ -2270,7 +2270,7 @@ _FAILURES: dict[tuple[torch.device, torch.dtype | None, int | None], str] = {}
 
 
 def _failure(device: torch.device, dtype: torch.dtype | None, dim_head: int | None) -> str | None:
-    """Why PyTorch serves such heads under "auto" in place of kernels that failed; None if none did."""
+    """Reason why PyTorch serves such heads under "auto" in place of kernels that failed; None if none did."""
     heads = (device, dtype, dim_head)
     concerns = lambda failed: all(a is None or a == b for a, b in zip(failed, heads, strict=True))  # noqa: E731
     return next((reason for failed, reason in _FAILURES.items() if concerns(failed)), None)
@@ -4137,7 +4137,7 @@ def _hold_to_float64(runs: dict[tuple[str, torch.dtype], _Run]) -> str:
 
 
 def _relative_error(y: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Of all numbers; and of the row that is off most, relative to the largest."""
+    """Error relative to the norm of all numbers; and of the row that is off most, relative to the largest row."""
     of_rows = [x.norm(dim=-1) for x in (y - exact, exact)]
     return tuple((off / size).item() for off, size in ([x.norm() for x in of_rows], [x.max() for x in of_rows]))
 
@@ -4155,7 +4155,7 @@ def _selftest_triton() -> str:
 
 
 def _selftest_packed() -> str:
-    """The same for packed sequences, one of them a token, one shorter than a block."""
+    """`nsa_attention` of packed sequences, one of them a token, one shorter than a block."""
     device = _test_device(torch.float32, 64)
     settings = [(torch.bfloat16, 4, 128, 700, 1, 20, 4000, 300)]
     settings += [(dtype, G, 64, 300, 1, 20, 400) for dtype, G in ((torch.float16, 16), (torch.float32, 1))]
@@ -4211,11 +4211,11 @@ def _require_highest(q: Tensor, k_cmp: Tensor, chosen: Tensor, choice: _Choice) 
     unseen = i * choice.stride + choice.block_size - 1 > t[:, None]
     p = scores.masked_fill(unseen, -math.inf).softmax(-1).masked_fill(unseen, 0.0).sum(1)
     importance = _block_importance(p, *choice[:3], _selection_count(T, choice.select_block_size))
-    score = lambda blocks: importance.gather(-1, blocks.clamp(min=0)).masked_fill(blocks < 0, 0.0).sort().values  # noqa: E731
+    at = lambda blocks: importance.gather(-1, blocks.clamp(min=0)).masked_fill(blocks < 0, 0.0)  # noqa: E731
     exact = _choose_blocks(importance, t, choice).long()
     in_order = (chosen < 0).equal(exact < 0) and bool(((chosen.diff() > 0) | (chosen[..., 1:] < 0)).all())
     _require(in_order, "chosen blocks are not in ascending order, or too few")
-    missed = (score(exact) - score(chosen)).abs().max().item()
+    missed = (at(exact).sort().values - at(chosen).sort().values).abs().max().item()
     _require(missed < 1e-4, f"a chosen block scores {missed:.1e} less than another")
 
 
@@ -4691,7 +4691,7 @@ def _at_fault(error: Exception) -> bool:
 
 
 def _in_words(error: Exception) -> str:
-    """What an error of Triton's says, in one line."""
+    """Message of an error of Triton's, in one line."""
     said = (error.error_message or error.__cause__ or error) if hasattr(error, "error_message") else error
     return textwrap.shorten(f"{type(error).__name__}: {said}", 300)
 
@@ -4987,7 +4987,7 @@ def _key_tile(
     tile, cu_seqlens, cu_keys, first_ptr, b, n_segments, T, C, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """The same for a tile of keys; and how many are written: those behind the last segment's are nobody's, and 0."""
+    """First key of a tile and what `_query_tile` returns; the keys that are written, as those of no segment are 0."""
     key, token, first, keys, written = tile * BLOCK_N, tile * 0, tile * 0, C, C
     past = _past(first_ptr, b, C * STRIDE + (BLOCK - 1), cu_seqlens)
     if cu_seqlens is not None:

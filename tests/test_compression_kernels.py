@@ -103,7 +103,7 @@ def test_values_and_gradients(
 def test_a_few_units_at_a_time(
     method: str, dim: int, random: Random, monkeypatch: pytest.MonkeyPatch, kernels: list[str]
 ) -> None:
-    """As where products take their operands from registers; the last tile of units is not full."""
+    """Tiles of units, where products take their operands from registers; the last one is not full."""
     monkeypatch.setattr(nsa, "_COMPRESS_UNITS", (32, 16))
     monkeypatch.setattr(nsa, "_multiplies_in_shared", lambda device: False)
     test_values_and_gradients(method, dim, 4, 2, 29, 2, 3, 4, random, monkeypatch, kernels)

@@ -143,7 +143,7 @@ def check_modules() -> None:
 
 
 def check_without_the_host() -> None:
-    """As on a GPU, where the host looks at no values: tables on the device take the place of rows."""
+    """Tables on the device take the place of rows, as on a GPU, where the host looks at no values."""
     nsa._readable = nsa._on_host = lambda x: False
     random = Random(seed=4)
     for layout in LAYOUTS:
@@ -280,7 +280,7 @@ def test_parts(tmp_path: Path) -> None:
 
 
 def check_complaints() -> None:
-    """What ranks disagree on is an error on each of them, and the next context works."""
+    """Disagreement of ranks is an error on each of them, and the next context works."""
     attention, rank = NativeSparseAttention(NSAConfig(**BASE)), dist.get_rank()
     x = torch.randn(1, 8, 24)
     with (

@@ -25,7 +25,7 @@ FIELDS = SIZES | BLOCKS | {"rope_theta": 100.0, "gate_mode": "q_cond"}
 
 
 class Failing:
-    """In place of a kernel: no launch of it succeeds."""
+    """Kernel of which no launch succeeds."""
 
     def __init__(self, kernel: Any, error: BaseException) -> None:
         self.fn, self.error, self.launches = kernel.fn, error, 0
@@ -77,7 +77,7 @@ def no_warning() -> Iterator[None]:
 
 
 def assert_alike(actual: list[Tensor], expected: list[list[Tensor]]) -> None:
-    """As near to the exact values as PyTorch's backend, whose results in the same dtype come first in `expected`.
+    """Results are as near to the exact values as PyTorch's backend, whose results in the same dtype come first in `expected`.
 
     Kernels are held to a budget in other tests. Here they are half of a computation, in which errors grow.
     """
@@ -89,7 +89,7 @@ def assert_alike(actual: list[Tensor], expected: list[list[Tensor]]) -> None:
 
 
 def by_torch(run: Callable[[nn.Module], list[Tensor]], module: NativeSparseAttention) -> list[list[Tensor]]:
-    """What is expected of a run."""
+    """Results that are expected of a run."""
     module.cfg.backend = "torch"
     expected = [run(module), run(copy.deepcopy(module).double())]
     module.cfg.backend = "auto"
@@ -212,7 +212,7 @@ def test_a_compressor_by_itself(kernel: str, method: str, plant: Any, random: Ra
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_checkpoints(dtype: torch.dtype, plant: Any, random: Random) -> None:
-    """What the kernels computed before the failure, PyTorch computes again."""
+    """PyTorch computes again what the kernels had computed before the failure."""
     attention, inputs = build(random, dtype, **FIELDS), random((1, 29, 32), dtype)
     for parameter in attention.parameters():  # two modules in a row let errors grow
         parameter.detach().mul_(0.5)
@@ -413,7 +413,7 @@ def test_no_kernel_runs_without_them(
 
 @interpreted
 def test_kernels_or_an_error(random: Random, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For rows, packed sequences, prompts and steps alike."""
+    """Rows, packed sequences, prompts and steps alike."""
     tables = plant("segments")
     attention, x = build(random, torch.float32, **FIELDS, backend="triton"), random((1, 20, 32), torch.float32)
     cache = nsa.NSACache(attention.cfg, 1, 40)

@@ -148,7 +148,7 @@ def test_the_whole_with_gates(way: str, case: Case, dtype: torch.dtype, random: 
 
 @interpreted
 def test_recompute(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the local branch, to the bit."""
+    """Output of the local branch, computed again to the bit."""
     x = draw(whole, MIDDLE, random, torch.float16)
     kept = run(whole, TRITON, MIDDLE, x, torch.float16)
     monkeypatch.setattr(nsa, "nsa_attention", partial(nsa.nsa_attention, recompute=True))
