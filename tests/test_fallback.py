@@ -77,7 +77,7 @@ def no_warning() -> Iterator[None]:
 
 
 def assert_alike(actual: list[Tensor], expected: list[list[Tensor]]) -> None:
-    """Results are as near to the exact values as PyTorch's backend, whose results in the same dtype come first in `expected`.
+    """Results are as near to the exact values as PyTorch's, which come first in `expected`, in the same dtype.
 
     Kernels are held to a budget in other tests. Here they are half of a computation, in which errors grow.
     """

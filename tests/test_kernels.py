@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -57,6 +54,7 @@ from cases import (
     slow,
     small_gates,
     whole,
+    without_interpreter,
 )
 from conftest import assert_valid_choice, assert_within_budget, choice_tolerance
 from torch import Tensor
@@ -779,17 +777,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def built(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every kernel of every build. In a process of its own: in this one, kernels belong to the interpreter."""
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
+    """Every kernel of every build."""
     script = f"import test_kernels; test_kernels.build({list(BUILDS)!r}, {str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(without_interpreter(script, TRITON_CACHE_DIR=str(folder / "cache")))
 
 
 @needs_triton

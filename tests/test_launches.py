@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import Random, needs_triton
+from cases import Random, needs_triton, without_interpreter
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -176,16 +172,7 @@ def check_launches() -> None:
 
 @needs_triton
 def test_launches_are_those_that_triton_would_choose() -> None:
-    """In a process of its own: in this one, kernels belong to the interpreter."""
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
-    script = "import test_launches; test_launches.check_launches()"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = json.loads(without_interpreter("import test_launches; test_launches.check_launches()"))
     attention = {name for name in vars(nsa) if name.endswith("_kernel")} - {"_kernel"}
     assert attention <= set(results["kernels"])
     assert results["again"]["looked up"] == 0 < results["again"]["direct"]

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import compile_only, cuobjdump, launch, needs_triton
+from cases import compile_only, cuobjdump, launch, needs_triton, without_interpreter
 
 import native_sparse_attention as nsa
 
@@ -94,17 +92,9 @@ def build(name: str, folder: str) -> None:
 
 
 def built(name: str, folder: Path) -> dict[str, list[dict[str, int]]]:
-    """Every kernel of a build. In a process of its own: in this one, kernels belong to the interpreter."""
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
+    """Every kernel of a build."""
     script = f"import test_targets; test_targets.build({name!r}, {str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(without_interpreter(script, TRITON_CACHE_DIR=str(folder / "cache")))
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import compile_only, going, interpreted, launch, needs_triton, slow
+from cases import compile_only, going, interpreted, launch, needs_triton, slow, without_interpreter
 from torch import Tensor
 
 import native_sparse_attention as nsa
@@ -225,16 +223,7 @@ def compile_together() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nsa.triton, "AsyncCompileMode"), reason="needs Triton 3.6 or later")
 def test_kernels_are_compiled_side_by_side(tmp_path: Path) -> None:
-    """Without a GPU; in a process of its own: in this one, kernels belong to the interpreter."""
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
-    script = "import test_tuning; test_tuning.compile_together()"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    without_interpreter("import test_tuning; test_tuning.compile_together()", TRITON_CACHE_DIR=str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

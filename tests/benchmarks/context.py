@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gpu import PAPER, milliseconds  # noqa: E402
+
 from native_sparse_attention import NativeSparseAttention, NSAConfig, context_parallel  # noqa: E402
 
-PAPER = {"block_size": 32, "stride": 16, "select_block_size": 64, "topk_blocks": 16, "init_blocks": 1,
-         "local_blocks": 2, "local_window": 512}  # fmt: skip
 STEP = 32768  # tokens between two tries of the longest
 
 
@@ -33,18 +32,6 @@ def build(args: argparse.Namespace, tokens: int) -> NativeSparseAttention:
     sizes = {"dim": args.dim, "heads": args.heads, "kv_heads": args.kv_heads, "dim_head": 128, "rope_theta": 1e6}
     cfg = NSAConfig(**sizes, **PAPER, seq_len=tokens, gate_mode="q_cond", separate_kv=args.separate_kv)
     return NativeSparseAttention(cfg).to(args.device, torch.bfloat16)
-
-
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    for _ in range(2):
-        step()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) for begin, end in events)[repeats // 2]
 
 
 def cost(args: argparse.Namespace, tokens: int, context: context_parallel | None) -> tuple[float, float]:
