@@ -412,6 +412,18 @@ def test_no_kernel_runs_without_them(
 
 
 @interpreted
+@pytest.mark.parametrize("fields", [{"backend": "torch"}, {"use_flash": False}], ids=str)
+def test_compressors_ask_the_module(fields: dict[str, Any], random: Random) -> None:
+    """Plain operations, which have second derivatives, unless the module takes kernels."""
+    attention, x = build(random, torch.float16, **FIELDS), random((2, 20, 16), torch.float16)
+    compressor = attention.compress_k.method
+    assert compressor.has_kernels(x)
+    for name, value in fields.items():
+        setattr(attention.cfg, name, value)
+    assert not compressor.has_kernels(x)
+
+
+@interpreted
 def test_kernels_or_an_error(random: Random, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, packed sequences, prompts and steps alike."""
     tables = plant("segments")
