@@ -3,6 +3,7 @@
     python nsa_gpt_training.py                                quick run: both attentions, half a minute on a CPU
     python nsa_gpt_training.py --full                         full run: 14 M parameters, 5000 iterations, for a GPU
     python nsa_gpt_training.py --data book.txt                any UTF-8 text; Tiny Shakespeare if none is given
+    python nsa_gpt_training.py --data src --pattern "*.py"    files of a folder, byte by byte
     python nsa_gpt_training.py --full --resume                go on where a run was stopped
     python nsa_gpt_training.py --generate --prompt "To be"    write on with the model of the quick run
     torchrun --nproc-per-node 8 nsa_gpt_training.py --full    one process for each GPU: same batches, same losses
@@ -63,7 +64,8 @@ class Settings:
     """Settings of a run, with the values of the full run. Names that NSAConfig has too mean the same there."""
 
     attention: str = option("run", "nsa", "attention to train", choices=("nsa", "dense", "both"))
-    data: Path | None = option("run", None, "UTF-8 text; default: input.txt here, else Tiny Shakespeare", type=Path)
+    data: Path | None = option("run", None, "text or folder; default: input.txt here, else Tiny Shakespeare", type=Path)
+    pattern: str = option("run", "*.txt", "names of files in a folder and below it")
     out: Path = option("run", HERE / "out" / "full", "folder of checkpoints, logs and pictures")
     resume: bool = option("run", False, "go on with the run in --out; more --iterations extend a finished one")
     overwrite: bool = option("run", False, "replace the checkpoints of an earlier run in --out")
@@ -160,12 +162,13 @@ def say(line: str = "", end: str = "\n", file: Any = None) -> None:
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Text:
-    """Tokens of a text, the first 90 % to train on. A token is the index of a character in the vocabulary."""
+    """Tokens of a text, those before `train` to train on, or 90 %. A token is a character's index in the vocabulary."""
 
-    def __init__(self, source: str, text: str) -> None:
+    def __init__(self, source: str, text: str, train: int | None = None) -> None:
         self.source, self.digest = source, hashlib.sha256(text.encode()).hexdigest()
         self.vocabulary = "".join(sorted(set(text)))
-        self.train, self.val = encode(text, self.vocabulary).tensor_split([int(0.9 * len(text))])
+        train = int(0.9 * len(text)) if train is None else train
+        self.train, self.val = encode(text, self.vocabulary).tensor_split([train])
 
     def batch(self, split: str, rows: int, length: int, seed: int) -> Batch:
         """Random windows (rows, length) of a split, and the same windows one character later."""
@@ -176,8 +179,10 @@ class Text:
 
 
 def encode(text: str, vocabulary: str) -> Tensor:
-    token = {character: index for index, character in enumerate(vocabulary)}
-    return torch.tensor([token[character] for character in text], dtype=torch.long)
+    if not text:
+        return torch.empty(0, dtype=torch.long)
+    codes = (torch.frombuffer(bytearray(x.encode("utf-32-le")), dtype=torch.int32) for x in (vocabulary, text))
+    return torch.searchsorted(*codes)  # characters of the vocabulary ascend
 
 
 def seed_of(*use: Any) -> int:
@@ -816,9 +821,25 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     return settings
 
 
-def find_text(data: Path | None) -> tuple[str, str]:
-    """Source and text: the given file, else input.txt, else Tiny Shakespeare, else the help pages of Python."""
+def read_folder(folder: Path, pattern: str) -> tuple[str, str, int]:
+    """Source, text and characters to train on: each byte a character, files joined by zeros in order of their names.
+
+    Every tenth file, from the fifth on, is to validate on, and stands behind those to train on.
+    """
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    if len(files) < 10:
+        raise Stop(f"{folder} has {len(files)} files {pattern!r} (--pattern): must be at least 10, one to validate on")
+    texts = [path.read_bytes().decode("latin-1") + "\0" for path in files]
+    val = [texts.pop(number) for number in range(4, len(texts), 10)[::-1]][::-1]
+    source = f"{len(files):,} files {pattern!r} of {folder}, {len(val):,} of them to validate on"
+    return source, "".join(texts + val), sum(map(len, texts))
+
+
+def find_text(data: Path | None, pattern: str = "*.txt") -> tuple[str, str, int | None]:
+    """Arguments of Text for the given file or folder, input.txt, Tiny Shakespeare, or else the help pages of Python."""
     path = data or INPUT
+    if path.is_dir():
+        return read_folder(path, pattern)
     if data is None and not INPUT.exists():
         say(f"downloading Tiny Shakespeare from {SHAKESPEARE_URL}")
         try:
@@ -831,9 +852,9 @@ def find_text(data: Path | None) -> tuple[str, str]:
             from pydoc_data.topics import topics
 
             source = f"the help pages of Python, as there is no Tiny Shakespeare: {first_line(problem)}"
-            return source, "\n\n".join(topics[name] for name in sorted(topics))
+            return source, "\n\n".join(topics[name] for name in sorted(topics)), None
     try:
-        return str(path), path.read_text(encoding="utf-8")
+        return str(path), path.read_text(encoding="utf-8"), None
     except (OSError, UnicodeDecodeError) as problem:
         raise Stop(f"cannot read {path}: {first_line(problem)}") from problem
 
@@ -880,13 +901,14 @@ def claim_folder(attentions: tuple[str, ...], settings: Settings) -> None:
 
 
 def run_training(settings: Settings, runtime: Runtime) -> None:
-    found = [find_text(settings.data) if runtime.rank == 0 else None]
+    found = [find_text(settings.data, settings.pattern) if runtime.rank == 0 else None]
     if runtime.world > 1:
         dist.broadcast_object_list(found)
     text = Text(*found[0])
     say(f"data: {text.source}; {len(text.train):,} characters to train on, {len(text.val):,} to validate on")
     if len(text.val) <= settings.context:
-        raise Stop(f"{text.source} is too short: a tenth of it must be longer than the context, {settings.context}")
+        rule = f"what it validates on must be longer than the context, {settings.context}"
+        raise Stop(f"{text.source} is too short: {rule}")
     encode_prompts(text.vocabulary, settings)
     parts = runtime.groups * settings.accumulate
     if settings.batch_size % parts != 0:

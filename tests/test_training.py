@@ -170,7 +170,7 @@ def test_a_good_download_is_verified_and_kept(monkeypatch: pytest.MonkeyPatch, i
     monkeypatch.setattr(script, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
     serve(monkeypatch, content)
     found = script.find_text(None)
-    assert found == (str(input_elsewhere), content.decode()) and input_elsewhere.read_bytes() == content
+    assert found == (str(input_elsewhere), content.decode(), None) and input_elsewhere.read_bytes() == content
     serve(monkeypatch, OSError("asked again for what is already there"))
     assert script.find_text(None) == found
 
@@ -180,7 +180,7 @@ def test_without_a_good_download_python_has_english_text(
     answer: bytes | Exception, monkeypatch: pytest.MonkeyPatch, input_elsewhere: Path
 ) -> None:
     serve(monkeypatch, answer)
-    source, text = script.find_text(None)
+    source, text, _ = script.find_text(None)
     assert "help pages of Python" in source and len(source.splitlines()) == 1 and " the " in text
     assert list(input_elsewhere.parent.iterdir()) == [], "nothing is left of a download that went wrong"
 
@@ -190,6 +190,26 @@ def test_the_real_text_is_what_a_download_is_verified_against() -> None:
     assert hashlib.sha256(REAL_TEXT.read_bytes()).hexdigest() == script.SHAKESPEARE_SHA256
     text = script.Text(*script.find_text(REAL_TEXT))
     assert len(text.vocabulary) == 65 and len(text.train) == 1_003_854
+
+
+def test_a_folder_is_split_by_file(settings: script.Settings, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = settings.data.parent / "sources"
+    folder.mkdir()
+    for number in range(25):
+        path = folder / f"{number % 3}" / f"{number:02}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([number]) * 5 + b"\xe4")
+    (folder / "a.txt").write_text("another pattern")
+    source, content, count = script.find_text(folder, "*.py")
+    text = script.Text(source, content, count)
+    assert "25 files" in source and "3 of them" in source and str(folder) in source
+    names = sorted(f"{number % 3}/{number:02}" for number in range(25))
+    expected = [names[number::10] for number in range(10)]
+    val = "".join(chr(int(name[-2:])) * 5 + "\xe4\0" for name in expected[4])
+    assert "".join(text.vocabulary[token] for token in text.val) == val
+    assert len(text.train) == 22 * 7 and set(content[:count]).isdisjoint(set(val) - set("\xe4\0"))
+    line = complaint(capfd, [*flags(settings), "--data", str(folder)])
+    assert "1 files '*.txt'" in line and "--pattern" in line
 
 
 # ── Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -639,5 +659,5 @@ def test_importing_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_model_stands_within_the_first_200_lines() -> None:
     lines = SCRIPT.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 970
+    assert len(lines) <= 990
     assert lines.index("class NSALanguageModel(nn.Module):") < 200
