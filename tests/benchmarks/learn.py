@@ -1,12 +1,14 @@
-"""What the models learn: text with the training script, and associative recall; many runs side by side on one device.
+"""What the models learn: experiments of many runs, side by side on all GPUs.
 
-    python tests/benchmarks/learn.py text        # the full run, NSA and dense, three seeds each
-    python tests/benchmarks/learn.py recall      # at 1k, 4k and 16k: NSA, dense, and NSA without a branch
+    python tests/benchmarks/learn.py text        # the full run of the training script, NSA and dense, three seeds
+    python tests/benchmarks/learn.py recall      # recall at 1k, 4k and 16k: NSA, dense, and NSA without a branch
+    python tests/benchmarks/learn.py mqar        # zoology's multi-query associative recall
+    python tests/benchmarks/learn.py retrieval   # needles, several keys or values, variables: 4k to 32k
     python tests/benchmarks/learn.py recall --contexts 1024 --variants nsa local -- --iterations 1000
 
-Flags after -- go to every run: those of the training script, or the fields of `Recall` here. After --seconds, runs that
-are still going are stopped and count for what they have reached. Each run has a folder in --out with its log. Pictures
-are gates and patterns of the first NSA run on text.
+Flags after -- go to every run: --help of an experiment lists those before. Each run has a folder with its log in
+--out, named after the experiment. Runs that are complete there are not run again, so that the same command goes on
+where it was broken off; --tables runs nothing and prints the tables of all runs that are there.
 """
 
 from __future__ import annotations
@@ -18,75 +20,111 @@ import statistics
 import sys
 from pathlib import Path
 
+import recall
 import torch
-from recall import VARIANTS, parse_recall, recall_jobs, recall_table, run_recall
-from runs import Job, run_all
+from runs import Experiment, Job, Log, missing, read_logs, run_all, slots
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import nsa_gpt_training as script  # noqa: E402
 
 
+# ── Text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def text_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     jobs = []
-    for attention, seed in itertools.product(args.variants or ("nsa", "dense"), args.seeds):
-        folder = args.out / f"text-{attention}-{seed}"
+    for attention, seed in itertools.product(args.variants, args.seeds):
+        folder = args.out / f"{attention}-{seed}"
         flags = ["--full", "--overwrite", "--sample-length", "0", "--out", str(folder), "--seed", str(seed)]
-        command = [str(ROOT / "nsa_gpt_training.py"), *flags, "--attention", attention, *extra]
-        context = script.parse_settings(command[1:]).context
-        jobs.append(Job(attention, seed, context, folder, command, folder / f"{attention}.jsonl"))
+        jobs.append(Job(folder, [str(ROOT / "nsa_gpt_training.py"), *flags, "--attention", attention, *extra]))
+        script.parse_settings(jobs[-1].command[1:])  # refuses bad flags before anything runs
     return jobs
 
 
-def text_table(jobs: list[Job]) -> None:
+def text_tables(logs: list[Log]) -> None:
     print("\n| attention | seed | best validation loss | at iteration | training loss then | evaluated up to |")
     print("|---|---|---|---|---|---|")
     reached: dict[str, list[float]] = {}
-    for job in jobs:
-        best = job.best()
+    for log in logs:
+        best = log.best
         if best is not None:
-            reached.setdefault(job.variant, []).append(best["val"])
-            last = job.evaluations()[-1]["iteration"]
+            reached.setdefault(log.attention, []).append(best["val"])
+            last = log.evaluations[-1]["iteration"]
             cells = (f"{best['val']:.4f}", f"{best['iteration']}", f"{best['train']:.4f}", f"{last}")
-            print(f"| {job.variant} | {job.seed} | " + " | ".join(cells) + " |")
-    for variant, losses in reached.items():
-        print(f"mean of {variant}: {statistics.mean(losses):.4f}")
-    for job in jobs:
-        print(f"{job.name}: " + "  ".join(f"{each['iteration']} {each['val']:.4f}" for each in job.evaluations()))
+            print(f"| {log.attention} | {log.seed} | " + " | ".join(cells) + " |")
+    for attention, losses in reached.items():
+        print(f"mean of {attention}: {statistics.mean(losses):.4f}")
+    for log in logs:
+        print(f"{log.name}: " + "  ".join(f"{each['iteration']} {each['val']:.4f}" for each in log.evaluations))
 
 
-def draw(job: Job, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    script.gates_figure(script.Run("nsa", 0, evaluations=job.evaluations())).savefig(folder / "gates.png")
+def draw(folder: Path, out: Path) -> None:
+    """Pictures of a run of NSA on text: gates and patterns."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(folder)
+    script.gates_figure(script.Run("nsa", 0, evaluations=log.evaluations)).savefig(out / "gates.png")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = script.load_model(job.folder / "nsa.pt", device)
-    text = script.Text(*script.find_text(script.parse_settings(job.command[1:]).data))
+    model, _ = script.load_model(folder / "nsa.pt", device)
+    text = script.Text(*script.find_text(Path(log.data) if log.data else None))
     figure = script.patterns_figure(model, text, script.Runtime(device, torch.float32))
-    figure.savefig(folder / "patterns.png")
-    print(f"pictures: {folder / 'gates.png'}, {folder / 'patterns.png'}")
+    figure.savefig(out / "patterns.png")
+    print(f"pictures: {out / 'gates.png'}, {out / 'patterns.png'}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("text", "recall", "one"), help="one: a single run on recall")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "learn")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--pictures", type=Path, help="folder for pictures of the first NSA run on text")
-    parser.add_argument("--log", type=Path, help="of a single run")
-    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    args, extra = parser.parse_args(own), sys.argv[2 + len(own) :]
-    if args.what == "one":
-        run_recall(parse_recall(extra), args.contexts, args.log)
-        return
-    jobs = (text_jobs if args.what == "text" else recall_jobs)(args, extra)
-    run_all(jobs, args.seconds)
-    (text_table if args.what == "text" else recall_table)(jobs)
-    if args.pictures is not None and args.what == "text":
-        draw(next(job for job in jobs if job.variant == "nsa"), args.pictures)
+TEXT = {
+    "--variants": dict(nargs="+", choices=("nsa", "dense"), default=["nsa", "dense"]),
+    "--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339]),
+    "--pictures": dict(type=Path, help="folder for pictures of gates and patterns, of the first seed of NSA"),
+}
+EXPERIMENTS = {
+    "text": Experiment("the full run of the training script", TEXT, text_jobs, text_tables),
+    **recall.EXPERIMENTS,
+}
+
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def parse(arguments: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="experiment")
+    for name, experiment in EXPERIMENTS.items():
+        command = commands.add_parser(name, help=experiment.summary, description=experiment.summary)
+        command.add_argument("--out", type=Path, default=ROOT / "out" / "learn")
+        command.add_argument("--seconds", type=float, default=math.inf, help="after which all is stopped")
+        command.add_argument("--gpus", nargs="+", help="as CUDA_VISIBLE_DEVICES names them; default: all visible")
+        command.add_argument("--side-by-side", type=int, help="runs at once on each GPU (4), or on the CPU (1)")
+        command.add_argument("--overwrite", action="store_true", help="run again what is complete in --out")
+        command.add_argument("--tables", action="store_true", help="run nothing, print tables of all logs in --out")
+        for flag, options in experiment.flags.items():
+            command.add_argument(flag, **options)
+    args = parser.parse_args(arguments)
+    args.out = args.out.resolve() / args.what
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    own = words[: words.index("--")] if "--" in words else words
+    args, failed = parse(own), []
+    experiment = EXPERIMENTS[args.what]
+    try:
+        if not args.tables:
+            jobs = experiment.jobs(args, words[len(own) + 1 :])
+            to_run = missing(jobs, args.overwrite)
+            print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
+            failed = run_all(to_run, slots(args.gpus, args.side_by_side), args.seconds)
+        experiment.tables(read_logs(args.out))
+        if args.what == "text" and args.pictures is not None:
+            draw(args.out / f"nsa-{args.seeds[0]}", args.pictures)
+    except (ValueError, script.Stop) as problem:
+        print(f"learn.py: {problem.args[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("learn.py: interrupted", file=sys.stderr)
+        return 130
+    for job in failed:
+        print(f"failed: {job.name}, see {job.printed}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

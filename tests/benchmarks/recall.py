@@ -1,12 +1,27 @@
-"""Associative recall, which learn.py runs.
+"""Synthetic tasks of recall: associative recall, zoology's multi-query recall, and retrieval; learn.py runs them.
+
+A run trains one model, tests it, and writes a log:
+
+    python tests/benchmarks/recall.py mqar --log out/log.jsonl --variant dense --dim 128 --seed 1
 
 Recall: keys, each followed by its value, among filler; then the keys again, in another order.
 
     . . k1 v1 . . . k2 v2 . k3 v3 . . . . . . . . . . . . . . k2 v2 k3 v3 k1 v1
     pairs in the first half, one in each of equal parts       asked for: each value, where its key is repeated
 
-Keys are distinct and values drawn anew for each sequence, so that nothing can be learnt by heart. A short sequence has
-one pair for 8 tokens. Training begins with short sequences, many in a batch, which double until they fill the context.
+MQAR: pairs at the start, then random tokens, with each key once at an even distance from the pairs; most are near.
+
+    k1 v1 k2 v2 k3 v3 k2 . . . k1 . . . . . k3 . . . . . . .   asked for: the value, at the key
+
+Retrieval: facts of three tokens, spread over the whole sequence; and questions at its end.
+
+    . . = k1 v1 . . . . = k2 v2 . . . . = k3 k1 . . . . ? k3 ? k2        asked for: the value, at the key
+
+Needle has one fact, multi-key one for each of many keys, multi-value several values of a key, all of them asked for.
+In variable tracking a fact may give a key in place of a value, as k3 above: it stands for the value of that key.
+
+Keys are distinct and values drawn anew for each sequence, each batch is new, and tests are batches of their own, so
+that nothing can be learnt by heart.
 """
 
 from __future__ import annotations
@@ -17,17 +32,22 @@ import itertools
 import json
 import math
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from runs import Job
-from torch import Tensor, nn
+import torch.nn.functional as F
+from runs import Experiment, Job, Log, header, read_logs
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-LEARN = Path(__file__).with_name("learn.py")
 sys.path.insert(0, str(ROOT))
 import nsa_gpt_training as script  # noqa: E402
 from native_sparse_attention import NSAConfig  # noqa: E402
+
+Batch = tuple[Tensor, Tensor, Tensor]  # tokens (B, T), targets (B, A), and where in T each is asked for (B, A)
 
 VARIANTS = {  # attention, and the branches whose gates are open
     "nsa": ("nsa", script.BRANCHES),
@@ -37,25 +57,23 @@ VARIANTS = {  # attention, and the branches whose gates are open
     "without selective": ("nsa", ("local", "compressed")),
     "local": ("nsa", ("local",)),
 }
-RECALL_TOKENS = 65536  # in a batch, at every context
-KEYS = VALUES = FILLERS = 32  # distinct tokens of each kind
-TOKENS_OF_PAIR = 8  # that a sequence has at least for each of its pairs
+NOTHING = -100  # target where nothing is asked for
 
 
-# ── Recall ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tasks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass(frozen=True)
-class Recall(script.Settings):
-    """Settings of a run on recall. The blocks are small and overlap, so that each key is in one with its value."""
+class Task(script.Settings):
+    """Settings of a run, and its data. The blocks are small and overlap, so that each key is in one with its value."""
 
+    vocabulary: ClassVar[int]
     variant: str = "nsa"
-    pairs: int = 32
     context: int = 1024
     first_context: int = 32  # few keys to tell apart: what answers there is found at once, and stays
     growth: float = 0.5  # share of the iterations in which sequences grow
+    tested: str = ""  # lengths of the tests; default: the context
     layers: int = 2
     dim: int = 64
     heads: int = 2
-    init_std: float = 0.125  # 1/sqrt(dim): attention differs between keys from the start
     rope_theta: float = 1e10  # most of a head turns so slowly that it matches contents at any distance
     dropout: float = 0.0
     local_window: int = 16
@@ -67,6 +85,15 @@ class Recall(script.Settings):
     warmup: int = 20
     eval_interval: int = 100
     eval_batches: int = 4
+    enough: float = math.inf  # accuracy in an evaluation at which training ends
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(word) for word in self.tested.split()] or [self.context]
+
+    @property
+    def longest(self) -> int:
+        return max(self.context, *self.lengths)
 
     def batch_shape(self, iteration: int) -> tuple[int, int]:
         """Sequences in a batch, and tokens in each: shorter ones are more, so that the tokens are as many.
@@ -81,115 +108,445 @@ class Recall(script.Settings):
         left = max(0, halvings - doublings)
         return self.batch_size << left, self.context >> left
 
+    def rows(self, length: int) -> int:
+        """Sequences of that length in a batch of as many tokens as those that the model is trained on."""
+        return max(1, self.batch_size * self.context // length)
 
-def recall_batch(pairs: int, rows: int, length: int, seed: int) -> script.Batch:
-    """Sequences (rows, length), and targets that are -100 but where a value is asked for."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = min(pairs, length // TOKENS_OF_PAIR)
-    shape, part, end = (rows, pairs), length // 2 // pairs, length - 2 * pairs
-    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]
-    values = KEYS + torch.randint(VALUES, shape, generator=generator)
-    places = torch.arange(pairs) * part + torch.randint(part - 1, shape, generator=generator)
-    order = torch.rand(shape, generator=generator).argsort(1)
-    tokens = KEYS + VALUES + torch.randint(FILLERS, (rows, length), generator=generator)
+    def batch(self, iteration: int, random: torch.Generator) -> Batch:
+        """A batch to train on."""
+        raise NotImplementedError
+
+    def examples(self, use: str) -> Iterator[tuple[str, Callable[[torch.Generator], Batch]]]:
+        """Batches of an "evaluation" or a "test": the name under which each is counted, and what draws it."""
+        raise NotImplementedError
+
+
+def sample(count: int, of: int, rows: int, random: torch.Generator, log_weights: Tensor | float = 0.0) -> Tensor:
+    """Distinct numbers (rows, count) below `of`, in random order, one after the other in proportion to weights."""
+    gumbel = -torch.empty(rows, of, device=random.device).exponential_(generator=random).log()
+    return (gumbel + log_weights).topk(count).indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall(Task):
+    """Associative recall. A short sequence has one pair for 8 tokens."""
+
+    vocabulary: ClassVar[int] = 96  # keys, values and filler, 32 of each
+    pairs: int = 32
+
+    def batch(self, iteration: int, random: torch.Generator) -> Batch:
+        return recall_batch(self.pairs, *self.batch_shape(iteration), random)
+
+    def examples(self, use: str) -> Iterator[tuple[str, Callable[[torch.Generator], Batch]]]:
+        for length in [self.context] if use == "evaluation" else self.lengths:
+            draw = lambda random, length=length: recall_batch(self.pairs, self.rows(length), length, random)  # noqa: E731
+            yield from itertools.repeat((str(length), draw), self.eval_batches if use == "evaluation" else 8)
+
+
+def recall_batch(pairs: int, rows: int, length: int, random: torch.Generator) -> Batch:
+    pairs = min(pairs, length // 8)
+    shape, part, end, on = (rows, pairs), length // 2 // pairs, length - 2 * pairs, {"device": random.device}
+    keys = sample(pairs, 32, rows, random)
+    values = torch.randint(32, 64, shape, generator=random, **on)
+    places = torch.arange(pairs, **on) * part + torch.randint(part - 1, shape, generator=random, **on)
+    order = sample(pairs, pairs, rows, random)
+    tokens = torch.randint(64, 96, (rows, length), generator=random, **on)
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
     tokens[:, end::2], tokens[:, end + 1 :: 2] = keys.gather(1, order), values.gather(1, order)
-    targets = torch.full_like(tokens, -100)
-    targets[:, end::2] = values.gather(1, order)
-    return tokens, targets
+    return tokens, values.gather(1, order), torch.arange(end, length, 2, **on).expand(shape)
 
 
-def recall_model(settings: Recall, longest: int) -> script.NSALanguageModel:
-    attention, branches = VARIANTS[settings.variant]
+@dataclasses.dataclass(frozen=True)
+class MQAR(Task):
+    """Multi-query associative recall with the data of zoology (Arora et al. 2023), drawn anew for each batch.
+
+    Keys are the lower half of the vocabulary without 0, values the upper half, other tokens any; the distance of a
+    question from the pairs follows a power law. A batch has one of the training sets, in proportion to their sizes. The
+    end comes with an accuracy of 0.99 over all test sets together.
+    """
+
+    train_sets: str = "64/4*100 128/8*20 256/16*20 256/32*20 256/64*20"  # tokens/pairs*thousands of sequences
+    test_sets: str = "64/4 64/8 64/16 128/32 256/64 512/128 1024/256"
+    test_rows: int = 1000  # of each test set
+    vocabulary: int = 8192
+    batch_size: int = 256
+    block_size: int = 8
+    stride: int = 4
+    select_block_size: int = 8
+    learning_rate: float = 3e-3
+    iterations: int = 8 * 703  # 703 batches are an epoch of zoology: 180,000 sequences, 24 million tokens
+    warmup: int = 100
+    eval_interval: int = 703
+    enough: float = 0.99
+
+    @property
+    def longest(self) -> int:
+        return max(int(each.split("/")[0]) for each in f"{self.train_sets} {self.test_sets}".split())
+
+    def batch(self, iteration: int, random: torch.Generator) -> Batch:
+        sets = [each.split("*") for each in self.train_sets.split()]
+        weights = torch.tensor([float(thousands) for _, thousands in sets])
+        chooser = torch.Generator().manual_seed(script.seed_of(self.seed, "set", iteration))
+        length, pairs = map(int, sets[weights.multinomial(1, generator=chooser).item()][0].split("/"))
+        return mqar_batch(self.vocabulary, pairs, self.batch_size, length, random)
+
+    def examples(self, use: str) -> Iterator[tuple[str, Callable[[torch.Generator], Batch]]]:
+        for name in self.test_sets.split():
+            length, pairs = map(int, name.split("/"))
+            for start in range(0, self.test_rows, rows := max(1, 2**16 // length)):
+                shape = (pairs, min(rows, self.test_rows - start), length)
+                yield name, lambda random, shape=shape: mqar_batch(self.vocabulary, *shape, random)
+
+
+def mqar_batch(vocabulary: int, pairs: int, rows: int, length: int, random: torch.Generator) -> Batch:
+    half, start, space = vocabulary // 2, 2 * pairs, length // 2 - pairs
+    keys = 1 + sample(pairs, half - 1, rows, random)
+    values = half + sample(pairs, half, rows, random)
+    power_law = (0.01 - 1) * torch.arange(1, space + 1, device=random.device).log()
+    asked = start + 2 * sample(pairs, space, rows, random, power_law)
+    tokens = torch.randint(vocabulary, (rows, length), generator=random, device=random.device)
+    tokens[:, :start:2], tokens[:, 1:start:2] = keys, values
+    return tokens.scatter_(1, asked, keys), values, asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Task):
+    """Four tasks after RULER (Hsieh et al. 2024), in equal shares of each batch. Short sequences have fewer facts."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("needle", "multi-key", "multi-value", "variables")
+    KEYS: ClassVar[int] = 64
+    VALUES: ClassVar[int] = 64
+    FILLERS: ClassVar[int] = 64
+    vocabulary: ClassVar[int] = KEYS + VALUES + FILLERS + 2
+    context: int = 4096
+    tested: str = "4096 8192 16384 32768"
+    test_rows: int = 64  # of each kind and length
+    layers: int = 4
+    dim: int = 128
+    heads: int = 4
+    local_window: int = 32
+    topk_blocks: int = 8
+    learning_rate: float = 3e-3
+    iterations: int = 2000
+    warmup: int = 50
+    eval_interval: int = 200
+
+    def batch(self, iteration: int, random: torch.Generator) -> Batch:
+        rows, length = self.batch_shape(iteration)
+        batches = [retrieval_batch(kind, rows // len(self.KINDS), length, random) for kind in self.KINDS]
+        answers = max(targets.shape[1] for _, targets, _ in batches)
+        pad = lambda x, value: F.pad(x, (0, answers - x.shape[1]), value=value)  # noqa: E731
+        padded = [(tokens, pad(targets, NOTHING), pad(asked, 0)) for tokens, targets, asked in batches]
+        return tuple(map(torch.cat, zip(*padded, strict=True)))
+
+    def examples(self, use: str) -> Iterator[tuple[str, Callable[[torch.Generator], Batch]]]:
+        lengths, count = ([self.context], self.eval_batches) if use == "evaluation" else (self.lengths, None)
+        for length, kind in itertools.product(lengths, self.KINDS):
+            rows = min(self.rows(length), self.test_rows)
+            draw = lambda random, shape=(kind, rows, length): retrieval_batch(*shape, random)  # noqa: E731
+            yield from itertools.repeat((f"{kind} {length}", draw), count or -(-self.test_rows // rows))
+
+
+def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Sequences of one of the four tasks. Targets that are asked for at the same place are answers in any order."""
+    K, V = Retrieval.KEYS, Retrieval.VALUES
+    is_fact, question = Retrieval.vocabulary - 2, Retrieval.vocabulary - 1
+    at_most, tokens_each, same = {  # keys or chains, tokens that each takes at least, and facts about one
+        "needle": (1, 32, 1), "multi-key": (16, 8, 1), "multi-value": (4, 32, 4), "variables": (4, 32, 3)
+    }[kind]  # fmt: skip
+    groups = min(at_most, length // tokens_each)
+    facts = groups * same
+    places = sample(facts, facts, rows, random).unflatten(1, (groups, same))  # which of the equal parts each is in
+    if kind == "variables":  # = a v, = b a, = c b, in this order; asked for: b and c
+        left = sample(facts, K, rows, random).unflatten(1, (groups, same))
+        value = K + sample(groups, V, rows, random)[..., None]
+        right, places = torch.cat([value, left[..., :-1]], -1), places.sort(-1).values
+        keys, answers = left[..., 1:].flatten(1), value.expand(-1, -1, 2).flatten(1)[..., None]
+    else:  # = a v, = a w, = a x: all values of a are asked for at once
+        keys = sample(groups, K, rows, random)
+        left, right = keys[..., None].expand_as(places), K + sample(same, V, rows * groups, random).view_as(places)
+        answers = right
+    order = sample(keys.shape[1], keys.shape[1], rows, random)
+    keys, answers = keys.gather(1, order), answers.gather(1, order[..., None].expand_as(answers))
+    end = length - 2 * keys.shape[1]
+    part = end // facts
+    offsets = torch.randint(part - 2, (rows, facts), generator=random, device=random.device)
+    starts = places.flatten(1) * part + offsets
+    tokens = K + V + torch.randint(Retrieval.FILLERS, (rows, length), generator=random, device=random.device)
+    tokens.scatter_(1, starts, is_fact).scatter_(1, starts + 1, left.flatten(1)).scatter_(
+        1, starts + 2, right.flatten(1)
+    )
+    tokens[:, end::2], tokens[:, end + 1 :: 2] = question, keys
+    asked = torch.arange(end + 1, length, 2, device=random.device)[:, None].expand_as(answers)
+    return tokens, answers.flatten(1), asked.flatten(1)
+
+
+# ── A run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Answers(script.NSALanguageModel):
+    """NSALanguageModel with logits (B, A, vocabulary) of the tokens at which something is asked for, and no others."""
+
+    def forward(self, tokens: Tensor, targets: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.token_embedding(tokens)  # (B, T, dim)
+        for block in self.blocks:
+            x = block(x)
+        x = x.gather(1, asked[..., None].expand(-1, -1, x.shape[-1]))  # (B, A, dim)
+        logits = self.head(self.norm(x))
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOTHING)
+
+
+class OnDevice(script.Runtime):
+    """Runtime of one process whose batches are made where they are used."""
+
+    def share(self, batch: Batch, parts: int = 1) -> Iterator[Batch]:
+        yield batch
+
+    def random(self, *use: object) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(script.seed_of(*use))
+
+
+def build_model(task: Task) -> Answers:
+    """Model of a task. Its weights are so large that attention differs between keys from the start."""
+    attention, branches = VARIANTS[task.variant]
     names = ("dim", "heads", "local_window", "block_size", "stride", "select_block_size", "topk_blocks", "rope_theta")
-    shared = {name: getattr(settings, name) for name in names}
-    cfg = NSAConfig(seq_len=longest, bias=True, gate_mode="static", gate_init=(0.0, 0.0, 0.0), **shared)
-    torch.manual_seed(script.seed_of(settings.seed, "weights"))
-    model = script.NSALanguageModel(KEYS + VALUES + FILLERS, cfg, settings.layers, attention, settings.init_std)
+    shared = {name: getattr(task, name) for name in names}
+    cfg = NSAConfig(seq_len=task.longest, bias=True, gate_mode="static", gate_init=(0.0, 0.0, 0.0), **shared)
+    torch.manual_seed(script.seed_of(task.seed, "weights"))
+    model = Answers(task.vocabulary, cfg, task.layers, attention, task.dim**-0.5)
     if attention == "nsa":
         close_gates(model, [branch not in branches for branch in script.BRANCHES])
     return model
 
 
 @torch.no_grad()
-def close_gates(model: script.NSALanguageModel, closed: list[bool]) -> None:
+def close_gates(model: Answers, closed: list[bool]) -> None:
     """Set gates to sigmoid(-inf) = 0, where the gradient is 0 too: a closed branch adds nothing and stays closed."""
     for block in model.blocks:
         block.attn.gate_bias[:, closed] = -math.inf
 
 
-def run_recall(settings: Recall, contexts: list[int], log: Path) -> None:
-    """Train and test one model; evaluations, and at the end the accuracy at each context, go to a log of JSON lines."""
-    with script.start_runtime(settings) as runtime, log.open("w", buffering=1) as file:
-        model = recall_model(settings, max(contexts))
-        net: nn.Module = script.distribute(model, settings, runtime)
-        optimizer = script.make_optimizer(model, settings)
-
-        def batches(use: str, count: int, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
-            seeds = [script.seed_of(settings.seed, use, number) for number in range(count)]
-            return [recall_batch(settings.pairs, rows, length, seed) for seed in seeds]
-
-        validation = batches("evaluation", settings.eval_batches, settings.batch_size, settings.context)
-        for iteration in range(settings.iterations):
-            shape = settings.batch_shape(iteration)
-            batch = recall_batch(settings.pairs, *shape, script.seed_of(settings.seed, "batch", iteration))
-            script.train_step(net, optimizer, batch, script.learning_rate(iteration, settings), settings, runtime)
-            if (iteration + 1) % settings.eval_interval == 0 or iteration + 1 == settings.iterations:
-                loss, accuracy = script.score(net, validation, runtime)
-                print(json.dumps({"iteration": iteration + 1, "val": loss, "accuracy": accuracy}), file=file)
-        tests = {}
-        for length in contexts:  # fresh sequences, as many tokens in a batch at each length
-            rows = max(1, settings.batch_size * settings.context // length)
-            tests[length] = script.score(net, batches("test", 8, rows, length), runtime)[1]
-        print(json.dumps({"tests": tests}), file=file)
-        print(f"accuracy {tests}")
+def run(task: Task, path: Path) -> None:
+    """Train and test one model; evaluations, and at the end the accuracy in each test, go to a log of JSON lines."""
+    with script.start_runtime(task) as runtime, path.open("w", buffering=1, encoding="utf-8") as log:
+        runtime = OnDevice(**vars(runtime))
+        model = build_model(task).to(runtime.device)
+        optimizer = script.make_optimizer(model, task)
+        settings = {"task": type(task).__name__.lower(), **dataclasses.asdict(task)}
+        print(header({**settings, "parameters": sum(x.numel() for x in model.parameters())}), file=log)
+        for iteration in range(task.iterations):
+            batch = task.batch(iteration, runtime.random(task.seed, "batch", iteration))
+            script.train_step(model, optimizer, batch, script.learning_rate(iteration, task), task, runtime)
+            if (iteration + 1) % task.eval_interval == 0 or iteration + 1 == task.iterations:
+                now = {"iteration": iteration + 1, **score(model, task, "evaluation", runtime)}
+                print(json.dumps(now), file=log)
+                if now["accuracy"] >= task.enough:
+                    break
+        tests = score(model, task, "test", runtime)["by"]
+        print(json.dumps({"tests": tests}), file=log)
+        print("accuracy " + ", ".join(f"{share:.4f} at {name}" for name, share in tests.items()))
 
 
-# ── Jobs and tables ───────────────────────────────────────────────────────────────────────────────────────────────────
+@torch.no_grad()
+def score(model: Answers, task: Task, use: str, runtime: OnDevice) -> dict[str, object]:
+    """Mean loss and share of right answers, of all and by name.
+
+    An answer is right if only other answers to the same question have logits as high.
+    """
+    totals = defaultdict(lambda: torch.zeros(3, dtype=torch.float64, device=runtime.device))
+    model.eval()
+    for number, (name, draw) in enumerate(task.examples(use)):
+        tokens, targets, asked = draw(runtime.random(task.seed, use, number))
+        with runtime.autocast():
+            logits, loss = model(tokens, targets, asked)
+        answers = (asked[:, :, None] == asked[:, None, :]).sum(-1)  # to the same question
+        right = (logits >= logits.gather(-1, targets[..., None])).sum(-1) <= answers
+        totals[name] += torch.stack([loss * targets.numel(), right.sum(), torch.full_like(loss, targets.numel())])
+    model.train()
+    by = {name: total.tolist() for name, total in totals.items()}
+    loss, right, asked = (sum(column) for column in zip(*by.values(), strict=True))
+    shares = {name: right / asked for name, (_, right, asked) in by.items()}
+    return {"val": loss / asked, "accuracy": right / asked, "by": shares}
+
+
+# ── Jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+TASKS = {task.__name__.lower(): task for task in (Recall, MQAR, Retrieval)}
+TOKENS = 65536  # in a batch of recall and retrieval, at every context
+
+
+def job(name: str, args: argparse.Namespace, extra: list[str], **flags: object) -> Job:
+    """A run of the experiment in `args`, in a folder of that name."""
+    words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))] + extra
+    parse(args.what, words)  # refuses bad flags before anything runs
+    folder = args.out / name.replace(" ", "-")
+    return Job(folder, [__file__, args.what, "--log", str(folder / "log.jsonl"), *words])
+
+
+def parse(name: str, flags: list[str]) -> Task:
+    """Settings of a task from flags of its fields."""
+    parser = argparse.ArgumentParser(f"learn.py {name} --", allow_abbrev=False)
+    for each in dataclasses.fields(TASKS[name]):
+        if isinstance(each.default, int | float | str) and not isinstance(each.default, bool):
+            parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default), default=each.default)
+    return TASKS[name](**vars(parser.parse_args(flags)))
+
+
 def recall_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     """Long contexts first: they take longest. Models of the shortest context are tested at all of them."""
     jobs, contexts = [], sorted(args.contexts, reverse=True)
-    for context, variant, seed in itertools.product(contexts, args.variants or VARIANTS, args.seeds):
-        folder = args.out / f"recall-{variant}-{context}-{seed}".replace(" ", "-")
-        tested = contexts[::-1] if context == min(contexts) else [context]
-        flags = {"variant": variant, "seed": seed, "context": context, "batch-size": max(RECALL_TOKENS // context, 1)}
-        command = [str(LEARN), "one", "--contexts", *map(str, tested), "--log", str(folder / "log.jsonl"), "--"]
-        command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        jobs.append(Job(variant, seed, context, folder, [*command, *extra], folder / "log.jsonl"))
+    for context, variant, seed in itertools.product(contexts, args.variants, args.seeds):
+        tested = " ".join(map(str, contexts[::-1] if context == min(contexts) else [context]))
+        shape = {"context": context, "batch_size": max(TOKENS // context, 1), "tested": tested}
+        jobs.append(job(f"{variant}-{context}-{seed}", args, extra, variant=variant, seed=seed, **shape))
     return jobs
 
 
-def parse_recall(flags: list[str]) -> Recall:
-    """A Recall from flags of its fields."""
-    parser = argparse.ArgumentParser("learn.py recall --", allow_abbrev=False)
-    for each in dataclasses.fields(Recall):
-        if isinstance(each.default, int | float | str) and not isinstance(each.default, bool):
-            kind, name = type(each.default), each.name.replace("_", "-")
-            parser.add_argument(f"--{name}", type=kind, default=each.default)
-    settings = Recall(**vars(parser.parse_args(flags)))
-    if not 0 < settings.pairs <= min(KEYS, settings.context // TOKENS_OF_PAIR):
-        parser.error(f"pairs = {settings.pairs}: must be 1 to {KEYS}, and one for {TOKENS_OF_PAIR} tokens at most")
-    return settings
+def mqar_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    """Wide models first. The rate "best" is that of the runs which are in the folder already."""
+    jobs, logs = [], read_logs(args.out) if "best" in args.rates else []
+    for dim, variant, rate, seed in itertools.product(sorted(args.dims)[::-1], args.variants, args.rates, args.seeds):
+        if rate == "best":
+            known = [log for log in logs if (log.variant, log.dim) == (variant, dim)]
+            if not known:
+                raise ValueError(f"rates = best: {args.out} has no run of {variant} at dim {dim} to choose it from")
+            rate = best_rate(known)
+        flags = {"variant": variant, "dim": dim, "learning_rate": float(rate), "seed": seed}
+        jobs.append(job(f"{variant}-{dim}-{float(rate):g}-{seed}", args, extra, **flags))
+    return jobs
 
 
-def recall_table(jobs: list[Job]) -> None:
-    contexts = sorted({job.context for job in jobs})
-    print("\naccuracy, of each seed\n\n| | " + " | ".join(f"{context:,}" for context in contexts) + " |")
-    print("|---" * (1 + len(contexts)) + "|")
-    for variant in dict.fromkeys(job.variant for job in jobs):
-        of_variant = [job for job in jobs if job.variant == variant]
-        cells = ([accuracy(job) for job in of_variant if job.context == context] for context in contexts)
-        print(f"| {variant} | " + " | ".join(map(" / ".join, cells)) + " |")
-    print("* of the best evaluation of a run that was stopped\n")
-    for job in jobs:
-        if len(job.tests()) > 1:
-            shown = ", ".join(f"{share:.4f} at {int(length):,}" for length, share in job.tests().items())
-            print(f"{job.name}: {shown}")
-    for job in jobs:
-        shown = "  ".join(f"{each['iteration']} {each['accuracy']:.3f}" for each in job.evaluations())
-        print(f"{job.name}, {job.seconds:.0f} s: {shown}")
+def best_rate(logs: list[Log]) -> float:
+    """Learning rate with which the first seed came to the highest accuracy, or to one that was enough the soonest."""
+    first = [log for log in logs if log.seed == min(log.seed for log in logs) and log.evaluations]
+
+    def rank(log: Log) -> tuple[float, int]:
+        last = log.evaluations[-1]
+        return min(last["accuracy"], log.enough), -last["iteration"]
+
+    return max(first, key=rank).learning_rate
 
 
-def accuracy(job: Job) -> str:
-    best, tested = job.best(), job.tests().get(str(job.context))
-    return f"{tested:.4f}" if tested is not None else f"{best['accuracy']:.4f}*" if best else "–"
+def retrieval_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    jobs = []
+    for seed, variant in itertools.product(args.seeds, args.variants):
+        rate = {"learning_rate": RATES[variant]} if variant in RATES else {}
+        flags = {"variant": variant, "seed": seed, "batch_size": max(TOKENS // Retrieval.context, 4), **rate}
+        jobs.append(job(f"{variant}-{seed}", args, extra, **flags))
+    return jobs
+
+
+RATES = {"dense": 1e-3}  # learning rates of retrieval other than the task's
+
+
+# ── Tables ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def shares(log: Log) -> dict[str, str]:
+    """Accuracy in each test, or in the best evaluation of a run that has not come to its tests, with a star."""
+    tests = log.value("tests")
+    if tests is not None:
+        return {name: f"{share:.4f}" for name, share in tests.items()}
+    return {name: f"{share:.4f}*" for name, share in (log.best or {"by": {}})["by"].items()}
+
+
+def show(rows: dict[str, list[dict[str, str]]], columns: list[str]) -> None:
+    """Print a table: each row has its title and, for each seed, what to show in each column."""
+    print("\naccuracy, of each seed\n\n| | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for title, seeds in rows.items():
+        cells = (" / ".join(cells[column] for cells in seeds if column in cells) or "–" for column in columns)
+        print(f"| {title} | " + " | ".join(cells) + " |")
+
+
+def group(logs: list[Log], title: Callable[[Log], str]) -> dict[str, list[Log]]:
+    """Logs by title, in the order of variants, and each in order of seeds."""
+    groups: dict[str, list[Log]] = {}
+    for log in sorted(logs, key=lambda log: (log.dim, list(VARIANTS).index(log.variant), log.seed)):
+        groups.setdefault(title(log), []).append(log)
+    return groups
+
+
+def show_progress(logs: list[Log]) -> None:
+    print("\n* of the best evaluation of a run that was stopped\n")
+    for log in logs:
+        shown = "  ".join(f"{each['iteration']} {each['accuracy']:.3f}" for each in log.evaluations)
+        minutes = f"{log.value('minutes')} minutes" if log.complete else "not complete"
+        print(f"{log.name}, {log.parameters:,} parameters, {minutes}: {shown}")
+
+
+def recall_tables(logs: list[Log]) -> None:
+    contexts = sorted({log.context for log in logs})
+    groups = group(logs, lambda log: log.variant)
+    rows = {
+        title: [
+            {f"{log.context:,}": cell} for log in group for at, cell in shares(log).items() if at == str(log.context)
+        ]
+        for title, group in groups.items()
+    }
+    show(rows, [f"{context:,}" for context in contexts])
+    for log in logs:
+        if log.context == min(contexts):
+            print(f"{log.name}: " + ", ".join(f"{share} at {length}" for length, share in shares(log).items()))
+    show_progress(logs)
+
+
+def mqar_tables(logs: list[Log]) -> None:
+    """Accuracy at the best rate of each variant and width, and how each run came there."""
+    rows = {}
+    for title, group_ in group(logs, lambda log: f"{log.variant}, dim {log.dim}").items():
+        rate = best_rate(group_)
+        rows[f"{title}, rate {rate:g}"] = [shares(log) for log in group_ if log.learning_rate == rate]
+    show(rows, list(dict.fromkeys(name for log in logs for name in shares(log))))
+    show_progress(logs)
+
+
+def retrieval_tables(logs: list[Log]) -> None:
+    lengths = sorted({length for log in logs for length in map(int, log.tested.split())})
+    groups, rows = group(logs, lambda log: log.variant), {}
+    for kind, (title, group_) in itertools.product(Retrieval.KINDS, groups.items()):
+        cells = [{f"{n:,}": shares(log).get(f"{kind} {n}") for n in lengths} for log in group_]
+        rows[f"{kind}, {title}"] = [{n: cell for n, cell in each.items() if cell is not None} for each in cells]
+    show(rows, [f"{n:,}" for n in lengths])
+    show_progress(logs)
+
+
+def flags_of(variants: list[str], **others: dict[str, object]) -> dict[str, dict[str, object]]:
+    seeds = {"--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339])}
+    return {"--variants": dict(nargs="+", choices=VARIANTS, default=variants), **seeds, **others}
+
+
+MAIN = ["nsa", "dense", "local"]
+EXPERIMENTS = {
+    "recall": Experiment(
+        "associative recall, trained at each of several contexts",
+        flags_of(list(VARIANTS), **{"--contexts": dict(type=int, nargs="+", default=[1024, 4096, 16384])}),
+        recall_jobs,
+        recall_tables,
+    ),
+    "mqar": Experiment(
+        "zoology's multi-query associative recall",
+        flags_of(
+            MAIN,
+            **{
+                "--dims": dict(type=int, nargs="+", default=[64, 128, 256]),
+                "--rates": dict(nargs="+", default=["1e-3", "3e-3"], help='learning rates, or "best" of what has run'),
+            },
+        ),
+        mqar_jobs,
+        mqar_tables,
+    ),
+    "retrieval": Experiment(
+        "needles, several keys or values, variables: trained at 4k tokens, tested up to 32k",
+        flags_of(MAIN),
+        retrieval_jobs,
+        retrieval_tables,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--log", type=Path, required=True)
+    args, flags = parser.parse_known_args()
+    run(parse(args.task, flags), args.log)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,68 +1,205 @@
-"""Runs side by side, each in a process of its own, and what their logs say."""
+"""Experiments of many runs: a queue of jobs over all GPUs, a log of each, and tables from the logs.
+
+An experiment says which jobs it has, and prints its tables from the logs of those that have run:
+
+    EXPERIMENTS = {"recall": Experiment("recall at 1k to 16k tokens", flags, jobs, tables)}
+
+A job is a Python file and its flags, in a process of its own. It writes one *.jsonl into its folder: first its
+`header`, then a line for each evaluation ({"iteration": 100, "val": 2.1, ...}) and whatever else it finds. The runner
+adds the last line, with the minutes and the exit code.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
-@dataclass
+@dataclass(frozen=True)
+class Experiment:
+    """Jobs of an experiment and its tables.
+
+    `flags` are flags of its own, each with arguments of add_argument. `jobs` takes the parsed flags, `out` (the folder
+    of the experiment) among them, and the words after --, which are for every job. `tables` prints.
+    """
+
+    summary: str
+    flags: dict[str, dict[str, Any]]
+    jobs: Callable[[Namespace, list[str]], list[Job]]
+    tables: Callable[[list[Log]], None]
+
+
+@dataclass(frozen=True)
 class Job:
-    """A run in a process of its own, and what its log says."""
+    """A run in a process of its own: the folder of its log and output, and a Python file with its flags."""
 
-    variant: str
-    seed: int
-    context: int
     folder: Path
     command: list[str]
-    log: Path
-    seconds: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.variant}, {self.context:,} tokens, seed {self.seed}"
+        return self.folder.name
 
-    def start(self) -> subprocess.Popen:
+    @property
+    def printed(self) -> Path:
+        return self.folder / "printed.txt"
+
+    def start(self, gpu: str | None) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log.unlink(missing_ok=True)  # of an earlier run
-        with (self.folder / "printed.txt").open("w") as printed:
-            return subprocess.Popen([sys.executable, *self.command], stdout=printed, stderr=subprocess.STDOUT)
+        for log in self.folder.glob("*.jsonl"):  # of an earlier run
+            log.unlink()
+        visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with self.printed.open("w") as printed:
+            command = [sys.executable, *self.command]
+            return subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env={**os.environ, **visible})
 
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-    def evaluations(self) -> list[dict]:
-        return [line for line in self.lines() if "val" in line]
-
-    def best(self) -> dict | None:
-        return min(self.evaluations(), key=lambda each: each["val"], default=None)
-
-    def tests(self) -> dict[str, float]:
-        """Accuracy by context, of a run that came to its end."""
-        return {length: share for line in self.lines() for length, share in line.get("tests", {}).items()}
+    def finish(self, exit_code: int, seconds: float) -> None:
+        """Add the last line to the log."""
+        for path in self.folder.glob("*.jsonl"):
+            line = {"minutes": round(seconds / 60, 2), "exit_code": exit_code, "job": self.command}
+            with path.open("a", encoding="utf-8") as file:
+                print(json.dumps(line), file=file)
 
     def last_words(self) -> str:
-        return ["", *(self.folder / "printed.txt").read_text().splitlines()][-1]
+        return ["", *self.printed.read_text(encoding="utf-8", errors="replace").splitlines()][-1]
 
 
-def run_all(jobs: list[Job], seconds: float) -> None:
-    """Run all at once, and say of each when it has ended, and how."""
-    begin = time.monotonic()
-    running = {job.name: (job, job.start()) for job in jobs}
-    asked = False
-    while running:
-        time.sleep(0.5)
-        now = time.monotonic() - begin
-        if now > seconds and not asked:
-            asked = True
-            for _, process in running.values():
-                process.terminate()
-        for name, (job, process) in list(running.items()):
-            if process.poll() is not None:
-                job.seconds = now
-                print(f"{now:5.0f} s  {name}: exit code {process.returncode}; {job.last_words()}", flush=True)
-                del running[name]
+class Log:
+    """Lines of a run's log, and what they say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lines = folder, []
+        for path in folder.glob("*.jsonl"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # the last one of a run that was killed may be cut off
+                    self.lines.append(json.loads(line))
+        self.settings: dict[str, Any] = self.value("settings") or {}
+
+    def value(self, name: str) -> Any:
+        """Value of that name in the last line that has it; None if there is none."""
+        return next((line[name] for line in reversed(self.lines) if name in line), None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Setting of the run, as `log.seed`."""
+        with suppress(KeyError):
+            return self.__dict__["settings"][name]
+        raise AttributeError(f"{self.__dict__['folder']}: its log has no setting {name!r}")
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def evaluations(self) -> list[dict]:
+        return [line for line in self.lines if "val" in line]
+
+    @property
+    def best(self) -> dict | None:
+        return min(self.evaluations, key=lambda each: each["val"], default=None)
+
+    @property
+    def complete(self) -> bool:
+        return self.value("exit_code") == 0
+
+
+def read_logs(out: Path) -> list[Log]:
+    """Logs of all runs in the folder of an experiment that have begun."""
+    logs = [Log(folder) for folder in sorted(out.glob("*")) if folder.is_dir()]
+    return [log for log in logs if log.settings]
+
+
+def header(settings: dict[str, Any]) -> str:
+    """First line of a log: settings, command, torch and the device."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    environment = {"torch": torch.__version__, "device": device, "command": " ".join(sys.argv)}
+    return json.dumps({"settings": settings, "environment": environment}, default=str)
+
+
+# ── The runner ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def missing(jobs: list[Job], overwrite: bool) -> list[Job]:
+    """Jobs whose log is not complete. A complete log of another command is not lost for want of a flag."""
+    if overwrite:
+        return jobs
+    missing = []
+    for job in jobs:
+        log = Log(job.folder)
+        if not log.complete:
+            missing.append(job)
+        elif log.value("job")[1:] != job.command[1:]:
+            then = " ".join(log.value("job")[1:])
+            raise ValueError(f"{job.folder} has a run with other flags ({then}): give --overwrite or another --out")
+    return missing
+
+
+def slots(gpus: list[str] | None, side_by_side: int | None) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for each job of those that run at once; None: as it is here.
+
+    >>> slots(["0", "1"], 2)
+    ['0', '1', '0', '1']
+    """
+    if gpus is None:
+        here = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(index) for index in range(torch.cuda.device_count())] if here is None else here.split(",")
+        gpus = gpus if torch.cuda.is_available() else []
+    return gpus * (4 if side_by_side is None else side_by_side) if gpus else [None] * (side_by_side or 1)
+
+
+def run_all(jobs: list[Job], free: list[str | None], seconds: float) -> list[Job]:
+    """Run jobs, as many at once as there are free slots, and say of each when it has ended, and how.
+
+    After so many seconds those that run are stopped and no other begins. Returns those that failed.
+    """
+    begin, waiting, failed, stopping = time.monotonic(), list(jobs), [], False
+    with stopped_at_the_end() as running:  # job, process, its slot, and when it began
+        while running or waiting:
+            now = time.monotonic() - begin
+            if now > seconds and not stopping:
+                stopping, waiting = True, []
+                for _, process, *_ in running:
+                    process.terminate()
+            while waiting and free:
+                slot = free.pop(0)
+                running.append((waiting[0], waiting.pop(0).start(slot), slot, now))
+            for each in list(running):
+                job, process, slot, start = each
+                if process.poll() is not None:
+                    running.remove(each)
+                    free.append(slot)
+                    job.finish(process.returncode, now - start)
+                    if process.returncode != 0 and not stopping:
+                        failed.append(job)
+                    code = "stopped" if stopping and process.returncode else f"exit code {process.returncode}"
+                    print(f"{now:5.0f} s  {job.name}: {now - start:.0f} s, {code}; {job.last_words()}", flush=True)
+            time.sleep(0.1)
+    return failed
+
+
+@contextmanager
+def stopped_at_the_end() -> Iterator[list[tuple[Job, subprocess.Popen, str | None, float]]]:
+    """A list of running jobs: on Ctrl-C, SIGTERM or an error, those that are left in it are stopped."""
+    running: list = []
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield running
+    finally:
+        for _, process, *_ in running:
+            process.terminate()
+        for _, process, *_ in running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        signal.signal(signal.SIGTERM, before)
