@@ -1,7 +1,10 @@
-"""README's two drawings: what the three branches see, and time over length.
+"""Drawings of README and docs: what the three branches see, time over length, and what models learn.
 
-    python tests/benchmarks/draw.py branches                    # assets/branches.svg
-    python tests/benchmarks/draw.py speed docs/speed.json       # assets/speed.png, from `gpu.py lengths --json`
+    python tests/benchmarks/draw.py branches                        # assets/branches.svg
+    python tests/benchmarks/draw.py speed docs/speed.json           # assets/speed.png, from `gpu.py lengths --json`
+    python tests/benchmarks/draw.py positions out/learn/long        # assets/positions.png, from `learn.py long`
+    python tests/benchmarks/draw.py choice out/learn/long           # assets/choice.png, from the same runs
+    python tests/benchmarks/draw.py recovery out/learn/convert      # assets/recovery.png, from `learn.py convert`
 
 --out FILE writes elsewhere, in the format of its suffix. Both are drawn on a light card with round corners, so that
 they are as readable on a dark page as on a white one.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from runs import Log, read_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 INK, MUTED, FAINT, CARD, EDGE = "#1f2328", "#59636e", "#e6e9ed", "#ffffff", "#d1d9e0"
@@ -181,20 +186,116 @@ def speed(results: dict) -> Figure:
     return figure
 
 
+# Learning -------------------------------------------------------------------------------------------------------------
+NSA = "#c2410c"
+OF_ATTENTION = {"dense": DENSE, "nsa": NSA, "window": LOCAL}
+OF_CHOICE = {"best": INK, "chosen": NSA, "random": LOCAL, "forced": EDGE}
+
+
+def best_runs(logs: list[Log]) -> dict[str, list[Log]]:
+    """Runs of each attention at its best learning rate, as long as NSA's."""
+    from longtext import best_rate
+
+    done = [log for log in logs if log.value("final")]
+    steps = min(log.iterations for log in done)
+    done = [log for log in done if log.iterations == steps]
+    runs = {name: [log for log in done if log.variant == name] for name in OF_ATTENTION}
+    return {name: [log for log in of if log.learning_rate == best_rate(of)] for name, of in runs.items() if of}
+
+
+def plain_axes(axes: Axes, x: str, y: str) -> Axes:
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def positions(logs: list[Log]) -> Figure:
+    """Loss by position, a line the mean and a band the range over seeds; and how much less it is than the window's."""
+    runs, figure = best_runs(logs), card(10, 3.6)
+    panels = [figure.add_axes((left, 0.17, 0.4, 0.7)) for left in (0.075, 0.575)]
+    plain_axes(panels[0], "position of the byte", "loss, nats")
+    plain_axes(panels[1], "position of the byte", "loss below that of the window, nats")
+    means = {}
+    for name, of_name in runs.items():
+        curves = [log.value("final")["by_position"] for log in of_name]
+        width = of_name[0].context / len(curves[0])
+        x = [(number + 0.5) * width for number in range(len(curves[0]))]
+        means[name] = [statistics.mean(bin_) for bin_ in zip(*curves, strict=True)]
+        ranges = ([edge(bin_) for bin_ in zip(*curves, strict=True)] for edge in (min, max))
+        panels[0].fill_between(x, *ranges, color=OF_ATTENTION[name], alpha=0.2, linewidth=0)
+        panels[0].plot(x, means[name], color=OF_ATTENTION[name], label=name, linewidth=1.5)
+    for name, mean in means.items():
+        if name != "window" and "window" in means:
+            less = [of_window - each for of_window, each in zip(means["window"], mean, strict=True)]
+            panels[1].plot(x, less, color=OF_ATTENTION[name], linewidth=1.5)
+    panels[1].axhline(0, color=LOCAL, linewidth=1.5)
+    low = min(map(min, means.values()))
+    panels[0].set_ylim(low - 0.05, low + 0.8)
+    panels[0].legend(frameon=False, ncols=3, loc="upper right")
+    return figure
+
+
+def choice(logs: list[Log]) -> Figure:
+    """Share of dense attention that 16 blocks hold, and mean gates, by layer: the mean over seeds."""
+    layers, figure = [log.value("final")["layers"] for log in best_runs(logs)["nsa"]], card(10, 3.6)
+    panels = [figure.add_axes((left, 0.17, 0.4, 0.7)) for left in (0.075, 0.575)]
+    numbers = [int(number) + 1 for number in layers[0]]
+    plain_axes(panels[0], "layer", "share of dense attention")
+    plain_axes(panels[1], "layer", "mean gate")
+    for name, colour in OF_CHOICE.items():
+        shares = [statistics.mean(each[str(number - 1)][name] for each in layers) for number in numbers]
+        panels[0].plot(numbers, shares, "o-", color=colour, label=f"{name} blocks", markersize=4)
+    for branch, (name, colour) in enumerate({"local": LOCAL, "compressed": COMPRESSED, "selective": SELECTED}.items()):
+        gates = [statistics.mean(each[str(number - 1)]["gates"][branch] for each in layers) for number in numbers]
+        panels[1].plot(numbers, gates, "o-", color=colour, label=name, markersize=4)
+    for axes in panels:
+        axes.set(ylim=(0, 1), xticks=numbers)
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    return figure
+
+
+def recovery(logs: list[Log]) -> Figure:
+    """Validation loss over the tokens that a converted model has seen."""
+    figure = card(10, 4)
+    axes = plain_axes(figure.add_axes((0.075, 0.15, 0.62, 0.75)), "tokens, millions", "validation loss, nats")
+    palette = (NSA, COMPRESSED, SELECTED, LOCAL, "#8250df", "#bf3989", "#0d7680")
+    colours = iter(palette)
+    for log in sorted(logs, key=lambda log: -log.evaluations[-1]["val"]):
+        x = [each["iteration"] * log.batch_size * log.context / 1e6 for each in log.evaluations]
+        y = [each["val"] for each in log.evaluations]
+        colour = DENSE if log.variant == "dense" else next(colours)
+        axes.plot(x, y, color=colour, label=log.name.replace("-", " "), linewidth=2 if log.variant == "dense" else 1.3)
+    lowest = min(log.evaluations[-1]["val"] for log in logs)
+    axes.set_ylim(lowest - 0.02, lowest + 0.3)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+# Main -----------------------------------------------------------------------------------------------------------------
+OF_RUNS = {"positions": positions, "choice": choice, "recovery": recovery}
+
+
+def draw(what: str, results: Path | None) -> Figure:
+    if results is None:
+        return branches()
+    if what == "speed":
+        return speed(json.loads(results.read_text(encoding="utf-8")))
+    return OF_RUNS[what](read_logs(results))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("branches", "speed"))
-    parser.add_argument("results", nargs="?", type=Path, help="speed: the file of `gpu.py lengths --json`")
+    parser.add_argument("what", choices=("branches", "speed", *OF_RUNS))
+    parser.add_argument("results", nargs="?", type=Path, help="file of `gpu.py lengths --json`, or folder of runs")
     parser.add_argument("--out", type=Path, help="picture; not given: the one in assets/")
     args = parser.parse_args(arguments)
-    if (args.what == "speed") != (args.results is not None):
-        parser.error("speed needs a file of results, and branches has none")
+    if (args.what == "branches") != (args.results is None):
+        parser.error(f"{args.what} {'has no' if args.what == 'branches' else 'needs'} results")
     with matplotlib.rc_context(STYLE):
-        if args.what == "branches":
-            figure = branches()
-        else:
-            figure = speed(json.loads(args.results.read_text(encoding="utf-8")))
-        out = args.out or ROOT / "assets" / ("branches.svg" if args.what == "branches" else "speed.png")
+        figure = draw(args.what, args.results)
+        out = args.out or ROOT / "assets" / ("branches.svg" if args.what == "branches" else f"{args.what}.png")
         dated = {"metadata": {"Date": None}} if out.suffix == ".svg" else {}
         figure.savefig(out, dpi=200, **dated)
     print(out)

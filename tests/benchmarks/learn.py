@@ -4,6 +4,9 @@
     python tests/benchmarks/learn.py recall      # recall at 1k, 4k and 16k: NSA, dense, and NSA without a branch
     python tests/benchmarks/learn.py mqar        # zoology's multi-query associative recall
     python tests/benchmarks/learn.py retrieval   # needles, several keys or values, variables: 4k to 32k
+    python tests/benchmarks/learn.py long        # source code at 8k tokens: NSA, dense attention, a window
+    python tests/benchmarks/learn.py choice      # what the chosen blocks hold of dense attention, and remedies
+    python tests/benchmarks/learn.py convert     # a dense model of `long` trained on with NSA
     python tests/benchmarks/learn.py recall --contexts 1024 --variants nsa local -- --iterations 1000
 
 Flags after -- go to every run: --help of an experiment lists those before. Each run has a folder with its log in
@@ -20,6 +23,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import longtext
 import recall
 import torch
 from runs import Experiment, Job, Log, missing, read_logs, run_all, slots
@@ -78,6 +82,7 @@ TEXT = {
 EXPERIMENTS = {
     "text": Experiment("the full run of the training script", TEXT, text_jobs, text_tables),
     **recall.EXPERIMENTS,
+    **longtext.EXPERIMENTS,
 }
 
 

@@ -1,0 +1,478 @@
+"""Byte-level models of source code at a context of 8,192: NSA, dense attention, a window; and from dense to NSA.
+
+    python tests/benchmarks/learn.py long                     # three attentions, learning rates and seeds
+    python tests/benchmarks/learn.py convert                  # a dense model of `long` trained on with NSA
+    python tests/benchmarks/longtext.py --out out/one --variant nsa --iterations 500      # a single run
+
+The text is the Python source of the installed torch, or another folder (--data, --pattern). All models of `long` have
+the same number of parameters: feed-forwards of dense and window are wider by what NSA's compressors and gates have. A
+run writes settings, losses and, at its end, the loss by position, gates and the choice of blocks by layer to log.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from runs import Experiment, Job, Log, header
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import native_sparse_attention as nsa  # noqa: E402
+import nsa_gpt_training as script  # noqa: E402
+
+BINS = 64  # of positions, in the loss by position
+QUERIES = 64  # of a sequence, whose choice of blocks is looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Long(script.Settings):
+    """Settings of a run. The block sizes are the paper's; queries share one key head."""
+
+    variant: str = "nsa"  # or dense, window
+    data: Path = Path(torch.__file__).parent
+    pattern: str = "*.py"
+    layers: int = 8
+    dim: int = 512
+    heads: int = 16
+    kv_heads: int = 1
+    context: int = 8192
+    batch_size: int = 4
+    rope_theta: float = 100_000.0
+    dropout: float = 0.0
+    value_dropout: float = 0.0
+    local_window: int = 512
+    stride: int = 16
+    select_block_size: int = 64
+    topk_blocks: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    gate_init: tuple[float, float, float] = (2.0, -2.0, -2.0)
+    iterations: int = 1200
+    eval_batches: int = 8
+    test_batches: int = 32  # for what is measured at the end
+    guide: float = 0.0  # weight of the loss by which compressed scores learn dense attention's shares
+    start: str = ""  # folder of a dense run to go on from
+    frozen: int = 0  # iterations in which gates and compressors alone learn
+    distill: float = 0.0  # weight of the difference from the dense model's predictions
+    dense_every: int = 0  # of 4: every fourth layer keeps dense attention
+
+
+# ── Models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class WindowAttention(script.DenseAttention):
+    """Causal attention over the last tokens alone, with all else as in dense attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.cfg.dim_head)) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        q, k = script.rotate(q, self.cfg.rope_theta), script.rotate(k, self.cfg.rope_theta)
+        return self.to_out(nsa.local_attention(q.to(v), k.to(v), v, self.cfg.local_window).flatten(2))
+
+
+def build_model(settings: Long, vocabulary_size: int) -> script.NSALanguageModel:
+    """Model of a variant; one that goes on from a dense run has that run's weights, and its feed-forwards."""
+    cfg = script.nsa_config(settings)
+    torch.manual_seed(script.seed_of(settings.seed, "weights"))
+    kind = "nsa" if settings.variant == "nsa" else "dense"
+    model = script.NSALanguageModel(vocabulary_size, cfg, settings.layers, kind)
+    for number, block in enumerate(model.blocks):
+        if settings.variant == "window":
+            block.attn = WindowAttention(cfg)
+        if kind == "nsa" and settings.dense_every and (number + 1) % settings.dense_every == 0:
+            block = model.blocks[number] = script.DenseBlock(cfg)
+        if kind == "dense" or settings.start:
+            widen(block)
+    model.initialize(0.02)
+    if settings.start:
+        state = torch.load(Path(settings.start) / "model.pt", weights_only=True)
+        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown, f"weights of {settings.start} that the model has no place for: {unknown}"
+    return model
+
+
+def is_sparse(block: script.NSABlock) -> bool:
+    return isinstance(block.attn, nsa.NativeSparseAttention)
+
+
+def widen(block: script.NSABlock) -> None:
+    """Give a feed-forward as many more parameters as NSA has more than dense attention."""
+    cfg = block.attn.cfg
+    more = parameters_of(nsa.NativeSparseAttention(cfg)) - parameters_of(script.DenseAttention(cfg))
+    hidden = cfg.ffn_mult * cfg.dim + round(more / (2 * cfg.dim))
+    block.ffn[0], block.ffn[2] = nn.Linear(cfg.dim, hidden, cfg.bias), nn.Linear(hidden, cfg.dim, cfg.bias)
+
+
+# ── Choice of blocks ──────────────────────────────────────────────────────────────────────────────────────────────────
+def block_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares (B, Q, K, N) of each selection block for the queries at positions t (Q,), and the chosen (B, Q, K, S).
+
+    The first are dense attention's, with this layer's queries and keys over all earlier tokens, the second those of the
+    compressed branch (importance: paper, eq. 9 and 10). Both are means over the heads of a group and sum to 1. Only
+    compressors have gradients.
+    """
+    cfg, T = attention.cfg, x.shape[1]
+    with torch.no_grad():
+        p = attention._project(x, nsa._read_batch(cfg, attention.to_q, x))
+    k_cmp, v_cmp = attention._compress(p, nsa._Segments())
+    q = p.q[:, t].unflatten(2, (cfg.kv_heads, -1))  # (B, Q, K, G, D)
+    key, block = torch.arange(T, device=x.device), torch.arange(k_cmp.shape[1], device=x.device)
+    probabilities = []
+    for keys, last in ((p.k, key), (k_cmp, block * cfg.stride + cfg.block_size - 1)):
+        scores = torch.einsum("bqkgd,bskd->bqkgs", q, keys.to(q.dtype)).float() * cfg.dim_head**-0.5
+        probabilities.append(scores.masked_fill(last > t[:, None, None, None], -math.inf).softmax(-1).mean(3))
+    size, count = cfg.select_block_size, -(-T // cfg.select_block_size)
+    dense = F.pad(probabilities[0], (0, count * size - T)).unflatten(-1, (count, size)).sum(-1)
+    start, own = block[:, None] * cfg.stride, torch.arange(count, device=x.device) * size
+    overlap = torch.minimum(start + cfg.block_size, own + size) - torch.maximum(start, own)
+    importance = probabilities[1] @ (overlap.clamp(min=0) / cfg.block_size)
+    with torch.no_grad():
+        lse = nsa.compressed_attention(p.q, k_cmp, v_cmp, cfg.block_size, cfg.stride)[1]
+        chosen = nsa.select_blocks(p.q, k_cmp, lse, **cfg.selection)[:, t].long()
+    return dense, importance, chosen
+
+
+def free_blocks(cfg: nsa.NSAConfig, t: Tensor, count: int) -> Tensor:
+    """Blocks (Q, 1, N) that the queries at positions t may choose: neither forced nor later."""
+    block = torch.arange(count, device=t.device)
+    own = (t // cfg.select_block_size)[:, None, None]
+    return (block >= cfg.init_blocks) & (block <= own - cfg.local_blocks)
+
+
+@torch.no_grad()
+def held_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> dict[str, float]:
+    """Share of dense attention that 16 blocks hold: the chosen ones, the best, random ones, and the forced alone."""
+    cfg = attention.cfg
+    dense, _, chosen = block_shares(attention, x, t)
+    count = dense.shape[-1]
+    free, own = free_blocks(cfg, t, count), (t // cfg.select_block_size)[:, None, None]
+    forced = ~free & (torch.arange(count, device=x.device) <= own)
+    of_forced = dense.where(forced, 0).sum(-1)
+    slots = cfg.topk_blocks - cfg.init_blocks - cfg.local_blocks
+    best = dense.where(free, 0).topk(slots).values.sum(-1)
+    noise = torch.rand(dense.shape, device=x.device).where(free, -1)
+    picked = dense.where(free, 0).gather(-1, noise.topk(slots).indices).sum(-1)
+    held = (dense.gather(-1, chosen.clamp(min=0)) * (chosen >= 0)).sum(-1)
+    shares = {"chosen": held, "best": of_forced + best, "random": of_forced + picked, "forced": of_forced}
+    return {name: share.mean().item() for name, share in shares.items()}
+
+
+def choice_loss(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> Tensor:
+    """Cross-entropy of the compressed branch's shares of the free blocks, with dense attention's as the truth."""
+    dense, importance, _ = block_shares(attention, x, t)
+    free = free_blocks(attention.cfg, t, dense.shape[-1])
+    dense, importance = dense.where(free, 0), importance.where(free, 0)
+    truth = dense / dense.sum(-1, keepdim=True).clamp(min=1e-9)
+    guess = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)
+    return -(truth * (guess + 1e-6).log()).sum(-1).mean()
+
+
+# ── Losses with more terms ────────────────────────────────────────────────────────────────────────────────────────────
+class Guided(nn.Module):
+    """A language model whose loss has two more terms: the choice's, and the difference from a teacher's predictions."""
+
+    def __init__(self, model: script.NSALanguageModel, settings: Long, teacher: nn.Module | None) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.teacher = (teacher,)  # in a tuple, so that it is no part of this module
+        self.sparse = [block for block in model.blocks if is_sparse(block)]
+
+    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs: list[Tensor] = []
+        keep = lambda _, __, x: inputs.append(x.detach())  # noqa: E731
+        hooks = [block.norm1.register_forward_hook(keep) for block in self.sparse]
+        logits, loss = self.model(tokens, targets, positions)
+        for hook in hooks:
+            hook.remove()
+        if self.settings.distill:
+            with torch.no_grad():
+                truth = self.teacher[0](tokens)[0].float().log_softmax(-1)
+            guess = logits.float().log_softmax(-1)
+            difference = F.kl_div(guess.flatten(0, 1), truth.flatten(0, 1), reduction="batchmean", log_target=True)
+            loss = (1 - self.settings.distill) * loss + self.settings.distill * difference
+        if self.settings.guide:
+            least = self.settings.select_block_size * (self.settings.local_blocks + self.settings.init_blocks)
+            t = torch.randint(least, tokens.shape[1], (QUERIES // 4,), device=tokens.device)
+            of_layers = [choice_loss(block.attn, x, t) for block, x in zip(self.sparse, inputs, strict=True)]
+            loss = loss + self.settings.guide * torch.stack(of_layers).sum()
+        return logits, loss
+
+
+# ── A run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def windows(text: script.Text, use: str, settings: Long, count: int) -> list[script.Batch]:
+    """Windows of the validation text, the same in every run."""
+    return [
+        text.batch("val", settings.batch_size, settings.context, script.seed_of(use, number)) for number in range(count)
+    ]
+
+
+@torch.no_grad()
+def final_test(model: script.NSALanguageModel, text: script.Text, settings: Long, runtime: script.Runtime) -> dict:
+    """Loss by position, in nats; and for each layer the gates and what the choice of blocks holds."""
+    losses, shares, inputs = torch.zeros(settings.context, device=runtime.device), {}, {}
+    sparse = {number: block for number, block in enumerate(model.blocks) if is_sparse(block)}
+    model.eval()
+    batches = windows(text, "test", settings, settings.test_batches)
+    for batch in batches:
+        tokens, targets, _ = next(runtime.share(batch))
+        with runtime.autocast():
+            logits = model(tokens)[0]
+        losses += F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").mean(0) / len(batches)
+    for number, block in sparse.items():
+        block.norm1.register_forward_hook(lambda _, __, x, number=number: inputs.__setitem__(number, x))
+    tokens, *_ = next(runtime.share(batches[0]))
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(settings.context // 2, settings.context, (QUERIES,), generator=generator).to(runtime.device)
+    with runtime.autocast():
+        model(tokens)
+        for number, block in sparse.items():
+            gates = block.attn._gates(inputs[number]).float().mean((0, 1, 2)).tolist()
+            shares[number] = {"gates": gates, **held_shares(block.attn, inputs[number], t)}
+    bins = losses.unflatten(0, (BINS, -1)).mean(1)
+    return {"loss": losses.mean().item(), "by_position": bins.tolist(), "layers": shares}
+
+
+def train(settings: Long) -> None:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with script.start_runtime(settings) as runtime, (settings.out / "log.jsonl").open("w", buffering=1) as file:
+        print(header(vars(settings)), file=file)
+        write = lambda **values: print(json.dumps(values), file=file)  # noqa: E731
+        text = script.Text(*script.find_text(settings.data, settings.pattern))
+        model = build_model(settings, len(text.vocabulary)).to(runtime.device)
+        write(text=text.source, characters=[len(text.train), len(text.val)], parameters=parameters_of(model))
+        net: nn.Module = model
+        if settings.guide or settings.distill:
+            net = Guided(model, settings, dense_teacher(settings, len(text.vocabulary), runtime))
+        net = net if settings.compile == "off" else torch.compile(net, mode=settings.compile)
+        optimizer = script.make_optimizer(model, settings)
+        validation = windows(text, "evaluation", settings, settings.eval_batches)
+        clock, loss = Clock(), torch.zeros(())
+        for iteration in range(settings.iterations + 1):
+            if iteration % settings.eval_interval == 0 or iteration == settings.iterations:
+                mean = loss.item()  # which waits for the device
+                clock.stop(iteration)
+                val, accuracy = script.score(model, validation, runtime)
+                write(iteration=iteration, seconds=clock.seconds, train=mean, val=val, accuracy=accuracy)
+                clock.start(iteration)
+            if iteration in (0, settings.frozen):
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(iteration == settings.frozen or "compress_" in name or "gate_" in name)
+            if iteration < settings.iterations:
+                seed = script.seed_of(settings.seed, "batch", iteration)
+                batch = text.batch("train", settings.batch_size, settings.context, seed)
+                rate = script.learning_rate(iteration, settings)
+                loss = script.train_step(net, optimizer, batch, rate, settings, runtime)[0]
+        torch.save(model.state_dict(), settings.out / "model.pt")
+        final = final_test(model, text, settings, runtime)
+        speed = statistics.median(clock.speeds) * settings.batch_size * settings.context
+        write(final=final, tokens_per_second=speed, training_seconds=clock.seconds)
+        print(f"loss {final['loss']:.4f}, {speed:,.0f} tokens/s")
+
+
+@dataclasses.dataclass
+class Clock:
+    """Time of training steps, without evaluations: in all, and steps a second of each stretch."""
+
+    seconds: float = 0.0
+    speeds: list[float] = dataclasses.field(default_factory=list)
+
+    def start(self, step: int) -> None:
+        self.begin, self.first = time.perf_counter(), step
+
+    def stop(self, step: int) -> None:
+        if step > 0:
+            seconds = time.perf_counter() - self.begin
+            self.seconds += seconds
+            self.speeds.append((step - self.first) / seconds)
+
+
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def dense_teacher(settings: Long, vocabulary_size: int, runtime: script.Runtime) -> nn.Module | None:
+    if not settings.distill:
+        return None
+    teacher = build_model(dataclasses.replace(settings, variant="dense"), vocabulary_size)
+    return teacher.to(runtime.device).requires_grad_(False).eval()
+
+
+def parse_settings(flags: list[str]) -> Long:
+    parser = argparse.ArgumentParser("longtext.py", allow_abbrev=False)
+    for each in dataclasses.fields(Long):
+        kind: dict[str, Any] = {"type": type(each.default)}
+        if isinstance(each.default, tuple):
+            kind = {"type": float, "nargs": len(each.default)}
+        if each.default is not None and not isinstance(each.default, bool):
+            parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **kind)
+    given = vars(parser.parse_args(flags))
+    return Long(**given | {"gate_init": tuple(given["gate_init"])})
+
+
+# ── Experiments ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def job(folder: Path, extra: list[str], **settings: object) -> Job:
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", *as_words(value))]
+    parse_settings([*flags, *extra])  # refuses bad flags before anything runs
+    return Job(folder, [__file__, "--out", str(folder), *flags, *extra])
+
+
+def as_words(value: object) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+
+
+def long_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    """The first seed with each learning rate; the others with the rate that was best there, in a second run."""
+    jobs, logs = [], [Log(folder) for folder in args.out.glob("*") if folder.is_dir()]
+    for variant, seed in itertools.product(args.variants, args.seeds):
+        best = best_rate([log for log in logs if log.complete and log.variant == variant])
+        for rate in args.rates if seed == args.seeds[0] else [best] if best else []:
+            settings = {"variant": variant, "seed": seed, "learning_rate": rate}
+            jobs.append(job(args.out / f"{variant}-{rate:g}-{seed}", extra, **settings))
+        if best and variant == "dense" and args.longer > 1:
+            settings = {"variant": variant, "seed": seed, "learning_rate": best}
+            settings["iterations"] = round(args.longer * Long.iterations)
+            jobs.append(job(args.out / f"dense-as-long-as-nsa-{seed}", extra, **settings))
+    return jobs
+
+
+def best_rate(logs: list[Log]) -> float | None:
+    """Learning rate of the run with the lowest loss, of those that are as long as the shortest."""
+    return min(logs, key=lambda log: (log.iterations, log.value("final")["loss"])).learning_rate if logs else None
+
+
+def long_tables(logs: list[Log]) -> None:
+    """Loss by learning rate, and mean and range over seeds at the best one."""
+    done = [log for log in logs if log.value("final")]
+    titles = ("learning rate", "steps", "seed", "bits a byte", "nats at the last half", "tokens/s", "minutes")
+    print("\n| | " + " | ".join(titles) + " | parameters |\n" + "|---" * 9 + "|")
+    for log in sorted(done, key=lambda log: (log.variant, log.iterations, log.learning_rate, log.seed)):
+        final, speed, minutes = log.value("final"), log.value("tokens_per_second"), log.value("training_seconds") / 60
+        of_run = (f"{log.learning_rate:g}", f"{log.iterations}", f"{log.seed}", *losses_of(final))
+        of_run += (f"{speed:,.0f}", f"{minutes:.1f}", f"{log.value('parameters'):,}")
+        print(f"| {log.variant} | " + " | ".join(of_run) + " |")
+    print("\n| | steps | learning rate | seeds | bits a byte | nats at the last half |\n" + "|---" * 6 + "|")
+    for variant, iterations in sorted({(log.variant, log.iterations) for log in done}):
+        same = [log for log in done if (log.variant, log.iterations) == (variant, iterations)]
+        rate = best_rate(same)
+        finals = [log.value("final") for log in same if log.learning_rate == rate]
+        columns = [[number for number in map(float, column)] for column in zip(*map(losses_of, finals), strict=True)]
+        cells = (f"{statistics.mean(c):.4f} ({min(c):.4f} to {max(c):.4f})" for c in columns)
+        print(f"| {variant} | {iterations} | {rate:g} | {len(finals)} | " + " | ".join(cells) + " |")
+    choice_tables(done)
+
+
+def losses_of(final: dict[str, Any]) -> tuple[str, str]:
+    """Loss in bits over all positions, and in nats over the last half of them."""
+    return f"{final['loss'] / math.log(2):.4f}", f"{statistics.mean(final['by_position'][BINS // 2 :]):.4f}"
+
+
+def choice_tables(logs: list[Log]) -> None:
+    """What the chosen blocks hold of dense attention, and gates, by layer, for each run of NSA."""
+    for log in logs:
+        layers = log.value("final")["layers"]
+        if layers:
+            print(f"\n{log.name}\n\n| layer | chosen | best | random | forced | gates |\n" + "|---" * 6 + "|")
+        for number, of_layer in layers.items():
+            shares = (f"{of_layer[name]:.2f}" for name in ("chosen", "best", "random", "forced"))
+            gates = ", ".join(f"{gate:.2f}" for gate in of_layer["gates"])
+            print(f"| {int(number) + 1} | " + " | ".join(shares) + f" | {gates} |")
+
+
+RECIPES = {  # settings of each way from a dense model to NSA, beside the dense model that goes on
+    "dense goes on": {"variant": "dense"},
+    "as is": {},
+    "half local, half selective": {"gate_init": (0.0, -4.0, 0.0)},
+    "compressors first": {"gate_init": (0.0, -4.0, 0.0), "frozen": 100},
+    "distilled": {"gate_init": (0.0, -4.0, 0.0), "distill": 0.5},
+    "choice taught": {"gate_init": (0.0, -4.0, 0.0), "guide": 0.1},
+    "every fourth layer dense": {"gate_init": (0.0, -4.0, 0.0), "dense_every": 4},
+}
+
+
+def convert_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    common = {"start": args.start, "seed": args.seed, "learning_rate": args.rate, "iterations": args.iterations}
+    common |= {"eval_interval": 25}
+    jobs = {name.replace(" ", "-").replace(",", ""): RECIPES[name] for name in args.recipes}
+    return [job(args.out / name, extra, **common, **settings) for name, settings in jobs.items()]
+
+
+def convert_tables(logs: list[Log]) -> None:
+    """Validation loss after some tokens, and how many it takes to come within 0.5 % of the dense model that goes on."""
+    dense = next((log for log in logs if log.variant == "dense"), None)
+    steps = [each["iteration"] for each in dense.evaluations] if dense else []
+    shown = [step for step in steps if step % 100 == 0 or step in (25, 50)]
+    print("\n| loss after steps | " + " | ".join(map(str, shown)) + " | within 0.5 % after |")
+    print("|---" * (len(shown) + 2) + "|")
+    truth = {each["iteration"]: each["val"] for each in dense.evaluations} if dense else {}
+    for log in logs:
+        losses = {each["iteration"]: each["val"] for each in log.evaluations}
+        late = [step for step in steps if losses.get(step, math.inf) > 1.005 * truth[step]]
+        after = [step for step in losses if step > max(late, default=-1)]
+        tokens = f"{min(after) * log.batch_size * log.context / 1e6:.1f} M tokens" if after else "–"
+        print(f"| {log.name} | " + " | ".join(f"{losses.get(step, math.nan):.4f}" for step in shown) + f" | {tokens} |")
+    for log in logs:
+        final = log.value("final")
+        print(f"{log.name}: " + (", ".join(losses_of(final)) if final else "not done"))
+    choice_tables([log for log in logs if log.value("final")])
+
+
+REMEDIES = {  # of a poor choice of blocks
+    "as is": {},
+    "choice taught": {"guide": 0.1},
+    "even gates": {"gate_init": (0.0, 0.0, 0.0)},
+    "four key heads": {"kv_heads": 4},
+}
+
+
+def choice_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    common = {"seed": args.seed, "learning_rate": args.rate}
+    jobs = {name.replace(" ", "-"): REMEDIES[name] for name in args.remedies}
+    return [job(args.out / name, extra, **common, **settings) for name, settings in jobs.items()]
+
+
+def remedy_tables(logs: list[Log]) -> None:
+    print("\n| | bits a byte | nats at the last half | tokens/s |\n" + "|---" * 4 + "|")
+    for log in logs:
+        if log.value("final"):
+            cells = (*losses_of(log.value("final")), f"{log.value('tokens_per_second'):,.0f}")
+            print(f"| {log.name} | " + " | ".join(cells) + " |")
+    choice_tables([log for log in logs if log.value("final")])
+
+
+DENSE = ROOT / "out" / "learn" / "long" / "dense-0.001-1337"
+LONG = {
+    "--variants": dict(nargs="+", choices=("nsa", "dense", "window"), default=["nsa", "dense", "window"]),
+    "--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339]),
+    "--rates": dict(type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates of the first seed"),
+    "--longer": dict(type=float, default=1.0, help="also train dense attention by so many times as many steps"),
+}
+CONVERT = {
+    "--start": dict(type=Path, default=DENSE, help="folder of a dense run of `long`"),
+    "--recipes": dict(nargs="+", choices=RECIPES, default=list(RECIPES)),
+    "--seed": dict(type=int, default=1),
+    "--rate": dict(type=float, default=3e-4),
+    "--iterations": dict(type=int, default=500),
+}
+CHOICE = {
+    "--remedies": dict(nargs="+", choices=REMEDIES, default=list(REMEDIES)),
+    "--seed": dict(type=int, default=1337),
+    "--rate": dict(type=float, default=1e-3),
+}
+EXPERIMENTS = {
+    "long": Experiment("source code at 8k tokens: NSA, dense attention, a window", LONG, long_jobs, long_tables),
+    "choice": Experiment("what the chosen blocks hold, and remedies", CHOICE, choice_jobs, remedy_tables),
+    "convert": Experiment("from a dense model to NSA: recipes side by side", CONVERT, convert_jobs, convert_tables),
+}
+
+
+if __name__ == "__main__":
+    train(parse_settings(sys.argv[1:]))
