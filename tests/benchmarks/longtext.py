@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runs import Experiment, Job, Log, header
+from runs import Experiment, Job, Log, header, read_logs
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ class Long(script.Settings):
     init_blocks: int = 1
     local_blocks: int = 2
     gate_init: tuple[float, float, float] = (2.0, -2.0, -2.0)
-    iterations: int = 1200
+    iterations: int = 1500
     eval_batches: int = 8
     test_batches: int = 32  # for what is measured at the end
     guide: float = 0.0  # weight of the loss by which compressed scores learn dense attention's shares
@@ -331,15 +331,14 @@ def as_words(value: object) -> list[str]:
 
 def long_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     """The first seed with each learning rate; the others with the rate that was best there, in a second run."""
-    jobs, logs = [], [Log(folder) for folder in args.out.glob("*") if folder.is_dir()]
+    jobs, logs = [], read_logs(args.out)
     for variant, seed in itertools.product(args.variants, args.seeds):
         best = best_rate([log for log in logs if log.complete and log.variant == variant])
         for rate in args.rates if seed == args.seeds[0] else [best] if best else []:
             settings = {"variant": variant, "seed": seed, "learning_rate": rate}
             jobs.append(job(args.out / f"{variant}-{rate:g}-{seed}", extra, **settings))
-        if best and variant == "dense" and args.longer > 1:
-            settings = {"variant": variant, "seed": seed, "learning_rate": best}
-            settings["iterations"] = round(args.longer * Long.iterations)
+        if best and variant == "dense" and args.dense_steps:
+            settings = {"variant": variant, "seed": seed, "learning_rate": best, "iterations": args.dense_steps}
             jobs.append(job(args.out / f"dense-as-long-as-nsa-{seed}", extra, **settings))
     return jobs
 
@@ -453,7 +452,7 @@ LONG = {
     "--variants": dict(nargs="+", choices=("nsa", "dense", "window"), default=["nsa", "dense", "window"]),
     "--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339]),
     "--rates": dict(type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates of the first seed"),
-    "--longer": dict(type=float, default=1.0, help="also train dense attention by so many times as many steps"),
+    "--dense-steps": dict(type=int, help="also train dense attention in so many steps, which take NSA's time"),
 }
 CONVERT = {
     "--start": dict(type=Path, default=DENSE, help="folder of a dense run of `long`"),
