@@ -129,6 +129,18 @@ def test_a_swapped_model_begins_as_the_dense_one_where_window_and_selection_see_
     torch.testing.assert_close(swapped(tokens)[0], dense(tokens)[0], atol=1e-9, rtol=1e-9)
 
 
+def test_compressors_of_heads_are_told_apart(longtext: ModuleType, sources: Path, tmp_path: Path) -> None:
+    settings = longtext.Long(**TINY, compressors="own", data=sources, out=tmp_path)
+    model = longtext.build_model(settings, 29)
+    attention = model.blocks[0].attn
+    with torch.no_grad():
+        for parameter in attention.compress_k.of_heads[0].parameters():
+            parameter.zero_()
+    k_cmp = attention._compress_rows(torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8))[0]
+    assert k_cmp.shape == (1, 15, 2, 8) and (k_cmp[:, :, 0] == 0).all() and (k_cmp[:, :, 1] != 0).any()
+    longtext.train(settings)
+
+
 @pytest.mark.parametrize("recipe", ["distilled", "choice taught", "compressors first", "every fourth layer dense"])
 def test_recipes_change_what_they_say(longtext: ModuleType, dense_run: Path, sources: Path, recipe: str) -> None:
     changes = longtext.RECIPES[recipe] | ({"frozen": 4} if recipe == "compressors first" else {})

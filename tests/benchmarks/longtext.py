@@ -12,6 +12,7 @@ run writes settings, losses and, at its end, the loss by position, gates and the
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -62,6 +63,7 @@ class Long(script.Settings):
     iterations: int = 1500
     eval_batches: int = 8
     test_batches: int = 32  # for what is measured at the end
+    compressors: str = "shared"  # by the key heads, or "own": each has its own
     guide: float = 0.0  # weight of the loss by which compressed scores learn dense attention's shares
     start: str = ""  # folder of a dense run to go on from
     frozen: int = 0  # iterations in which gates and compressors alone learn
@@ -79,6 +81,17 @@ class WindowAttention(script.DenseAttention):
         return self.to_out(nsa.local_attention(q.to(v), k.to(v), v, self.cfg.local_window).flatten(2))
 
 
+class OfEachHead(nn.Module):
+    """Compressors, one for each key head: (B, T, K, D) → (B, C, K, D)."""
+
+    def __init__(self, compressor: nsa.TokenCompressor, heads: int) -> None:
+        super().__init__()
+        self.of_heads = nn.ModuleList(copy.deepcopy(compressor) for _ in range(heads))
+
+    def forward(self, x: Tensor, heads: bool) -> Tensor:
+        return torch.cat([each(x[:, :, i : i + 1], heads=heads) for i, each in enumerate(self.of_heads)], dim=2)
+
+
 def build_model(settings: Long, vocabulary_size: int) -> script.NSALanguageModel:
     """Model of a variant; one that goes on from a dense run has that run's weights, and its feed-forwards."""
     cfg = script.nsa_config(settings)
@@ -92,6 +105,9 @@ def build_model(settings: Long, vocabulary_size: int) -> script.NSALanguageModel
             block = model.blocks[number] = script.DenseBlock(cfg)
         if kind == "dense" or settings.start:
             widen(block)
+        if settings.compressors == "own":
+            for name in ("compress_k", "compress_v"):
+                setattr(block.attn, name, OfEachHead(getattr(block.attn, name), cfg.kv_heads))
     model.initialize(0.02)
     if settings.start:
         state = torch.load(Path(settings.start) / "model.pt", weights_only=True)
@@ -429,6 +445,7 @@ REMEDIES = {  # of a poor choice of blocks
     "choice taught": {"guide": 0.1},
     "even gates": {"gate_init": (0.0, 0.0, 0.0)},
     "four key heads": {"kv_heads": 4},
+    "four key heads with own compressors": {"kv_heads": 4, "compressors": "own"},
 }
 
 
