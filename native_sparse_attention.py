@@ -405,8 +405,8 @@ class NSABlock(nn.Module):
         # Our own attention need not check again; another forward in its place takes tensors.
         own = type(self.attn).forward is NativeSparseAttention.forward
         given = {"cu_seqlens": batch} if own else {"cache": cache, "cu_seqlens": cu_seqlens}
-        if not own and cache is not None and key_padding_mask is not None:
-            given["key_padding_mask"] = torch.arange(x.shape[1], device=x.device) < batch.counts[:, None]
+        if not own and key_padding_mask is not None and (cache is not None or batch.context is not None):
+            given["key_padding_mask"] = batch.padding.packed_mask()
         x = x + self.attn(self.norm1(x), **given)
         y = batch.unpack(x + self.ffn(self.norm2(x)))
         if own and cache is not None:
@@ -505,25 +505,26 @@ class NativeSparseAttention(nn.Module):
             own_keys = (p.k_local, p.v_local) if cfg.separate_kv else (None, None)
             tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
             settings = {**self._settings, "scale": cfg.dim_head**-0.5, "segments": segments}
-            o = self._attend_shard(batch.context, *tensors, **settings)
+            o = self._attend_shard(batch, *tensors, **settings)
         return self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
 
     def _attend_shard(
-        self, context: context_parallel | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-        gates: Tensor, k_local: Tensor | None, v_local: Tensor | None, **settings: Any,
+        self, batch: _Batch, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+        k_local: Tensor | None, v_local: Tensor | None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """Attention of this rank's queries over the keys of all ranks, each part over those up to its end."""
-        if context is None:
+        if batch.context is None:
             return _attention(q, k, v, k_cmp, v_cmp, gates, k_local, v_local, **settings)
         until, outputs = lambda end, *keys: [None if x is None else x[:, :end] for x in keys], []  # noqa: E731
         choice, segments, backend = settings["choice"], settings.pop("segments"), settings["backend"]
-        for part, first in context._places(q.shape[1]):
+        for part, first in batch.context._places(q.shape[1]):
             end, blocks = first + part.stop - part.start, k_cmp.shape[1]
             if segments.cu_seqlens is None:
                 blocks = _compressed_count(end, choice.block_size, choice.stride)
             tensors = (*until(end, k, v), *until(blocks, k_cmp, v_cmp), gates[:, part], *until(end, k_local, v_local))
             tables = segments.last(backend, first, end, blocks, _Span(0, choice.block_size, choice.stride))
-            outputs.append(_attention(q[:, part], *tensors, **settings, segments=tables, first=first))
+            at = {"segments": tables, "first": first, "row_first": batch.row_first(first)}
+            outputs.append(_attention(q[:, part], *tensors, **settings, **at))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend_past(self, x: Tensor, batch: _Batch) -> Tensor:
@@ -620,8 +621,7 @@ class NativeSparseAttention(nn.Module):
         heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
         queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
         # Of all ranks, where each has its own tokens: the keys, their values and their positions.
-        shared = (self.to_k(x), self.to_v(x))
-        shared = shared if batch.context is None else batch.context._gather(shared)
+        shared = batch.gather(self.to_k(x), self.to_v(x))
         rope = None if cfg.rope_theta is None else _rope(batch.positions(shared[0]), cfg.rope_theta, queries)
         rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
         # 1 or 3 of (B, T, K, D): local, compressed, selective. To unbind a single one would copy its gradient.
@@ -630,7 +630,7 @@ class NativeSparseAttention(nn.Module):
         )
         k_local = rotated(keys[0])
         if rope is not None:
-            queries = _apply_rope(queries, rope if batch.context is None else batch.context.shard(rope, dim=-3))
+            queries = _apply_rope(queries, batch.rope_of_queries(rope))
         return _Projections(
             q=queries,
             k=rotated(keys[-1]) if cfg.separate_kv else k_local,
@@ -1219,7 +1219,7 @@ def select_blocks(
     _check_choice(choice)
     on = _choose_backend(backend, q, k_cmp, scale, choice)
     segments = _packed_tables(backend, cu_seqlens, q.shape[1], k_cmp.shape[1], choice.span)
-    return _select(q, k_cmp, lse, *segments.tables(), on, *choice, scale, 0)
+    return _select(q, k_cmp, lse, *segments.tables(), None, on, *choice, scale, 0)
 
 
 def selective_attention(
@@ -1346,11 +1346,11 @@ def tune(device: torch.device | str | None = None, dtype: torch.dtype = torch.bf
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
     v_local: Tensor | None, *, local_window: int, choice: _Choice, segments: _Segments, scale: float, backend: str,
-    recompute: bool, first: int = 0,
+    recompute: bool, first: int = 0, row_first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`nsa_attention` of arguments that are right, gates of at least 0; without k_local and v_local, k and v serve.
 
-    Queries begin at position `first`, and keys at 0.
+    Keys begin at position 0, and queries at `first`; where row_first is given, those of row b at row_first[b] ≤ first.
     """
     on = _choose_backend(backend, q, k, scale, choice)
     flash = _flash_attention(q, backend, on, segments) if q.shape[1] == k.shape[1] else None
@@ -1359,12 +1359,12 @@ def _attention(
         o_local = flash(q, *local, softmax_scale=scale, causal=True, window_size=(local_window - 1, 0))
         span = _Span(0, choice.block_size, choice.stride)  # torch 2.8 does not trace a NamedTuple's property
         o_compressed, lse = _branch(on, span, scale, segments, q, k_cmp, v_cmp)
-        chosen = _select(q, k_cmp, lse.detach(), *segments.tables(), on, *choice, scale, 0)
+        chosen = _select(q, k_cmp, lse.detach(), *segments.tables(), None, on, *choice, scale, 0)
         o_selective, _ = _branch(on, _Span.block(choice.select_block_size), scale, segments, q, k, v, chosen)
         return _torch_gate(gates, o_local, o_compressed, o_selective)
     tensors = _apart(q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
     settings = (on, local_window, *choice, scale, recompute, first)
-    return _apply(_AttentionFunction, settings, *segments.tables(), *tensors)[0]
+    return _apply(_AttentionFunction, settings, *segments.tables(), row_first, *tensors)[0]
 
 
 def _branch(
@@ -1372,7 +1372,8 @@ def _branch(
     block_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse of one branch on a backend: over spans of keys, or over the blocks that are chosen."""
-    return _apply(_BranchFunction, (on, *span, scale, 0), *segments.tables(), *_apart(q, k, v), block_indices)
+    settings, tables = (on, *span, scale, 0), (*segments.tables(), None)
+    return _apply(_BranchFunction, settings, *tables, *_apart(q, k, v), block_indices)
 
 
 def _obstacle(
@@ -1643,6 +1644,18 @@ class _Padding(NamedTuple):
     mask: Tensor  # bool (B, T): True for a token
     place: Tensor  # (B, rows): where each token of the rows stood, among all B·T
 
+    @classmethod
+    def of(cls, mask: Tensor, parts: int = 1) -> _Padding:
+        """Padding of rows, or of each of the equal parts of a row by itself."""
+        B, size = mask.shape[0], mask.shape[1] // parts
+        order = mask.logical_not().to(torch.uint8).unflatten(1, (parts, size)).argsort(dim=2, stable=True)
+        begin = torch.arange(B * parts, device=mask.device).view(B, parts, 1) * size
+        return cls(mask, (order + begin).flatten(1))
+
+    def packed_mask(self) -> Tensor:
+        """bool (B, rows): True for a token of the rows."""
+        return self.mask.flatten()[self.place]
+
     def pack(self, x: Tensor) -> Tensor:
         """Rows with their tokens first, and zeros behind them."""
         x = x.masked_fill(~self.mask[..., None], 0.0).flatten(0, 1)
@@ -1663,12 +1676,28 @@ class _Batch(NamedTuple):
     counts: Tensor | int = 0  # tokens of each row: int32 (B,), or one number for all
     known: tuple[int, ...] | None = None  # the same on the host, where it knows them
     context: context_parallel | None = None  # in which each rank has a part of the tokens
+    of_all: _Padding | None = None  # padding of all ranks' tokens, each part of which has been packed
 
     def pack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.pack(x)
 
     def unpack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.unpack(x)
+
+    def gather(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Tensors of all ranks' tokens, and rows packed, from those of this rank's."""
+        xs = xs if self.context is None else self.context._gather(xs)
+        return xs if self.of_all is None else tuple(self.of_all.pack(x) for x in xs)
+
+    def row_first(self, first: int) -> Tensor | None:
+        """Tokens of each row before the part that begins at place `first`: int32 (B,); None where it has no padding."""
+        return None if self.of_all is None else self.of_all.mask[:, :first].sum(1, dtype=torch.int32)
+
+    def rope_of_queries(self, rope: Tensor) -> Tensor:
+        """cos and sin of this rank's tokens from those of all."""
+        if self.of_all is not None:
+            return rope[:, self.context.shard(self.of_all.mask.cumsum(1) - 1).clamp(min=0)]
+        return rope if self.context is None else self.context.shard(rope, dim=-3)
 
     def positions(self, x: Tensor) -> Tensor:
         """Position of each token in its sequence: (B, T), or (T,) where all rows begin at 0."""
@@ -1686,21 +1715,20 @@ def _read_batch(
     """Checks the arguments of a module's forward, whose first layer is given; once, whatever else they pass through."""
     context = None if _CONTEXT is None or _CONTEXT.size == 1 else _CONTEXT
     if context is not None:
-        context._check_alike(x=x, cu_seqlens=cu_seqlens)  # before what one rank alone may find
+        context._check_alike(x=x, cu_seqlens=cu_seqlens, key_padding_mask=mask)  # before what one rank alone may find
     _check_tokens(x, cfg.dim, layer)
     known_cache = cache is None or isinstance(cache, NSACache)
     _check(known_cache, "cache", type(cache).__name__, "must be an NSACache", TypeError)
-    (rows, tokens), padding, segments = x.shape[:2], None, _Segments()
+    (rows, tokens), padding, of_all, segments = x.shape[:2], None, None, _Segments()
     if context is not None:
-        rule = "cannot be given under context_parallel, which takes rows or packed sequences"
-        for name, given in (("cache", cache), ("key_padding_mask", mask)):
-            _check(given is None, name, type(given).__name__, rule)
+        rule = "cannot be given under context_parallel, in which modules take whole sequences"
+        _check(cache is None, "cache", type(cache).__name__, rule)
         tokens *= context.size
         context._part_size("tokens of all ranks", tokens)
     counts, known = tokens, (tokens,) * rows if cache is not None else None
     if mask is not None:
         _check(cu_seqlens is None, "key_padding_mask, cu_seqlens", "both", "give one of them at most")
-        padding, counts, known = _read_mask(mask, x)
+        padding, of_all, counts, known = _read_mask(mask, x, context)
     elif cu_seqlens is not None:
         segments, known = _read_offsets(cfg, cu_seqlens, rows, tokens, x.device)
         rows, counts = len(cu_seqlens) - 1, 0 if cache is None else segments.cu_seqlens.diff()
@@ -1712,18 +1740,27 @@ def _read_batch(
         _check(n <= cfg.seq_len, of, n, f"must be at most seq_len = {cfg.seq_len}")
     if cache is not None:
         cache._check_room(cfg, rows, known, x.device)
-    return _Batch(cache, segments, padding, counts, known, context)
+    return _Batch(cache, segments, padding, counts, known, context, of_all)
 
 
-def _read_mask(mask: Tensor, x: Tensor) -> tuple[_Padding, Tensor, tuple[int, ...] | None]:
-    """Padding of the rows x, the number of tokens in each, and the same on the host where a look is free."""
+def _read_mask(
+    mask: Tensor, x: Tensor, context: context_parallel | None
+) -> tuple[_Padding, _Padding | None, Tensor, tuple[int, ...] | None]:
+    """Padding of x and, in a context, of all ranks' tokens; the tokens in each row, also on the host if that is free.
+
+    There each part of x is packed by itself first, so that the keys that are gathered begin as queries do.
+    """
     _check_shape("key_padding_mask", mask, "(B, T)", tuple(x.shape[:2]))
     _check(mask.dtype == torch.bool, "key_padding_mask.dtype", mask.dtype, "must be torch.bool, True for a token")
     _check_device("key_padding_mask", mask, "x's", x.device)
-    counts, order = mask.sum(1, dtype=torch.int32), mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    place = order + torch.arange(mask.shape[0], device=x.device)[:, None] * mask.shape[1]
+    padding, of_all = _Padding.of(mask, 1 if context is None else len(context._parts(0))), None
+    if context is not None:
+        of_all = _Padding.of(context._gather((padding.packed_mask(),))[0])
+    counts = (padding if of_all is None else of_all).mask.sum(1, dtype=torch.int32)
     known = tuple(counts.tolist()) if _readable(mask) else None
-    return _Padding(mask, place[:, : max(known, default=0)] if known is not None else place), counts, known
+    if known is not None and of_all is None:
+        padding = padding._replace(place=padding.place[:, : max(known, default=0)])
+    return padding, of_all, counts, known
 
 
 def _read_offsets(
@@ -2021,7 +2058,8 @@ class context_parallel:
     NativeSparseAttention and NSABlock then take this rank's tokens, and return their outputs: those that one process
     would have for the whole sequence. Queries stay where they are; each layer gathers the keys and values of all ranks,
     and a backward adds up their gradients. Everything else that a model does token by token stays as it is; learned
-    positions are those of `positions`.
+    positions are those of `positions`. `cu_seqlens` are those of all tokens, the same on all ranks; a key_padding_mask
+    is that of this rank's tokens, shard(mask), of any pattern.
 
     A backward differentiates the sum of all ranks' losses. The gradients of parameters are this rank's share: their sum
     over the group is the gradient. The mean over the group, which DistributedDataParallel and FSDP take, is therefore
@@ -2452,18 +2490,21 @@ class _PackedRows(NamedTuple):
 
 
 def _backend(
-    backend: str, x: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, first: int = 0
-) -> tuple[_Backend, dict[str, Any]]:
+    backend: str, x: Tensor, cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None,
+    row_first: Tensor | None, first: int,
+) -> tuple[_Backend, dict[str, Any]]:  # fmt: skip
     """The backend, and for its functions `segments` where sequences are packed, `first` where queries begin later.
 
-    Then the queries are the last tokens of their sequences, of packed ones the last of all tokens.
+    Then the queries of row b begin at position row_first[b] ≤ first, or of all rows at `first`. Those of packed
+    sequences are the last of all tokens.
     """
     on, at = _serving(backend, x), {}
     if cu_seqlens is not None:
         at["segments"] = _Segments(cu_seqlens, cu_keys, of_token)
     if first > 0:
-        numbers = {"dtype": torch.int32, "device": x.device}
-        at["first"] = first if on is _BACKENDS["torch"] else torch.full((x.shape[0],), first, **numbers)
+        if row_first is None and on is not _BACKENDS["torch"]:
+            row_first = torch.full((x.shape[0],), first, dtype=torch.int32, device=x.device)
+        at["first"] = first if row_first is None else row_first
     return on, at
 
 
@@ -2562,11 +2603,11 @@ def _fake_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 @_operator
 def _branch_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
-    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, row_first: Tensor | None, backend: str,
     window: int, block_size: int, stride: int, scale: float, first: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse over the blocks of `block_size` tokens that are chosen; without a choice, over the spans."""
-    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
+    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, row_first, first)
     if block_indices is None:
         return on.span_forward(q, k, v, _Span(window, block_size, stride), scale, **at)
     return on.selected_forward(q, k, v, block_indices, block_size, scale, **at)[:2]
@@ -2583,11 +2624,11 @@ torch.library.register_autograd(_branch_forward.operator, _refuse_gradients, lib
 @_operator
 def _branch_backward(
     do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
-    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, row_first: Tensor | None, backend: str,
     window: int, block_size: int, stride: int, scale: float, first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    on, at = _backend(backend, do, cu_seqlens, cu_keys, of_token, first)
+    on, at = _backend(backend, do, cu_seqlens, cu_keys, of_token, row_first, first)
     (terms,) = _row_terms(on.preprocess(do, [o], [lse], k.shape[2], dlse=dlse)[0])
     if block_indices is None:
         span = _Span(window, block_size, stride)
@@ -2605,19 +2646,19 @@ def _(do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, *inputs: Any) -> tuple[T
 @_operator
 def _select(
     q: Tensor, k_cmp: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, row_first: Tensor | None, backend: str,
     block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
     scale: float, first: int,
 ) -> Tensor:  # fmt: skip
     """block_indices."""
-    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
+    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, row_first, first)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     return on.select(q, k_cmp, lse, choice, scale, **at, max_len=first + q.shape[1])
 
 
 @_fake_of(_select)
 def _(q: Tensor, k_cmp: Tensor, *others: Any) -> Tensor:
-    topk_blocks = others[8]
+    topk_blocks = others[9]
     return q.new_empty(*q.shape[:2], k_cmp.shape[2], topk_blocks, dtype=torch.int32)
 
 
@@ -2637,15 +2678,15 @@ def _index_room(
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
     k_local: Tensor | None, v_local: Tensor | None,
-    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float, recompute: bool, first: int,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, row_first: Tensor | None, backend: str,
+    local_window: int, block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int,
+    local_blocks: int, scale: float, recompute: bool, first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o; o of the local, the compressed and the selective branch; their lse; block_indices, and an index of them.
 
     The first of the branches is empty where the backward is to `recompute` it. Queries begin at position `first`.
     """
-    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, first)
+    on, at = _backend(backend, q, cu_seqlens, cu_keys, of_token, row_first, first)
     choice = _Choice(block_size, stride, select_block_size, topk_blocks, init_blocks, local_blocks)
     local = (k, v) if k_local is None else (k_local, v_local)
     o_local, lse_local = on.span_forward(q, *local, _Span(local_window), scale, **at)
@@ -2663,9 +2704,9 @@ def _attention_forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
     k_local: Tensor | None, v_local: Tensor | None,
-    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
-    block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int, local_blocks: int,
-    scale: float, recompute: bool, first: int,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, row_first: Tensor | None, backend: str,
+    local_window: int, block_size: int, stride: int, select_block_size: int, topk_blocks: int, init_blocks: int,
+    local_blocks: int, scale: float, recompute: bool, first: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     outputs, lses = map(list, zip(*(_fake_output(q) for _ in range(3)), strict=True))
     chosen = q.new_empty(*q.shape[:2], k.shape[2], topk_blocks, dtype=torch.int32)
@@ -2735,14 +2776,14 @@ def _(do: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward(
     do: Tensor, terms: Tensor, block_indices: Tensor, index: Tensor,
     q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_local: Tensor | None, v_local: Tensor | None,
-    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, backend: str, local_window: int,
-    block_size: int, stride: int, select_block_size: int, scale: float, first: int,
+    cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None, row_first: Tensor | None, backend: str,
+    local_window: int, block_size: int, stride: int, select_block_size: int, scale: float, first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dk_cmp, dv_cmp, dk_local, dv_local; the last two are empty where k and v serve all.
 
     The branches add up their dq in place.
     """
-    on, at = _backend(backend, do, cu_seqlens, cu_keys, of_token, first)
+    on, at = _backend(backend, do, cu_seqlens, cu_keys, of_token, row_first, first)
     terms = _torch_terms(terms, do) if _fell_back(on, backend) else terms
     local, compressed, selective = _row_terms(terms)
     own_keys = k_local is not None
@@ -2856,21 +2897,21 @@ class _BranchFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         settings: tuple[Any, ...], cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None,
-        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
+        row_first: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _branch_forward(q, k, v, block_indices, cu_seqlens, cu_keys, of_token, *settings)
+        return _branch_forward(q, k, v, block_indices, cu_seqlens, cu_keys, of_token, row_first, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings, *segments = inputs[:4]
-        ctx.save_for_backward(*output, *inputs[4:], *segments)
+        ctx.settings, *segments = inputs[:5]
+        ctx.save_for_backward(*output, *inputs[5:], *segments)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
         with torch.no_grad():
             gradients = _branch_backward(do, dlse, *saved, *ctx.settings)
-        return *(None,) * 4, *_first_gradients(gradients, do, dlse, *saved), None
+        return *(None,) * 5, *_first_gradients(gradients, do, dlse, *saved), None
 
 
 class _AttentionFunction(torch.autograd.Function):
@@ -2882,30 +2923,30 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         settings: tuple[Any, ...], cu_seqlens: Tensor | None, cu_keys: Tensor | None, of_token: Tensor | None,
-        q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, k_local: Tensor | None,
-        v_local: Tensor | None,
+        row_first: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor,
+        k_local: Tensor | None, v_local: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         tensors = (q, k, v, k_cmp, v_cmp, gates, k_local, v_local)
-        return _attention_forward(*tensors, cu_seqlens, cu_keys, of_token, *settings)
+        return _attention_forward(*tensors, cu_seqlens, cu_keys, of_token, row_first, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, *segments = inputs[:4]
+        ctx.settings, *segments = inputs[:5]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of what is not differentiable: it would be as large as the outputs
-        ctx.save_for_backward(*output[1:], *inputs[4:], *segments)
+        ctx.save_for_backward(*output[1:], *inputs[5:], *segments)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if do is None:  # o took no part in what is differentiated
-            return (None,) * 12
+            return (None,) * 13
         backend, window, block_size, stride, select_block_size, *_, scale, recompute, first = ctx.settings
         saved = ctx.saved_tensors
         if not _traced():
             ctx.maybe_clear_saved_tensors()  # the outputs of the branches are freed with the last name for them
         outputs, (*lses, block_indices, index), saved = list(saved[:3]), saved[3:8], saved[8:]
         q, k, v, k_cmp, v_cmp, gates, k_local, v_local, *segments = saved
-        own_keys = ctx.needs_input_grad[10] or ctx.needs_input_grad[11]
+        own_keys = ctx.needs_input_grad[11] or ctx.needs_input_grad[12]
         with torch.no_grad():
             if recompute:
                 keys = (k, v) if k_local is None else (k_local, v_local)
@@ -2916,7 +2957,7 @@ class _AttentionFunction(torch.autograd.Function):
             tensors = (q, k, v, k_cmp, v_cmp, k_local, v_local)
             *gradients, dk_local, dv_local = _attention_backward(do, terms, block_indices, index, *tensors, *settings)
         local = (dk_local, dv_local) if own_keys else (None, None)
-        return *(None,) * 4, *_first_gradients((*gradients, dgates, *local), do, *saved)
+        return *(None,) * 5, *_first_gradients((*gradients, dgates, *local), do, *saved)
 
 
 class _CompressionFunction(torch.autograd.Function):

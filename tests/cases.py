@@ -747,7 +747,7 @@ def launch(
     chosen, choice, scale = torch.zeros(1, T, K, S, dtype=torch.int32), nsa._Choice(32, 16, 64, S, 1, 2), 0.1
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
     tables = nsa._Segments() if cu_seqlens is None else nsa._triton_segments(cu_seqlens, T, C, 32, 16)
-    on, packed = nsa._backend("triton", q, *tables[:3], first)
+    on, packed = nsa._backend("triton", q, *tables[:3], None, first)
     (terms,) = nsa._row_terms(on.preprocess(q, [q], [lse], K, dlse=lse)[0])
     for name, keys, span in (("local", k, nsa._Span(512)), ("compressed", k_cmp, choice.span)):
         if name in launched:
@@ -766,7 +766,7 @@ def launch(
         on.select(q, k_cmp, lse, choice, scale, **packed)
     if "whole" in launched:
         tensors = (q, k, k, k_cmp, k_cmp, gates, None, None)
-        settings = (*tables[:3], "triton", 512)
+        settings = (*tables[:3], None, "triton", 512)
         with going("by_index"):
             _, *outputs, indices, index = nsa._attention_forward(*tensors, *settings, *choice, scale, False, first)
             terms, _ = nsa._gated_terms(q, *outputs, gates, K, "triton")

@@ -507,7 +507,7 @@ def test_amd_gpus_that_take_the_kernels(name: str, taken: bool, monkeypatch: pyt
 # ---------------------------------------------------------------------------------------------------------------------
 
 Calls = dict[str, tuple[Any, tuple[Any, ...]]]
-NOT_PACKED = (None, None, None)  # the tables
+NOT_PACKED = (None, None, None, None)  # the tables, and positions of rows
 
 
 def turned(x: Tensor) -> Tensor:
@@ -543,14 +543,15 @@ def calls(case: Case, backend: str, dtype: torch.dtype) -> Calls:
         keys, terms = (q, k, v, k_cmp, v_cmp, *local), nsa._gated_terms(*made[f"{name} terms"][1])[0]
         backward = (do, terms, chosen, index, *keys, *settings, *choice[:3], scale, 0)
         made[f"{name} backward"] = nsa._attention_backward, backward
-    later, settings = [x[:, 3:] for x in (q, do, gates)], (*NOT_PACKED, backend, case.window)  # queries from 3 on
-    tensors = (k, v, k_cmp, v_cmp)
-    forward = (later[0], *tensors, later[2], None, None, *settings, *choice, scale, False, 3)
-    made["attention forward, later"] = nsa._attention_forward, forward
-    _, *outputs, chosen, index = nsa._attention_forward(*forward)
-    terms = nsa._gated_terms(later[1], *outputs, later[2], case.K, backend)[0]
-    backward = (later[1], terms, chosen, index, later[0], *tensors, None, None, *settings, *choice[:3], scale, 3)
-    made["attention backward, later"] = nsa._attention_backward, backward
+    later, tensors = [x[:, 3:] for x in (q, do, gates)], (k, v, k_cmp, v_cmp)
+    for name, row_first in {"later": None, "later in each row": torch.arange(case.B, dtype=torch.int32) % 4}.items():
+        settings = (*NOT_PACKED[:3], row_first, backend, case.window)
+        forward = (later[0], *tensors, later[2], None, None, *settings, *choice, scale, False, 3)
+        made[f"attention forward, {name}"] = nsa._attention_forward, forward
+        _, *outputs, chosen, index = nsa._attention_forward(*forward)
+        terms = nsa._gated_terms(later[1], *outputs, later[2], case.K, backend)[0]
+        backward = (later[1], terms, chosen, index, later[0], *tensors, None, None, *settings, *choice[:3], scale, 3)
+        made[f"attention backward, {name}"] = nsa._attention_backward, backward
     return made
 
 

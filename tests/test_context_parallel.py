@@ -47,6 +47,7 @@ PACKED: dict[str, tuple[dict[str, object], list[int]]] = {
     "last_token_alone": ({"kv_heads": 1, "compression": "avgpool", "local_window": 31}, [47, 1]),
     "no_block": ({"block_size": 8}, [3] * 16),
 }
+PADDED = ("grouped_queries", "overlapping_blocks", "rope_separate_kv", "conv1d", "avgpool", "compressor_of_the_user")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,6 +122,25 @@ def compare(
         close(p.grad, expected[name], f"{what}: gradient of {name}")
 
 
+def padded(x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    """x (7, T, dim) with NaN at padding, and a call with its mask, of which a rank gives its part."""
+    T = x.shape[1]
+    place, mask = torch.arange(T), torch.rand(7, T, generator=torch.Generator().manual_seed(0)) < 0.7
+    for row, tokens in enumerate((place >= 0, place >= 0.4 * T, place < 0.4 * T, place == T - 2, place < 0)):
+        mask[row] = tokens  # all; padding on the left and on the right; ranks without a token; a row without one
+    mask[5] &= (place < T // 8) | (place >= T * 7 // 8)  # all in the middle is padding
+    mask = mask.to(x.device)
+    part = lambda: mask if nsa._CONTEXT is None else nsa._CONTEXT.shard(mask)  # noqa: E731
+    return x.masked_fill(~mask[..., None], torch.nan), lambda model, x: model(x, key_padding_mask=part())
+
+
+class Derived(NativeSparseAttention):
+    """Attention whose forward a block calls with tensors."""
+
+    def forward(self, x: Tensor, **given: object) -> Tensor:
+        return super().forward(x, **given)
+
+
 def build(**sizes: object) -> NativeSparseAttention:
     torch.manual_seed(1)
     return NativeSparseAttention(NSAConfig(**BASE | sizes)).double()
@@ -136,9 +156,16 @@ def check_modules() -> None:
         for name, (sizes, lengths) in PACKED.items():
             packed = partial(nn.Module.__call__, cu_seqlens=edges(lengths))
             compare(name, build(**sizes), random((1, 48, 24)), random((1, 48, 24)), layout, packed)
+        for name in PADDED:
+            x, call = padded(random((7, 48, 24)))
+            compare(f"padded, {name}", build(**CASES[name][0]), x, random((7, 48, 24)), layout, call)
         stack = nn.Sequential(*(NSABlock(NSAConfig(**BASE, rope_theta=100.0)) for _ in range(2))).double()
         again = lambda model, x: checkpoint(model, x, use_reentrant=False)  # noqa: E731
         compare("blocks", stack, x := random((1, 48, 24)), random((1, 48, 24)), layout)
+        x_padded, call = padded(random((7, 48, 24)))
+        compare("padded block", stack[0], x_padded, random((7, 48, 24)), layout, call)
+        stack[0].attn.__class__ = Derived
+        compare("attention of the user", stack[0], x_padded, random((7, 48, 24)), layout, call)
         compare("checkpoint", stack, x, random((1, 48, 24)), layout, again)
 
 
@@ -153,6 +180,8 @@ def check_without_the_host() -> None:
         for name, (sizes, lengths) in PACKED.items():
             packed = partial(nn.Module.__call__, cu_seqlens=edges(lengths))
             compare(name, build(**sizes), random((1, 48, 24)), random((1, 48, 24)), layout, packed)
+        x, call = padded(random((7, 48, 24)))
+        compare("padded", build(**CASES["rope_separate_kv"][0]), x, random((7, 48, 24)), layout, call)
 
 
 def test_the_host_does_not_look(tmp_path: Path) -> None:
@@ -192,6 +221,11 @@ def check_compiled() -> None:
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             run = lambda model, x, step=step: (model if x.shape[1] == 48 else compiled)(x)  # noqa: E731
             compare(f"step {step}", block, random((1, 48, 24)), random((1, 48, 24)), "zigzag", run)
+    for step in range(2):
+        x, call = padded(random((7, 48, 24)))
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            run = lambda model, x, call=call: call(model if x.shape[1] == 48 else compiled, x)  # noqa: E731
+            compare(f"padded, step {step}", block, x, random((7, 48, 24)), "zigzag", run)
 
 
 def test_compiled(tmp_path: Path) -> None:
@@ -207,11 +241,17 @@ def check_gpus() -> None:
     """bfloat16 by the kernels: as one GPU but for rounding, and the same to the bit in every run."""
     device, sizes = torch.device("cuda", dist.get_rank()), {"block_size": 32, "stride": 16, "select_block_size": 64}
     sizes |= {"dim": 512, "heads": 16, "kv_heads": 1, "seq_len": 4096, "topk_blocks": 16, "rope_theta": 1e4}
-    for more, lengths in (({"local_blocks": 2}, None), ({"separate_kv": True, "stride": 32}, [1000, 1, 0, 2500, 595])):
+    rows = lambda x: (x, lambda model, x: model(x))  # noqa: E731
+    cu_seqlens = edges([1000, 1, 0, 2500, 595]).to(device)
+    packed = lambda x: (x, partial(nn.Module.__call__, cu_seqlens=cu_seqlens))  # noqa: E731
+    own_keys = {"separate_kv": True, "stride": 32}
+    for more, kind in (({"local_blocks": 2}, rows), ({"local_blocks": 2}, padded), (own_keys, packed)):
         torch.manual_seed(1)
         model = NSABlock(NSAConfig(**sizes | more, init_blocks=1)).to(device, torch.bfloat16)
-        x, upstream = (torch.randn(1, 4096, 512).to(device, torch.bfloat16) for _ in range(2))
-        call = model if lengths is None else partial(model, cu_seqlens=edges(lengths).to(device))
+        shape = (7 if kind is padded else 1, 4096, 512)
+        x, upstream = (torch.randn(shape).to(device, torch.bfloat16) for _ in range(2))
+        x, call = kind(x)
+        call = partial(call, model)
         call(x).backward(upstream)
         expected = [p.grad.float() for p in model.parameters()]
         for layout in LAYOUTS:
@@ -230,7 +270,7 @@ def check_gpus() -> None:
                 pairs.append((total, whole))
             errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
             # the gates' biases have small sums of many terms
-            assert errors[0] < 0.01 and max(errors) < 0.05, f"{layout}, {lengths}: {errors}"
+            assert errors[0] < 0.01 and max(errors) < 0.05, f"{layout}, {shape}: {errors}"
 
 
 def call_alone(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -296,6 +336,10 @@ def check_complaints() -> None:
             attention(x if rank else x.double())
         with pytest.raises(ValueError, match=r"rank 1: .*\[0, 3, 16\]"), context_parallel(dist.group.WORLD, layout):
             attention(x, cu_seqlens=edges([4 - rank, 12 + rank]))
+        for mask in (torch.ones(1, 8 + rank, dtype=torch.bool), torch.ones(1, 8) > 0 if rank else None):
+            with pytest.raises(ValueError, match="rank 1: .*key_padding_mask.* must be the same"):
+                with context_parallel(dist.group.WORLD, layout):
+                    attention(x, key_padding_mask=mask)
         with pytest.raises(ValueError, match="must be the same"), context_parallel(dist.group.WORLD, layout) as cp:
             cp.unshard(x[:, rank:])
         with context_parallel(dist.group.WORLD, layout) as cp:
@@ -306,8 +350,8 @@ def check_complaints() -> None:
                 attention(x, cu_seqlens=edges([8]))
             with pytest.raises(ValueError, match=r"cache = 'NSACache': cannot be given under context_parallel"):
                 attention(x, cache=NSACache(attention.cfg, 1, 20))
-            with pytest.raises(ValueError, match=r"key_padding_mask = 'Tensor': cannot be given"):
-                attention(x, key_padding_mask=torch.ones(1, 8, dtype=torch.bool))
+            with pytest.raises(ValueError, match=r"key_padding_mask.shape = \(1, 16\): must be .*\(1, 8\)"):
+                attention(x, key_padding_mask=torch.ones(1, 16, dtype=torch.bool))
             with pytest.raises(ValueError, match="needs the whole sequence"):
                 attention.attention_patterns(x)
             parts = 2 if layout == "contiguous" else 4

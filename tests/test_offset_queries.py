@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import oracle
@@ -36,7 +37,7 @@ from cases import (
     whole,
 )
 from conftest import assert_close64, assert_within_budget
-from torch import Tensor
+from torch import Tensor, nn
 
 import native_sparse_attention as nsa
 
@@ -64,7 +65,7 @@ class Pieces:
         for a, b, segments in self.pieces(k, span):
             settings, slots = (self.backend, *span, q.shape[-1] ** -0.5, a), None if chosen is None else chosen[:, a:b]
             keys = (k[:, :b], v[:, :b]) if span.window or chosen is not None else (k, v)
-            outputs.append(nsa._BranchFunction.apply(settings, *segments.tables(), q[:, a:b], *keys, slots))
+            outputs.append(nsa._BranchFunction.apply(settings, *segments.tables(), None, q[:, a:b], *keys, slots))
         return tuple(torch.cat(each, 1) for each in zip(*outputs, strict=True))
 
     def local_attention(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -85,6 +86,29 @@ class Pieces:
             tensors = (q[:, a:b], k[:, :b], v[:, :b], k_cmp, v_cmp, gates[:, a:b], None, None)
             outputs.append(nsa._attention(*tensors, **settings, segments=segments, first=a))
         return torch.cat(outputs, dim=1)
+
+
+class Uneven(Pieces):
+    """Two pieces, of which the second begins elsewhere in each row and goes on behind the last token."""
+
+    def nsa_attention(self, *x: Tensor, local_window: int, block_indices: Tensor, **sizes: int) -> Tensor:
+        (B, T), choice = x[0].shape[:2], nsa._Choice(**sizes)
+        first, row = (T // 3 + torch.arange(B, dtype=torch.int32) * 5) % T, torch.arange(B)[:, None]
+        cut, tail = int(first.max()), T - int(first.min())
+        blocks = nsa._compressed_count(cut + tail, *choice[:2])
+        settings = {"local_window": local_window, "choice": choice, "scale": x[0].shape[-1] ** -0.5}
+        settings |= {"backend": self.backend, "recompute": self.recompute, "segments": nsa._Segments()}
+        outputs = []
+        for queries, keys, at in (
+            (torch.arange(cut).expand(B, -1), (T, x[3].shape[1]), {}),
+            (first[:, None] + torch.arange(tail), (cut + tail, blocks), {"first": cut, "row_first": first}),
+        ):
+            q, gates = (y[row, queries.clamp(max=T - 1)] for y in (x[0], x[5]))
+            each = zip(x[1:5], (keys[0], keys[0], keys[1], keys[1]), strict=True)
+            k, v, k_cmp, v_cmp = (nn.functional.pad(y, (0, 0, 0, 0, 0, n - y.shape[1])) for y, n in each)
+            outputs.append(nsa._attention(q, k, v, k_cmp, v_cmp, gates, None, None, **settings, **at))
+        t = torch.arange(T)
+        return torch.cat(outputs, 1)[row, torch.where(t < first[:, None], t, cut + t - first[:, None])]
 
 
 def thirds(T: int) -> tuple[int, ...]:
@@ -124,6 +148,26 @@ def test_pieces_of_the_whole_attention_for_kernels(way: str, recompute: bool, ra
     plain, exact = run(whole, oracle.Dense, case, x), run(whole, oracle.Dense, case, double(x))
     pieces = Pieces("triton", 0, 21, case.T, recompute=recompute)
     for name, actual in run(whole, pieces, case, x).items():
+        assert_within_budget(actual, plain[name], exact[name], name, terms=case.terms)
+
+
+@pytest.mark.parametrize("case", AWKWARD, ids=str)
+@pytest.mark.usefixtures("host_reads")
+def test_rows_begin_elsewhere(case: Case, random: Random) -> None:
+    x = draw(whole, case := replace(case, B=3), random)
+    expected = run(whole, PLAIN, case, x)
+    for name, actual in run(whole, Uneven("torch"), case, x).items():
+        assert_close64(actual, expected[name], name)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("way", ["by_mask", "by_index"], indirect=True)
+@pytest.mark.parametrize("case", [CASES[2], *map(slow, (CASES[1], *CASES[3:]))], ids=str)
+def test_rows_begin_elsewhere_for_kernels(way: str, case: Case, random: Random) -> None:
+    x = draw(whole, case := replace(case, B=2), random, torch.float32, TRITON)
+    plain, exact = run(whole, oracle.Dense, case, x), run(whole, oracle.Dense, case, double(x))
+    for name, actual in run(whole, Uneven("triton"), case, x).items():
         assert_within_budget(actual, plain[name], exact[name], name, terms=case.terms)
 
 
