@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -218,3 +219,29 @@ def test_pieces_are_compared_with_the_whole(
     rows = capsys.readouterr().out
     for piece, goal in ((64, 1.15), (50, 1.4)):
         assert re.search(rf"\| {piece} \| \d+\.\d\d \| \d+\.\d\d \({goal}\) \|\n", rows), rows
+
+
+# Long sequences ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_in_chunks_is_the_loss(random: Random) -> None:
+    train = load("train")
+    cfg = train.script.NSAConfig(dim=16, heads=2, seq_len=64, rope_theta=1e4)
+    model = train.script.NSALanguageModel(11, cfg, layers=1).double()
+    tokens, targets, results = *torch.randint(11, (2, 2, 50), generator=random.generator), []
+    for wrap in (lambda net: net, lambda net: train.ChunkedLoss(net, 32)):
+        net = wrap(model)
+        net.zero_grad()
+        loss = net(tokens, targets)[1]
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in net.parameters())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # float32 logits
+
+
+@pytest.mark.slow
+def test_longest_ends_where_a_rank_alone_runs_out_of_memory() -> None:
+    small = "--device cpu --dim 16 --heads 2 --kv-heads 1 --first 1 --step 256 --limit 256".split()
+    command = [sys.executable, str(BENCHMARKS / "context.py"), "--longest", "2", *small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert re.search(r"\n\| 2 \| 512 \| \d+\.\d \| 0\.0 \| 768: out of memory \|\n$", done.stdout), done.stderr

@@ -1,4 +1,4 @@
-"""What a training step of a 124M-parameter GPT costs on a GPU, with NSA and with dense attention in the same run.
+r"""What a training step of a 124M-parameter GPT costs on a GPU, with NSA and with dense attention in the same run.
 
     python tests/benchmarks/train.py                                    # context 2k, 8k and 32k, eager
     python tests/benchmarks/train.py --compile                          # both compiled
@@ -6,12 +6,18 @@
     python tests/benchmarks/train.py --contexts 32768 --recompute       # activation checkpointing
     python tests/benchmarks/train.py --paper                            # the paper's block sizes and window
     python tests/benchmarks/train.py --kv-heads 4                       # grouped queries, for both
-    torchrun --nproc-per-node 2 tests/benchmarks/train.py --attention nsa --contexts 131072 --context-parallel 2
+
+One sequence of 128k tokens on one GPU, and on two of them, which share it:
+
+    python tests/benchmarks/train.py --attention nsa --contexts 131072 --recompute --chunk 16384
+    torchrun --nproc-per-node 2 tests/benchmarks/train.py --attention nsa --contexts 131072 --recompute --chunk 16384 \
+        --context-parallel 2
 
 12 layers, dim 768, 12 heads, vocabulary 50304, rotary positions; bf16 autocast, fused AdamW, clipped gradients:
 forward, backward and update as the training example does them, on random tokens. Median of steps, and the peak of
 memory, but for CUDA graphs, whose own the allocator does not count. Dense attention is `scaled_dot_product_attention`;
-NSA's settings are those that README recommends by length.
+NSA's settings are those that README recommends by length. The logits of 128k tokens and their gradients take 80 GB;
+with --chunk N only N tokens have logits at a time, and the backward computes them again.
 """
 
 from __future__ import annotations
@@ -25,6 +31,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,6 +46,24 @@ MEDIUM = {"local_window": 128, "block_size": 32, "topk_blocks": 4}
 LONG = {"local_window": 256, "block_size": 64, "topk_blocks": 8}
 
 
+class ChunkedLoss(nn.Module):
+    """The script's model, with the logits of some tokens at a time."""
+
+    def __init__(self, model: script.NSALanguageModel, chunk: int) -> None:
+        super().__init__()
+        self.model, self.head, self.chunk = model, model.head, chunk
+        model.head = nn.Identity()
+
+    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[None, Tensor]:
+        x, _ = self.model(tokens, positions=positions)
+        parts = zip(*(y.flatten(0, 1).split(self.chunk) for y in (x, targets[..., None])), strict=True)
+        losses = [checkpoint(self.loss, *part, use_reentrant=False) for part in parts]
+        return None, torch.stack(losses).sum() / targets.numel()
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(x).float(), targets.flatten(), reduction="sum")
+
+
 def settings_for(context: int, args: argparse.Namespace) -> script.Settings:
     """Settings with as many sequences as make up --tokens, at least one."""
     given = {name: getattr(args, name) for name in ("kv_heads", "compression", "accumulate")}
@@ -47,7 +73,7 @@ def settings_for(context: int, args: argparse.Namespace) -> script.Settings:
     return dataclasses.replace(MODEL, context=context, batch_size=rows, compile=mode, **sizes, **given)
 
 
-def build_model(attention: str, settings: script.Settings, args: argparse.Namespace) -> script.NSALanguageModel:
+def build_model(attention: str, settings: script.Settings, args: argparse.Namespace) -> nn.Module:
     """The script's model with rotary positions and gates that start at one half."""
     more = {"rope_theta": 10000.0, "gate_init": (0.0, 0.0, 0.0), **(PAPER_FORCED if args.paper else {})}
     torch.manual_seed(0)
@@ -55,11 +81,11 @@ def build_model(attention: str, settings: script.Settings, args: argparse.Namesp
     model = script.NSALanguageModel(VOCABULARY, cfg, settings.layers, attention)
     for block in model.blocks if args.recompute else ():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    return model
+    return ChunkedLoss(model, args.chunk) if args.chunk else model
 
 
 def step_costs(
-    model: script.NSALanguageModel, settings: script.Settings, runtime: script.Runtime, repeats: int
+    model: nn.Module, settings: script.Settings, runtime: script.Runtime, repeats: int
 ) -> tuple[float, float]:
     """Median seconds of a training step, and the GiB that it takes at its peak, weights and optimizer included."""
     on_cuda = runtime.device.type == "cuda"
@@ -106,6 +132,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--graphs", action="store_true", help="compile, and run CUDA graphs")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of every block")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens that have logits at a time; 0: all")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
     parser.add_argument("--context-parallel", type=int, default=1, help="processes that share a sequence, by torchrun")
     parser.add_argument("--repeats", type=int, default=10)
