@@ -1648,7 +1648,7 @@ class _Padding(NamedTuple):
     def of(cls, mask: Tensor, parts: int = 1) -> _Padding:
         """Padding of rows, or of each of the equal parts of a row by itself."""
         B, size = mask.shape[0], mask.shape[1] // parts
-        order = mask.logical_not().to(torch.uint8).unflatten(1, (parts, size)).argsort(dim=2, stable=True)
+        order = torch.unflatten(mask.logical_not().to(torch.uint8), 1, (parts, size)).argsort(dim=2, stable=True)
         begin = torch.arange(B * parts, device=mask.device).view(B, parts, 1) * size
         return cls(mask, (order + begin).flatten(1))
 
