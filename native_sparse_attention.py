@@ -145,7 +145,12 @@ class NSAConfig:
         gate_mode: "static": a learned number for each head and branch; "q_cond": a linear map of the input, too.
         gate_init: logits of the local, the compressed and the selective gate at the start.
         separate_kv: True: each branch has its own key and value projections, as in the paper.
-        rope_theta: base of the rotary position embedding; None: no rotation.
+        qk_norm: eps of an RMSNorm of every head of queries and of keys, as in Qwen3, before keys are compressed and
+            all are rotated: one learned weight (D,) for queries, one for keys. None: no norm.
+        rope_theta: θ, base of the rotary position embedding: from token to token, pair i of a head turns by θ^(−2i/D).
+            None: no rotation, unless rope_frequencies are given.
+        rope_frequencies: D/2 numbers in place of those powers of θ, for embeddings that scale them, as Llama 3.1 does.
+        rope_scale: factor on cosine and sine, as YaRN has it; queries and keys both get it.
         dropout: probability on the output projection and in the feed-forward, never on attention probabilities.
         bias: True: projections, feed-forward and norms have biases.
         ffn_mult: hidden width of the feed-forward, in units of dim.
@@ -177,7 +182,10 @@ class NSAConfig:
     gate_mode: str = "static"
     gate_init: tuple[float, float, float] = (2.0, -2.0, -2.0)
     separate_kv: bool = False
+    qk_norm: float | None = None
     rope_theta: float | None = None
+    rope_frequencies: tuple[float, ...] | None = None
+    rope_scale: float = 1.0
     dropout: float = 0.0
     bias: bool = False
     ffn_mult: int = 4
@@ -210,6 +218,11 @@ class NSAConfig:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def rotates(self) -> bool:
+        """Whether queries and keys have a rotary position embedding."""
+        return self.rope_theta is not None or self.rope_frequencies is not None
+
+    @property
     def effective_backend(self) -> str:
         """`backend`, which is "torch" without use_flash."""
         backend = self.backend
@@ -240,15 +253,32 @@ class NSAConfig:
             self.gate_init,
             "must be 3 finite numbers: the local, compressed and selective logit",
         )
+        self.gate_init = tuple(self.gate_init)  # JSON makes lists of tuples
         for name in ("separate_kv", "bias", "use_flash", "recompute"):
             value = getattr(self, name)
             _check(isinstance(value, bool), name, value, "must be True or False", TypeError)
         _ = self.effective_backend  # which complains
         _check(_finite(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
-        if self.rope_theta is not None:
-            rule = "must be a finite number above 0, or None"
-            _check(_finite(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, rule)
-            _check(self.dim_head % 2 == 0, "dim_head", self.dim_head, "must be even where rope_theta is given")
+        self._check_rope()
+        eps = self.qk_norm
+        rule = "must be the norm's eps, a finite number above 0 such as 1e-6, or None"
+        _check(eps is None or _finite(eps) and eps > 0, "qk_norm", eps, rule)
+
+    def _check_rope(self) -> None:
+        theta, frequencies, scale = self.rope_theta, self.rope_frequencies, self.rope_scale
+        rule = "must be a finite number above 0, or None"
+        _check(theta is None or _finite(theta) and theta > 0, "rope_theta", theta, rule)
+        if self.rotates:
+            rule = "must be even where rope_theta or rope_frequencies are given"
+            _check(self.dim_head % 2 == 0, "dim_head", self.dim_head, rule)
+        if frequencies is not None:
+            numbers = isinstance(frequencies, tuple | list) and all(_finite(x) and x >= 0 for x in frequencies)
+            rule = f"must be dim_head / 2 = {self.dim_head // 2} finite numbers of at least 0, or None"
+            _check(numbers and 2 * len(frequencies) == self.dim_head, "rope_frequencies", frequencies, rule)
+            _check(theta is None, "rope_theta, rope_frequencies", "both", "give one of them at most")
+            self.rope_frequencies = tuple(frequencies)
+        _check(_finite(scale) and scale > 0, "rope_scale", scale, "must be a finite number above 0")
+        _check(scale == 1 or self.rotates, "rope_scale", scale, "needs rope_theta or rope_frequencies")
 
 
 def _check(
@@ -431,6 +461,9 @@ class NativeSparseAttention(nn.Module):
         self.to_k = nn.Linear(cfg.dim, sets * cfg.kv_heads * cfg.dim_head, bias=cfg.bias)
         self.to_v = nn.Linear(cfg.dim, sets * cfg.kv_heads * cfg.dim_head, bias=cfg.bias)
         self.to_out = nn.Linear(cfg.heads * cfg.dim_head, cfg.dim, bias=cfg.bias)
+        self.norm_q, self.norm_k = (
+            None if cfg.qk_norm is None else nn.RMSNorm(cfg.dim_head, eps=cfg.qk_norm) for _ in range(2)
+        )
         self.dropout = nn.Dropout(cfg.dropout)
         self.compress_k = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
         self.compress_v = TokenCompressor(cfg.dim_head, cfg.block_size, cfg.stride, cfg.compression)
@@ -440,6 +473,8 @@ class NativeSparseAttention(nn.Module):
         # Plain parameters, so that a model's own `apply(init_weights)` leaves gate_init in place.
         self.gate_bias = nn.Parameter(torch.empty(cfg.heads, 3))
         self.gate_weight = nn.Parameter(torch.empty(cfg.heads * 3, cfg.dim)) if cfg.gate_mode == "q_cond" else None
+        self._frequencies: Tensor | None = None  # no buffer, which `.to(dtype)` would round
+        self._rotation(self.gate_bias.device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -538,6 +573,7 @@ class NativeSparseAttention(nn.Module):
             q, k, v, logits = _project_few(x, *layers, backend)
             logits = self._gate_logits(x) if self.gate_weight is None else torch.unflatten(logits, -1, (cfg.heads, 3))
         q, k, v = (torch.unflatten(y, -1, (-1, cfg.dim_head)) for y in (q, k, v))
+        q, k = self._normed(q, k)
         cache._check_owner(self, k)
         if q.numel() == 0:
             return q
@@ -546,12 +582,12 @@ class NativeSparseAttention(nn.Module):
         few = on != "torch" and of_token is None and x.shape[1] <= _FEW
         weights = self._compressor_weights(k) if few else None
         sizes = (0, 1, [None] * 10) if weights is None else (cfg.block_size, cfg.stride, weights)
-        theta = cfg.rope_theta
-        rotated = _cache_extend(q, k, v, cache.tokens, cache.blocks, cache.seqlens, of_token, on, theta, *sizes)
+        rotation = self._rotation(x.device)
+        rotated = _cache_extend(q, k, v, cache.tokens, cache.blocks, cache.seqlens, of_token, on, *rotation, *sizes)
         if weights is None:
             self._finish_blocks(cache, batch, x.shape[1])
         others = (cache.tokens, cache.blocks, logits, cache.seqlens, of_token, on)
-        return _cached_forward(q if theta is None else rotated, *others, settings["local_window"], *choice, scale)
+        return _cached_forward(rotated if cfg.rotates else q, *others, settings["local_window"], *choice, scale)
 
     def _plain_projections(self, x: Tensor, backend: str) -> list[Tensor | None] | None:
         """Weights and biases of q, k, v and gates, where calling the layers would do nothing but multiply by them."""
@@ -618,16 +654,15 @@ class NativeSparseAttention(nn.Module):
     def _project(self, x: Tensor, batch: _Batch) -> _Projections:
         cfg = self.cfg
         # torch.unflatten: torch.compile cannot trace the tensor's method under torch.set_default_device.
-        heads = lambda y, *shape: torch.unflatten(y, -1, (*shape, cfg.dim_head))  # noqa: E731
-        queries = heads(self.to_q(x), cfg.heads)  # (B, T, H, D)
+        heads = (torch.unflatten(layer(x), -1, (-1, cfg.dim_head)) for layer in (self.to_q, self.to_k, self.to_v))
+        queries, keys, values = heads  # (B, T, H, D), (B, T, sets·K, D)
+        queries, keys = self._normed(queries, keys)
         # Of all ranks, where each has its own tokens: the keys, their values and their positions.
-        shared = batch.gather(self.to_k(x), self.to_v(x))
-        rope = None if cfg.rope_theta is None else _rope(batch.positions(shared[0]), cfg.rope_theta, queries)
+        shared = batch.gather(keys, values)
+        rope = _rope(batch.positions(shared[0]), self._rotation(x.device), queries) if cfg.rotates else None
         rotated = lambda y: y if rope is None else _apply_rope(y, rope)  # noqa: E731
-        # 1 or 3 of (B, T, K, D): local, compressed, selective. To unbind a single one would copy its gradient.
-        keys, values = (
-            heads(y, 3, cfg.kv_heads).unbind(2) if cfg.separate_kv else (heads(y, cfg.kv_heads),) for y in shared
-        )
+        # 1 or 3 of (B, T, K, D): local, compressed, selective. To split off a single one would copy its gradient.
+        keys, values = (y.split(cfg.kv_heads, 2) if cfg.separate_kv else (y,) for y in shared)
         k_local = rotated(keys[0])
         if rope is not None:
             queries = _apply_rope(queries, batch.rope_of_queries(rope))
@@ -643,6 +678,24 @@ class NativeSparseAttention(nn.Module):
             rope=rope,
         )
 
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (..., D) by their norms, if there are any."""
+        if self.norm_q is None:
+            return q, k
+        # Under autocast, too, a norm computes in its weight's dtype.
+        pairs = ((self.norm_q, q), (self.norm_k, k))
+        q, k = (norm(y.to(norm.weight.dtype)).to(y.dtype) for norm, y in pairs)
+        return q, k
+
+    def _rotation(self, device: torch.device) -> _Rotation:
+        """Rotation of queries and keys; frequencies are copied to a device once, in the first call there."""
+        cfg = self.cfg
+        moved = self._frequencies is None or self._frequencies.device != device
+        if cfg.rope_frequencies is not None and moved:
+            with torch.inference_mode(False):
+                self._frequencies = torch.tensor(cfg.rope_frequencies, dtype=torch.float64, device=device)
+        return _Rotation(cfg.rope_theta, cfg.rope_scale, self._frequencies)
+
     def _compress(self, p: _Projections, segments: _Segments) -> tuple[Tensor, Tensor]:
         """Compressed keys and values of all blocks, (B, C, K, D), or (1, total // d, K, D) of packed sequences."""
         k_cmp, v_cmp = self._compress_rows(p.k_raw, p.v_raw, segments)
@@ -656,7 +709,7 @@ class NativeSparseAttention(nn.Module):
 
     def _rotate_blocks(self, k_cmp: Tensor, position: Tensor) -> Tensor:
         """Compressed keys (B, n, K, D) of blocks that begin at these n positions, turned as their first token is."""
-        return _apply_rope(k_cmp, _rope(position, self.cfg.rope_theta, k_cmp))
+        return _apply_rope(k_cmp, _rope(position, self._rotation(k_cmp.device), k_cmp))
 
     def _compress_rows(self, k: Tensor, v: Tensor, segments: _Segments | None = None) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) → (B, C, K, D), before rotation."""
@@ -686,7 +739,7 @@ class NativeSparseAttention(nn.Module):
             if new > old:
                 theirs = slice(old * cfg.stride, (new - 1) * cfg.stride + cfg.block_size)
                 k_cmp, v_cmp = self._compress_rows(cache.k_raw[:, theirs], cache.v_raw[:, theirs])
-                if cfg.rope_theta is not None:
+                if cfg.rotates:
                     k_cmp = self._rotate_blocks(k_cmp, torch.arange(old, new, device=k_cmp.device) * cfg.stride)
                 cache._fill_blocks(k_cmp, v_cmp, batch.segments, old)
             return
@@ -695,7 +748,7 @@ class NativeSparseAttention(nn.Module):
         row, number, token = _finished_blocks(cache.seqlens, batch.counts, most, cfg.block_size, cfg.stride)
         k, v = (_tokens_of(x, row, token) for x in (cache.k_raw, cache.v_raw))  # (n, l, K, D)
         k_cmp, v_cmp = self._compress_blocks(k, v)
-        if cfg.rope_theta is not None:
+        if cfg.rotates:
             k_cmp = self._rotate_blocks(k_cmp, number * cfg.stride)
         _store_blocks(cache.blocks, row, number, k_cmp, v_cmp)
 
@@ -735,10 +788,18 @@ class _Projections(NamedTuple):
     rope: Tensor | None  # cos and sin of the keys
 
 
-def _rope(positions: Tensor, theta: float, like: Tensor) -> Tensor:
+class _Rotation(NamedTuple):
+    """Rotary position embedding: angles of a position are powers of theta, or the frequencies that are given."""
+
+    theta: float | None = None
+    scale: float = 1.0  # of cosine and sine
+    frequencies: Tensor | None = None  # float64 (D/2,); with neither there is no rotation
+
+
+def _rope(positions: Tensor, rotation: _Rotation, like: Tensor) -> Tensor:
     """cos and sin for heads like those given, (..., D): positions (T,) or (B, T) → (2, [B,] T, 1, D/2)."""
     cos_sin = _rope_operator if torch.compiler.is_compiling() else _rope_cos_sin
-    return cos_sin(positions, like.shape[-1] // 2, theta, like.dtype).unsqueeze(-2)
+    return cos_sin(positions, like.shape[-1] // 2, *rotation, like.dtype).unsqueeze(-2)
 
 
 def _apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -1685,9 +1746,11 @@ class _Batch(NamedTuple):
         return x if self.padding is None else self.padding.unpack(x)
 
     def gather(self, *xs: Tensor) -> tuple[Tensor, ...]:
-        """Tensors of all ranks' tokens, and rows packed, from those of this rank's."""
+        """Keys and values (B, T, heads, D) of all ranks' tokens, and rows packed, from those of this rank's."""
         xs = xs if self.context is None else self.context._gather(xs)
-        return xs if self.of_all is None else tuple(self.of_all.pack(x) for x in xs)
+        if self.of_all is None:
+            return xs
+        return tuple(torch.unflatten(self.of_all.pack(x.flatten(2)), 2, x.shape[2:]) for x in xs)
 
     def row_first(self, first: int) -> Tensor | None:
         """Tokens of each row before the part that begins at place `first`: int32 (B,); None where it has no padding."""
@@ -1795,8 +1858,8 @@ class NSACache:
     >>> caches[0]
     NSACache(batch=3, max_len=200, lengths=104, dtype=torch.float32, device=cpu)
 
-    All memory is allocated here. A token takes 2·K·D numbers in each row, 3·K·D where rope_theta is given, 6·K·D where
-    separate_kv is, and 2·K·D/d more for the compressed blocks, each number as many bytes as the dtype has. At the
+    All memory is allocated here. A token takes 2·K·D numbers in each row, 3·K·D where keys are rotated, 6·K·D where
+    separate_kv is set, and 2·K·D/d more for the compressed blocks, each number as many bytes as the dtype has. At the
     paper's sizes (K = 4, D = 128, d = 16, separate_kv, bfloat16) that is 6272 bytes.
 
     Args:
@@ -1836,7 +1899,7 @@ class NSACache:
         _check(floating, "dtype", dtype, "must be a floating point type", TypeError)
         self.cfg, self.batch, self.max_len = cfg, batch, max_len
         # What the compressors read is not rotated, and kept, so that a cache can be cut anywhere.
-        raw = ("k_local", "v_local", "k_raw", "v_raw") if cfg.separate_kv else ("k_raw",) * (cfg.rope_theta is not None)
+        raw = ("k_local", "v_local", "k_raw", "v_raw") if cfg.separate_kv else ("k_raw",) * cfg.rotates
         self._streams = ("k", "v", *raw)
         blocks = _compressed_count(max_len, cfg.block_size, cfg.stride)
 
@@ -2245,7 +2308,7 @@ class _Backend(NamedTuple):
     segments(cu_seqlens, total, keys, block_size, stride) → `_Segments`
     append(tokens, values, first, of_token)
     project(x, weights, biases) → x·weight + bias of each
-    extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights) → q, rotated
+    extend(q, k, v, tokens, blocks, first, of_token, rotation, block_size, stride, weights) → q, rotated
     compress, compress_backward: the operators `_compress_forward` and `_compress_backward`
 
     The kernels also say where they serve:
@@ -2552,20 +2615,22 @@ def _(x: Tensor, q: Tensor, q_bias: Tensor | None, k: Tensor, k_bias: Tensor | N
 @_operator(mutates=("tokens", "blocks"))
 def _cache_extend(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
-    backend: str, theta: float | None, block_size: int, stride: int, weights: list[Tensor | None],
+    backend: str, theta: float | None, rope_scale: float, frequencies: Tensor | None, block_size: int, stride: int,
+    weights: list[Tensor | None],
 ) -> Tensor:  # fmt: skip
     """Takes projections of new tokens into a cache, behind the first ones of each row → q rotated; empty if it is not.
 
     With a block size, the compressors with these weights are applied to the blocks that the tokens complete.
     """
-    on = _serving(backend, q)
-    return on.extend(q, k, v, tokens, blocks, first, of_token, theta, block_size, stride, weights)
+    on, rotation = _serving(backend, q), _Rotation(theta, rope_scale, frequencies)
+    return on.extend(q, k, v, tokens, blocks, first, of_token, rotation, block_size, stride, weights)
 
 
 @_fake_of(_cache_extend)
 def _(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
-      backend: str, theta: float | None, *_: Any) -> Tensor:  # fmt: skip
-    return q.new_empty(0 if theta is None else q.shape)
+      backend: str, theta: float | None, rope_scale: float, frequencies: Tensor | None, *_: Any,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape if theta is not None or frequencies is not None else 0)
 
 
 @_operator
@@ -3044,13 +3109,17 @@ def _first_gradients(gradients: tuple[Tensor | None, ...], *inputs: Tensor | Non
     return _FirstGradients.apply(len(gradients), *gradients, *(x for x in inputs if x is not None))
 
 
-def _rope_cos_sin(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Cosine and sine of positions·theta^(−2i/D) for i < D/2 = half: (..., T) → (2, ..., T, D/2)."""
-    options = {"base": theta, "dtype": torch.float64, "device": positions.device}  # a position may be a million
-    angles = positions[..., None] * torch.logspace(0, (1 - half) / half, half, **options)
+def _rope_cos_sin(
+    positions: Tensor, half: int, theta: float | None, scale: float, frequencies: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """scale · cosine and sine of positions · frequencies, or theta^(−2i/D) for i < D/2: (..., T) → (2, ..., T, D/2)."""
+    if frequencies is None:  # float64: a position may be a million
+        options = {"base": theta, "dtype": torch.float64, "device": positions.device}
+        frequencies = torch.logspace(0, (1 - half) / half, half, **options)
+    angles = positions[..., None] * frequencies
     cos_sin = angles.new_empty((2, *angles.shape), dtype=dtype)
-    torch.cos(angles, out=cos_sin[0])
-    torch.sin(angles, out=cos_sin[1])
+    for wave, out in zip((torch.cos, torch.sin), cos_sin, strict=True):
+        wave(angles, out=out) if scale == 1 else torch.mul(wave(angles), scale, out=out)
     return cos_sin
 
 
@@ -3059,7 +3128,8 @@ _rope_operator = _operator(_rope_cos_sin)
 
 
 @_fake_of(_rope_operator)
-def _(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+def _(positions: Tensor, half: int, theta: float | None, scale: float, frequencies: Tensor | None,
+      dtype: torch.dtype) -> Tensor:  # fmt: skip
     return positions.new_empty((2, *positions.shape, half), dtype=dtype)
 
 
@@ -3869,16 +3939,17 @@ def _torch_project(
 
 def _torch_extend(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
-    theta: float | None, block_size: int, stride: int, weights: Sequence[Tensor | None],
+    rotation: _Rotation, block_size: int, stride: int, weights: Sequence[Tensor | None],
 ) -> Tensor:  # fmt: skip
     """Keys and values into the streams of a cache, rotated → q, rotated; with a block size, finished blocks, too."""
     rotated = lambda x: x  # noqa: E731
-    if theta is not None:
+    turns = rotation.theta is not None or rotation.frequencies is not None
+    if turns:
         if of_token is None:
             positions = first[:, None] + torch.arange(q.shape[1], device=q.device)
         else:
             positions = (first[of_token[0]] + of_token[1])[None]
-        rope = _rope_cos_sin(positions, q.shape[3] // 2, theta, q.dtype).unsqueeze(-2)
+        rope = _rope(positions, rotation, q)
         rotated = lambda x: _apply_rope(x, rope)  # noqa: E731
     K = tokens.shape[3]
     (*_, k_last), (*_, v_last) = keys, values = k.split(K, 2), v.split(K, 2)  # local, compressed, selective; or one
@@ -3893,10 +3964,10 @@ def _torch_extend(
         row, number, token = _finished_blocks(first, q.shape[1], most, block_size, stride)
         raw = tokens[-2:] if len(tokens) == 6 else (tokens[2 if len(tokens) == 3 else 0], tokens[1])
         k_cmp, v_cmp = _compress_each([_tokens_of(x[:, :-1], row, token) for x in raw], weights)
-        if theta is not None:
-            k_cmp = _apply_rope(k_cmp, _rope_cos_sin(number * stride, q.shape[3] // 2, theta, q.dtype).unsqueeze(-2))
+        if turns:
+            k_cmp = _apply_rope(k_cmp, _rope(number * stride, rotation, q))
         _store_blocks(blocks, row, number, k_cmp, v_cmp)
-    return q.new_empty(0) if theta is None else rotated(q)
+    return rotated(q) if turns else q.new_empty(0)
 
 
 def _compress_each(blocks: list[Tensor], weights: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -6783,23 +6854,30 @@ def _stream_size(B, room, K: tl.constexpr, D: tl.constexpr):
 
 
 @_kernel
-def _rotate(x, partner, position, d, TURNS: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr):
+def _rotate(
+    x, partner, position, d, frequencies, TURNS: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
     """Rotary embedding of rows x at their positions; partner[d] = x[d ± D/2], and theta = 2^(−HALF·TURNS).
 
-    Angles are float64 until whole turns are gone: a position may be a million. cos and sin are rounded to the dtype, as
-    in a forward.
+    Frequencies that are given take the place of theta's. Angles are float64 until whole turns are gone: a position may
+    be a million. cos and sin are rounded to the dtype, as in a forward.
     """
-    turns = position.to(tl.float64)[:, None] * tl.exp2((d % HALF).to(tl.float64) * TURNS)[None, :] * _TL_PER_TURN
+    if frequencies is None:
+        frequency = tl.exp2((d % HALF).to(tl.float64) * TURNS)
+    else:
+        frequency = tl.load(frequencies + d % HALF)
+    turns = position.to(tl.float64)[:, None] * frequency[None, :] * _TL_PER_TURN
     angle = ((turns - tl.floor(turns)) * _TL_TURN).to(tl.float32)
-    cos, sin = tl.cos(angle).to(dtype).to(tl.float32), tl.sin(angle).to(dtype).to(tl.float32)
+    cos, sin = (tl.cos(angle) * SCALE).to(dtype).to(tl.float32), (tl.sin(angle) * SCALE).to(dtype).to(tl.float32)
     return x * cos + tl.where((d < HALF)[None, :], -partner, partner) * sin
 
 
 @_kernel
 def _append_rows(
-    x_ptr, out_ptr, first, of_token, tile, n_tokens, M, B, room,
+    x_ptr, out_ptr, first, of_token, frequencies, tile, n_tokens, M, B, room,
     VALUES: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, TURNS: tl.constexpr,
+    ROWS: tl.constexpr, TURNS: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the heads of new tokens: queries to rows like theirs, keys and values into the streams of a cache.
 
@@ -6822,7 +6900,7 @@ def _append_rows(
     if TURNS is not None and VALUES != 1:
         partner = x_ptr + row[:, None] + ((d + D // 2) % D)[None, :]
         partner = tl.load(partner, mask=exists[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        rotated = _rotate(x, partner, position, d, TURNS, D // 2, dtype)
+        rotated = _rotate(x, partner, position, d, frequencies, TURNS, SCALE, D // 2, dtype)
     if VALUES is None:
         _store_rows(out_ptr, row, rotated, exists, D, BLOCK_D)
     else:
@@ -6841,10 +6919,10 @@ def _append_rows(
 
 @_kernel
 def _finish_blocks(
-    x_ptr, tokens, blocks, first, position_ptr, w_in, b_in, w_out, b_out, chunk, M, B, room, C_room,
+    x_ptr, tokens, blocks, first, frequencies, position_ptr, w_in, b_in, w_out, b_out, chunk, M, B, room, C_room,
     VALUES: tl.constexpr, SETS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr, UNITS_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    STAGES: tl.constexpr, TURNS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TURNS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compressed keys (or values) of the blocks that the new tokens finish: nothing to do in most steps.
 
@@ -6904,17 +6982,17 @@ def _finish_blocks(
         y = acc.to(dtype).to(tl.float32)
         if TURNS is not None and VALUES == 0:
             partner = tl.gather(y, tl.broadcast_to(((d + D // 2) % D)[None, :], [BLOCK_M, BLOCK_D]), axis=1)
-            y = _rotate(y, partner, s, d, TURNS, D // 2, dtype)
+            y = _rotate(y, partner, s, d, frequencies, TURNS, SCALE, D // 2, dtype)
         _store_rows(blocks, (((VALUES * B + b) * C_room + i) * K + k) * D, y, exists, D, BLOCK_D)
 
 
 @_kernel(do_not_specialize=["n_tokens", "M", "B", "room", "C_room"])
 def _append_kernel(
-    q_ptr, k_ptr, v_ptr, q_out, tokens, blocks, first, of_token,
+    q_ptr, k_ptr, v_ptr, q_out, tokens, blocks, first, of_token, frequencies,
     k_position, k_in, k_in_bias, k_out, k_out_bias, v_position, v_in, v_in_bias, v_out, v_out_bias,
     n_tokens, M, B, room, C_room,
     H: tl.constexpr, K: tl.constexpr, SETS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    TURNS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr,
+    TURNS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, UNITS: tl.constexpr,
     UNITS_PAD: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs for the heads of keys, of values and, if they turn, of queries; then those for finished blocks."""
@@ -6922,52 +7000,53 @@ def _append_kernel(
     query_tiles = tl.cdiv(n_tokens * H, ROWS) if TURNS is not None else 0
     if program < tiles:
         _append_rows(
-            k_ptr, tokens, first, of_token, program, n_tokens, M, B, room,
-            0, SETS * K, K, D, BLOCK_D, ROWS, TURNS,
+            k_ptr, tokens, first, of_token, frequencies, program, n_tokens, M, B, room,
+            0, SETS * K, K, D, BLOCK_D, ROWS, TURNS, SCALE,
         )  # fmt: skip
     elif program < 2 * tiles:
         _append_rows(
-            v_ptr, tokens, first, of_token, program - tiles, n_tokens, M, B, room,
-            1, SETS * K, K, D, BLOCK_D, ROWS, TURNS,
+            v_ptr, tokens, first, of_token, frequencies, program - tiles, n_tokens, M, B, room,
+            1, SETS * K, K, D, BLOCK_D, ROWS, TURNS, SCALE,
         )  # fmt: skip
     elif program < 2 * tiles + query_tiles:
         _append_rows(
-            q_ptr, q_out, first, of_token, program - 2 * tiles, n_tokens, M, B, room,
-            None, H, K, D, BLOCK_D, ROWS, TURNS,
+            q_ptr, q_out, first, of_token, frequencies, program - 2 * tiles, n_tokens, M, B, room,
+            None, H, K, D, BLOCK_D, ROWS, TURNS, SCALE,
         )  # fmt: skip
     elif BLOCK > 0:
         chunk = program - 2 * tiles - query_tiles
         if chunk % 2 == 0:
             _finish_blocks(
-                k_ptr, tokens, blocks, first, k_position, k_in, k_in_bias, k_out, k_out_bias,
+                k_ptr, tokens, blocks, first, frequencies, k_position, k_in, k_in_bias, k_out, k_out_bias,
                 chunk // 2, M, B, room, C_room, 0, SETS, K, D, BLOCK_D, BLOCK, STRIDE, UNITS, UNITS_PAD, BLOCK_M,
-                STAGES, TURNS, PRECISION,
+                STAGES, TURNS, SCALE, PRECISION,
             )  # fmt: skip
         else:
             _finish_blocks(
-                v_ptr, tokens, blocks, first, v_position, v_in, v_in_bias, v_out, v_out_bias,
+                v_ptr, tokens, blocks, first, frequencies, v_position, v_in, v_in_bias, v_out, v_out_bias,
                 chunk // 2, M, B, room, C_room, 1, SETS, K, D, BLOCK_D, BLOCK, STRIDE, UNITS, UNITS_PAD, BLOCK_M,
-                STAGES, TURNS, PRECISION,
+                STAGES, TURNS, SCALE, PRECISION,
             )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def _append_plan(
     q: torch.Size, heads: int, tokens: torch.Size, C_room: int, packed: bool, given: tuple[bool, ...], units: int,
-    theta: float | None, block_size: int, stride: int, dtype: torch.dtype, device: torch.device, precision: str,
+    turns: float | None, scale: float, block_size: int, stride: int, dtype: torch.dtype, device: torch.device,
+    precision: str,
 ) -> _Launch:  # fmt: skip
     (rows, M, H, D), (_, B, room, K, _) = q, tokens
     n_tokens = rows * M
     size = 8 if n_tokens <= 64 else _merge_rows(D)  # a step waits for the latency of one program
-    turns = None if theta is None else -2 * math.log2(theta) / D
     constants = {"H": H, "K": K, "SETS": heads // K, "D": D, "BLOCK_D": _block_d(D), "ROWS": size, "TURNS": turns}
+    constants |= {"SCALE": scale}
     constants |= {"BLOCK": block_size, "STRIDE": stride, "UNITS": units, "UNITS_PAD": max(_power_of_2(units), 16)}
     stage_bytes = max(_block_d(D), 128) * constants["UNITS_PAD"] * dtype.itemsize
     most = _shared_memory(device) * constants["UNITS_PAD"] // (constants["UNITS_PAD"] + 16)  # beside 16 rows
     constants |= {"BLOCK_M": 16, "STAGES": 1 + min(2**17 // stage_bytes, most // stage_bytes, 4)}
     constants |= {"PRECISION": precision}
     constants |= {"num_warps": 8 if block_size else 4}
-    programs = 2 * _cdiv(n_tokens * heads, size) + (0 if theta is None else _cdiv(n_tokens * H, size))
+    programs = 2 * _cdiv(n_tokens * heads, size) + (0 if turns is None else _cdiv(n_tokens * H, size))
     chunks = _cdiv(B * _cdiv(M, stride) * K, constants["BLOCK_M"] - 1) if block_size else 0
     return _Launch(_append_kernel, (programs + 2 * chunks,), (n_tokens, M, B, room, C_room), **constants)
 
@@ -6979,7 +7058,7 @@ def _whole(x: Tensor) -> Tensor:
 
 def _triton_extend(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, blocks: Tensor, first: Tensor, of_token: Tensor | None,
-    theta: float | None, block_size: int, stride: int, weights: Sequence[Tensor | None],
+    rotation: _Rotation, block_size: int, stride: int, weights: Sequence[Tensor | None],
 ) -> Tensor:  # fmt: skip
     """k and v (B, M, sets·K, D) of new tokens into a cache; q (B, M, H, D) rotated, or nothing if it does not turn.
 
@@ -6990,9 +7069,12 @@ def _triton_extend(
     weights = [None if w is None else _whole(w) for w in weights]
     units, given = q.shape[3] if weights[1] is None else len(weights[1]), tuple([w is not None for w in weights])
     shape = (q.shape, k.shape[2], tokens.shape, blocks.shape[2], of_token is not None, given, units)
-    plan = _append_plan(*shape, theta, block_size, stride, q.dtype, q.device, _precision(q))
-    rotated = torch.empty(0 if theta is None else q.shape, dtype=q.dtype, device=q.device)
-    plan(q, k, v, rotated, tokens, blocks, first, of_token, *weights)
+    theta, scale, frequencies = rotation
+    turns = None if theta is None else -2 * math.log2(theta) / q.shape[3]
+    turns = turns if frequencies is None else 0.0  # any but None: the kernel reads the frequencies
+    plan = _append_plan(*shape, turns, scale, block_size, stride, q.dtype, q.device, _precision(q))
+    rotated = torch.empty(0 if turns is None else q.shape, dtype=q.dtype, device=q.device)
+    plan(q, k, v, rotated, tokens, blocks, first, of_token, frequencies, *weights)
     return rotated
 
 

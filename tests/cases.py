@@ -584,9 +584,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "separate_kv_grouped_rope": {"separate_kv": True, "heads": 4, "kv_heads": 2, "dim_head": 4, "rope_theta": 50.0},
     "rope": {"rope_theta": 10000.0},
     "rope_overlapping": {"rope_theta": 100.0, **OVERLAP},
+    "rope_frequencies": {"rope_frequencies": (1.0, 0.3, 0.0), "rope_scale": 1.2, **OVERLAP},
+    "qk_norm": {"qk_norm": 1e-6, "rope_theta": 100.0},
     "bias": {"bias": True, "dim_head": 5},
     "paper": PAPER,
     "paper_rope_bias": {**PAPER, "rope_theta": 10000.0, "bias": True, "compression": "conv1d"},
+    "paper_scaled_rope_norm": {**PAPER, "rope_frequencies": (0.9, 0.2, 0.01), "rope_scale": 0.8, "qk_norm": 0.1},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 whether_the_host_reads = pytest.mark.usefixtures("host_reads")
@@ -673,12 +676,15 @@ def project(attention: NativeSparseAttention, x: Tensor) -> dict[str, Tensor]:
     q = linear(attention.to_q, cfg.heads, cfg.dim_head)
     k = linear(attention.to_k, sets, cfg.kv_heads, cfg.dim_head)
     v = linear(attention.to_v, sets, cfg.kv_heads, cfg.dim_head)
+    if cfg.qk_norm is not None:
+        q, k = (oracle.rms_norm(y, n.weight, cfg.qk_norm) for y, n in ((q, attention.norm_q), (k, attention.norm_k)))
     local, compressed, selective = (0, 1, 2) if cfg.separate_kv else (0, 0, 0)
     k_local, k_selective = k[:, :, local], k[:, :, selective]
     k_cmp = compress(k[:, :, compressed], cfg, attention.compress_k)
-    if cfg.rope_theta is not None:
-        q, k_local, k_selective = (oracle.rope(y, cfg.rope_theta) for y in (q, k_local, k_selective))
-        k_cmp = oracle.rope(k_cmp, cfg.rope_theta, position_step=cfg.stride)
+    if cfg.rope_theta is not None or cfg.rope_frequencies is not None:
+        frequencies = cfg.rope_frequencies or oracle.powers(cfg.rope_theta, cfg.dim_head)
+        rope = lambda y, step: oracle.rope(y, frequencies, step, cfg.rope_scale)  # noqa: E731
+        q, k_local, k_selective, k_cmp = rope(q, 1), rope(k_local, 1), rope(k_selective, 1), rope(k_cmp, cfg.stride)
     logits = attention.gate_bias.double().expand(*x.shape[:2], cfg.heads, 3)
     if cfg.gate_mode == "q_cond":
         logits = logits + (x @ attention.gate_weight.double().T).view(logits.shape)
@@ -721,6 +727,9 @@ def draw_config(pick: python_random.Random, random: Random) -> NativeSparseAtten
             "gate_init": tuple(pick.uniform(-4, 4) for _ in range(3)),
             "separate_kv": pick.choice([False, True]),
             "rope_theta": pick.choice([None, 10.0, 10000.0]),
+            "rope_frequencies": pick.choice([None, None, (1.0,), (0.5, 0.1), (2.0, 1.0, 0.2, 0.0)]),
+            "rope_scale": pick.choice([1.0, 1.0, 1.3]),
+            "qk_norm": pick.choice([None, None, 1e-3]),
             "bias": pick.choice([False, True]),
             "use_flash": pick.choice([False, True]),
         }
@@ -780,8 +789,9 @@ def launch(
             shapes = (32, D), (2 * D, 32 * D), (2 * D,), (D, 2 * D), (D,)
             weights = [random(shape, dtype) for shape in shapes] * 2
         raw = random((1, 1, 3 * K, D), dtype)
-        theta = 1e4 if D == 128 else None
-        on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, theta, 32, 16, weights)
+        given = torch.ones(D // 2, dtype=torch.float64)
+        rotation = {128: nsa._Rotation(1e4), 256: nsa._Rotation(None, 1.2, given)}.get(D, nsa._Rotation())
+        on.extend(q[:, :1], raw, raw, tokens, blocks, first, None, rotation, 32, 16, weights)
         on.project(random((1, 1, 1024), dtype), [random((64, 1024), dtype)] * 4, [None] * 4)
     if "compress" in launched:
         w_in, w_out, bias = random((2 * D, 32 * D), dtype), random((D, 2 * D), dtype), random((2 * D,), dtype)

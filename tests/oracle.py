@@ -15,7 +15,7 @@ error is the budget for everything faster. `test_oracle.py` holds the two parts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -244,25 +244,37 @@ def nsa_attention(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary positions and compressors
+# Rotary positions, norms and compressors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rope(x: Tensor, theta: float, position_step: int = 1) -> Tensor:
+def powers(theta: float, D: int) -> list[float]:
+    """Frequencies of the rotary position embedding: theta^(−2c/D)."""
+    return [theta ** (-2 * c / D) for c in range(D // 2)]
+
+
+def rope(x: Tensor, frequencies: Sequence[float], position_step: int = 1, scale: float = 1.0) -> Tensor:
     """Rotate row n of x (B, n, heads, D) as position n · position_step: 1 for tokens, d for compressed keys.
 
     Pairs are Llama's: component c of the first half of D with component c of the second half, turned by the angle
-    position · theta^(−2c/D).
+    position · frequencies[c], and scaled.
     """
     x = x.double()
     half = x.shape[-1] // 2
     rows = []
     for n in range(x.shape[1]):
         first, second = x[:, n, :, :half], x[:, n, :, half:]
-        angle = n * position_step * theta ** (-torch.arange(half, dtype=torch.float64) / half)
-        cos, sin = torch.cos(angle), torch.sin(angle)
+        angle = n * position_step * torch.tensor(frequencies, dtype=torch.float64)
+        cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
         rows.append(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
     return torch.stack(rows, dim=1) if rows else x
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each head of x (..., D) divided by the root of the mean of its squares, and weighted."""
+    x = x.double()
+    rows = [row / (row.square().mean() + eps).sqrt() * weight.double() for row in x.reshape(-1, x.shape[-1])]
+    return torch.stack(rows).view(x.shape) if rows else x
 
 
 def compress(x: Tensor, block_size: int, stride: int, summarize: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random as python_random
 from typing import Any
 
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import BASE, CONFIGS, Random, build, draw_config, every_config, every_config_with, gradients, project, to_out
 from conftest import assert_close64, assert_within_budget, reference
 from torch import Tensor
@@ -61,6 +63,21 @@ def test_gates_start_from_gate_init(gate_mode: str, gate_init: tuple[float, ...]
     gates = attention.attention_patterns(random((2, 7, 12), torch.float32)).gates
     assert gates.shape == (2, 7, 2, 3)
     torch.testing.assert_close(gates, torch.tensor(gate_init, dtype=torch.float32).sigmoid().expand_as(gates))
+
+
+@pytest.mark.parametrize("tokens", [1, 29])
+@pytest.mark.parametrize("name", ["qk_norm", "rope_frequencies", "separate_kv_grouped_rope"])
+def test_half_the_window_and_half_the_chosen_blocks_are_dense_attention(name: str, tokens: int, random: Random) -> None:
+    """Where each has room for all tokens: the start of a conversion from a dense model."""
+    fields = CONFIGS[name] | {"local_window": 30, "topk_blocks": 8, "compression": "avgpool", "separate_kv": False}
+    attention, x = build(random, **fields), random((2, tokens, 12))
+    with torch.no_grad():
+        attention.gate_bias.copy_(torch.tensor([0.0, -30.0, 0.0]))
+    p = project(attention, x)
+    groups = attention.cfg.heads // attention.cfg.kv_heads
+    q, k, v = p["q"].transpose(1, 2), *(p[key].repeat_interleave(groups, 2).transpose(1, 2) for key in "kv")
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    assert_close64(attention(x), to_out(attention, dense))
 
 
 def test_dropout_acts_in_training_only(random: Random) -> None:
@@ -224,6 +241,20 @@ def test_bad_input_is_refused(kind: str, method: str, random: Random) -> None:
         getattr(build(random), method)(spoil(random((2, 21, 12))))
     missing = [part for part in parts if part not in str(caught.value)]
     assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+
+def test_frequencies_stay_exact_in_a_module_of_low_precision(random: Random) -> None:
+    """And a first call on a device, here on one where the module has not been, may be in inference mode."""
+    attention, x = build(random, **CONFIGS["rope_frequencies"]), random((2, 30, 12))
+    other = copy.deepcopy(attention).bfloat16().double()
+    other.load_state_dict(attention.state_dict())
+    assert torch.equal(other(x), attention(x))
+    with torch.device("meta"):
+        other = NativeSparseAttention(attention.cfg)
+    other.load_state_dict(attention.state_dict(), assign=True)
+    with torch.inference_mode():
+        assert torch.equal(other(x), attention(x))
+    other(x).sum().backward()
 
 
 def test_the_longest_sequence_is_accepted(random: Random) -> None:

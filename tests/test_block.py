@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "conv1d": {"compression": "conv1d", "stride": 2, "bias": True},
     "avgpool": {"compression": "avgpool", "rope_theta": 10000.0},
     "paper": {**PAPER, "init_blocks": 1, "rope_theta": 10000.0},
+    "normed": {"qk_norm": 1e-6, "rope_frequencies": (1.0, 0.1), "rope_scale": 1.2},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 

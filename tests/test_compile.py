@@ -169,6 +169,25 @@ def test_attention_without_a_word_about_dynamic_shapes(random: Random) -> None:
     assert graphs() == 3
 
 
+@pytest.mark.parametrize("frequencies", [None, slow((1.0, 0.3))], ids=["theta", "frequencies"])
+def test_norms_and_a_scaled_rope(frequencies: tuple[float, ...] | None, random: Random, compiled_once: None) -> None:
+    """One graph for training, another for a step with a cache."""
+    theta = 1e4 if frequencies is None else None
+    module = attention(qk_norm=1e-6, rope_theta=theta, rope_frequencies=frequencies, rope_scale=1.2)
+    x = hidden(random)
+    for call in [compiled(module)] * 2:
+        assert_same_step(call, module, leaves_of(module, x), x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        caches = [nsa.NSACache(module.cfg, 2, 64, dtype=torch.float64) for _ in range(2)]
+        for cache in caches:
+            module(x[:, :-3], cache=cache)
+        step = compiled(module)
+        for token in x[:, -3:].split(1, dim=1):
+            actual, expected = (of(token, cache=cache) for of, cache in zip((step, module), caches, strict=True))
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.slow
 def test_language_model(random: Random) -> None:
     torch.manual_seed(0)
@@ -565,10 +584,10 @@ def calls_of_a_cache() -> Calls:
     return {
         "tables": (nsa._tables, (torch.tensor([0, 3, 20]), 20, 4, "torch", *choice[:2])),
         "append": (nsa._cache_append, (streams, [k, v, k], first, None, "torch")),
-        "extend": (nsa._cache_extend, (q, k, v, streams, blocks, first, None, "torch", 1e4, 0, choice[1], [])),
+        "extend": (nsa._cache_extend, (q, k, v, streams, blocks, first, None, "torch", 1e4, 1.0, None, 0, 1, [])),
         "cached": (nsa._cached_forward, (q, streams, blocks, gates, first, None, "torch", case.window, *choice, 0.3)),
         "project": (nsa._project_few, (gates[:, :, 0], gates[0, 0], *[None, gates[0, 1]] * 2, *[None] * 3, "torch")),
-        "rope": (nsa._rope_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, torch.bfloat16)),
+        "rope": (nsa._rope_operator, (torch.tensor([[0, 3], [7, 1]]), 4, 1e4, 1.5, None, torch.bfloat16)),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 from typing import Any
 
@@ -31,7 +32,10 @@ DEFAULTS = {
     "gate_mode": "static",
     "gate_init": (2.0, -2.0, -2.0),
     "separate_kv": False,
+    "qk_norm": None,
     "rope_theta": None,
+    "rope_frequencies": None,
+    "rope_scale": 1.0,
     "dropout": 0.0,
     "bias": False,
     "ffn_mult": 4,
@@ -101,8 +105,9 @@ GOOD = [
     pytest.param({"topk_blocks": 1, "init_blocks": 0, "local_blocks": 0}, id="no block forced"),
     pytest.param({"block_size": 1, "stride": 1, "select_block_size": 3, "local_window": 1}, id="blocks of one token"),
     pytest.param({"compression": Mean}, id="own compressor"),
-    pytest.param({"gate_init": [0, -1.5, 3]}, id="gates from a list of ints and floats"),
+    pytest.param({"gate_init": (0, -1.5, 3)}, id="gates from ints and floats"),
     pytest.param({"dropout": 0, "rope_theta": 10000}, id="ints for floats"),
+    pytest.param({"dim_head": 4, "rope_frequencies": (1.0, 0), "rope_scale": 1.2, "qk_norm": 1e-6}, id="scaled rope"),
 ]
 
 
@@ -117,6 +122,11 @@ def test_a_config_is_a_plain_value(fields: dict[str, Any]) -> None:
     cfg = NSAConfig(**fields)
     assert NSAConfig(**dataclasses.asdict(cfg)) == cfg == dataclasses.replace(cfg)
     assert pickle.loads(pickle.dumps(cfg)) == copy.deepcopy(cfg) == cfg != NSAConfig(dim=8, heads=2)
+
+
+def test_a_config_comes_back_from_json() -> None:
+    cfg = NSAConfig(dim_head=4, rope_frequencies=(1.0, 0.1), qk_norm=1e-6, gate_init=(0.0, 1.0, 2.0))
+    assert NSAConfig(**json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg  # JSON makes lists of tuples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +186,8 @@ INCONSISTENT = [
     ({"topk_blocks": 3, "init_blocks": 2, "local_blocks": 2}, "topk_blocks", "init_blocks + local_blocks = 2 + 2 = 4"),
     ({"init_blocks": 4}, "topk_blocks", "init_blocks + local_blocks = 4 + 1 = 5"),
     ({"dim": 24, "heads": 8, "dim_head": 3, "rope_theta": 1e4}, "dim_head", "even"),
+    ({"dim_head": 3, "rope_frequencies": (1.0,)}, "dim_head", "even"),
+    ({"rope_scale": 1.2}, "rope_scale", "needs rope_theta or rope_frequencies"),
     ({"use_flash": False, "backend": "triton"}, "backend", "contradicts use_flash = False"),
 ]
 
@@ -232,6 +244,32 @@ def test_dropout_is_a_probability_below_one(value: Any) -> None:
 @pytest.mark.parametrize("value", [0, 0.0, -1e4, True, "10000", *NOT_FINITE], ids=repr)
 def test_rope_theta_is_a_finite_number_above_zero(value: Any) -> None:
     assert_refused({"rope_theta": value}, ValueError, "rope_theta", "finite", "above 0")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1e-6, True, "1e-6", *NOT_FINITE], ids=repr)
+def test_qk_norm_is_an_eps(value: Any) -> None:
+    assert_refused({"qk_norm": value}, ValueError, "qk_norm", "eps", "above 0", "None")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1.0, "ab", (), (1.0,), (1.0,) * 3, (1.0, -0.1), (1.0, True), (1.0, None), torch.ones(2)]
+    + [(1.0, number) for number in NOT_FINITE],
+    ids=repr,
+)
+def test_rope_frequencies_are_numbers_for_half_a_head(value: Any) -> None:
+    rule = ("dim_head / 2 = 2", "finite numbers of at least 0")
+    assert_refused({"dim_head": 4, "rope_frequencies": value}, ValueError, "rope_frequencies", *rule)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, None, True, "1", *NOT_FINITE], ids=repr)
+def test_rope_scale_is_a_finite_number_above_zero(value: Any) -> None:
+    assert_refused({"rope_scale": value, "rope_theta": 1e4}, ValueError, "rope_scale", "finite", "above 0")
+
+
+def test_one_rotation_at_most() -> None:
+    with pytest.raises(ValueError, match="^rope_theta, rope_frequencies = 'both': give one of them at most"):
+        NSAConfig(dim_head=4, rope_theta=1e4, rope_frequencies=(1.0, 0.1))
 
 
 def test_a_field_that_does_not_exist() -> None:

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, object], int]] = {
     "overlapping_blocks": ({"kv_heads": 2, "block_size": 8, "stride": 2, "select_block_size": 4}, 40),
     "separate_kv": ({"separate_kv": True, "gate_mode": "q_cond", "kv_heads": 2, "stride": 2}, 48),
     "rope_separate_kv": ({"separate_kv": True, "rope_theta": 100.0, "bias": True, "stride": 2, "recompute": True}, 48),
+    "normed": ({"qk_norm": 1e-6, "rope_frequencies": (1.0, 0.3, 0.1), "rope_scale": 1.2, "separate_kv": True}, 48),
     "conv1d": ({"compression": "conv1d", "block_size": 8, "stride": 4}, 48),
     "avgpool": ({"compression": "avgpool", "rope_theta": 1e4}, 48),
     "compressor_of_the_user": ({"compression": Last}, 48),
@@ -46,6 +47,7 @@ PACKED: dict[str, tuple[dict[str, object], list[int]]] = {
     "ends_at_the_ranks_ends": ({"compression": "conv1d"}, [12, 12, 0, 24]),
     "last_token_alone": ({"kv_heads": 1, "compression": "avgpool", "local_window": 31}, [47, 1]),
     "no_block": ({"block_size": 8}, [3] * 16),
+    "normed": ({"qk_norm": 1e-6, "rope_frequencies": (1.0, 0.3, 0.1), "kv_heads": 2}, [9, 30, 9]),
 }
 PADDED = ("grouped_queries", "overlapping_blocks", "rope_separate_kv", "conv1d", "avgpool", "compressor_of_the_user")
 

@@ -16,6 +16,8 @@ import native_sparse_attention as nsa
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 L, D, ROOM = 8, 16, 50
+NONE, THETA = nsa._Rotation(), nsa._Rotation(10000.0)
+SCALED = nsa._Rotation(None, 1.3, torch.tensor([1.0, 0.7, 0.5, 0.2, 1e-2, 1e-3, 1e-6, 0.0], dtype=torch.float64))
 
 
 def weights(cfg: nsa.NSAConfig, random: Random, dtype: torch.dtype) -> tuple[list[nsa.TokenCompressor], list]:
@@ -35,27 +37,27 @@ def weights(cfg: nsa.NSAConfig, random: Random, dtype: torch.dtype) -> tuple[lis
 
 @interpreted
 @pytest.mark.parametrize("M", [1, 5])
-@pytest.mark.parametrize("rope", [None, 10000.0])
+@pytest.mark.parametrize("rope", [NONE, THETA, SCALED], ids=["none", "theta", "scaled"])
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("compression", ["grouped_mlp", "conv1d", "avgpool"])
-def test_tokens_and_blocks(compression: str, separate: bool, rope: float | None, M: int, random: Random) -> None:
+def test_tokens_and_blocks(compression: str, separate: bool, rope: nsa._Rotation, M: int, random: Random) -> None:
     """Rows in all places: empty, a token before the end of a block, at it, and with no room left."""
     first = torch.tensor([0, 7, 12, 31, 44, 48, 50, 61], dtype=torch.int32)
     B, H, K, sets, dtype, stride = len(first), 4, 2, 3 if separate else 1, torch.float32, 4
     cfg = nsa.NSAConfig(
         dim=64, heads=H, kv_heads=K, dim_head=D, block_size=L, stride=stride, select_block_size=8, seq_len=64,
-        compression=compression, separate_kv=separate, rope_theta=rope,
+        compression=compression, separate_kv=separate,
     )  # fmt: skip
     compressors, tensors = weights(cfg, random, dtype)
     raw_k, raw_v = (random((B, ROOM + 20, sets, K, D), dtype) for _ in range(2))  # all tokens, as projected
     q = random((B, M, H, D), dtype)
     positions = first[:, None] + torch.arange(M)
-    cos_sin = None if rope is None else nsa._rope(torch.arange(ROOM + 20), rope, raw_k)
-    turned = lambda x: x if rope is None else nsa._apply_rope(x, cos_sin)  # noqa: E731
+    cos_sin = None if rope is NONE else nsa._rope(torch.arange(ROOM + 20), rope, raw_k)
+    turned = lambda x: x if rope is NONE else nsa._apply_rope(x, cos_sin)  # noqa: E731
     streams = [turned(raw_k[:, :, -1]), raw_v[:, :, -1]]
     if separate:
         streams += [turned(raw_k[:, :, 0]), raw_v[:, :, 0], raw_k[:, :, 1], raw_v[:, :, 1]]
-    elif rope is not None:
+    elif rope is not NONE:
         streams += [raw_k[:, :, 0]]
     expected = torch.stack(streams)[:, :, : ROOM + 1].clone()
     C = nsa._compressed_count(ROOM, L, stride)
@@ -64,7 +66,7 @@ def test_tokens_and_blocks(compression: str, separate: bool, rope: float | None,
     for i, x in enumerate((raw_k, raw_v)):
         y = compressors[i](x[:, :ROOM, sets // 2].transpose(1, 2).flatten(0, 1)).detach()
         y = y.unflatten(0, (B, K)).transpose(1, 2)
-        if i == 0 and rope is not None:
+        if i == 0 and rope is not NONE:
             y = nsa._apply_rope(y, nsa._rope(torch.arange(C) * stride, rope, y))
         all_blocks.append(y)
     tokens, expected_blocks = expected.clone(), blocks.clone()
@@ -77,31 +79,31 @@ def test_tokens_and_blocks(compression: str, separate: bool, rope: float | None,
     place = torch.arange(B)[:, None]
     k, v = (x[place, positions].flatten(2, 3) for x in (raw_k, raw_v))
     out = nsa._triton_extend(q, k, v, tokens, blocks, first, None, rope, L, stride, tensors)
-    expected_q = q[:0, 0, 0, 0] if rope is None else nsa._apply_rope(q, nsa._rope(positions, rope, q))
+    expected_q = q[:0, 0, 0, 0] if rope is NONE else nsa._apply_rope(q, nsa._rope(positions, rope, q))
     torch.testing.assert_close(out, expected_q, rtol=0, atol=2e-6)
     torch.testing.assert_close(tokens, expected, rtol=0, atol=2e-6, equal_nan=True)
     torch.testing.assert_close(blocks, expected_blocks, rtol=1e-5, atol=1e-5)
 
 
 @interpreted
-@pytest.mark.parametrize("rope", [None, 500000.0])
-def test_packed(rope: float | None, random: Random) -> None:
+@pytest.mark.parametrize("rope", [NONE, nsa._Rotation(500000.0), SCALED], ids=["none", "theta", "scaled"])
+def test_packed(rope: nsa._Rotation, random: Random) -> None:
     """Each token has a row and a number there; positions up to a million."""
     first, lengths = torch.tensor([3, 10**6 - 4, 0], dtype=torch.int32), [2, 3, 4]
     of_token = torch.tensor([[i, m] for i, n in enumerate(lengths) for m in range(n)], dtype=torch.int32).T.contiguous()
     K, room = 2, 20
     q, k, v = (random((1, sum(lengths), heads, D), torch.float32) for heads in (4, K, K))
-    tokens, blocks = torch.zeros(2 if rope is None else 3, 3, room + 1, K, D), torch.zeros(2, 3, 2, K, D)
+    tokens, blocks = torch.zeros(2 if rope is NONE else 3, 3, room + 1, K, D), torch.zeros(2, 3, 2, K, D)
     out = nsa._triton_extend(q, k, v, tokens, blocks, first, of_token, rope, 0, 1, [None] * 10)
     row, position = of_token[0].long(), first[of_token[0]] + of_token[1]
-    turned = lambda x: x if rope is None else nsa._apply_rope(x, nsa._rope(position[None], rope, x))  # noqa: E731
+    turned = lambda x: x if rope is NONE else nsa._apply_rope(x, nsa._rope(position[None], rope, x))  # noqa: E731
     turned_k = turned(k)[0]
-    torch.testing.assert_close(out, q[:0, 0, 0, 0] if rope is None else turned(q), rtol=0, atol=2e-6)
+    torch.testing.assert_close(out, q[:0, 0, 0, 0] if rope is NONE else turned(q), rtol=0, atol=2e-6)
     fits = position < room
     row, position = row[fits], position[fits].long()
     torch.testing.assert_close(tokens[0, row, position], turned_k[fits], rtol=0, atol=2e-6)
     torch.testing.assert_close(tokens[1, row, position], v[0, fits])
-    assert (tokens.count_nonzero() == (2 if rope is None else 3) * v[:, fits].numel()) and not blocks.any()
+    assert (tokens.count_nonzero() == (2 if rope is NONE else 3) * v[:, fits].numel()) and not blocks.any()
 
 
 @interpreted
@@ -123,10 +125,12 @@ MODULES = {
     "convolution": {"compression": "conv1d", "rope_theta": 100.0, "bias": True},
     "mean": {"compression": "avgpool", "rope_theta": 100.0},
     "own_compressor": {"compression": Last, "rope_theta": 100.0},
+    "normed": {"stride": 4, "qk_norm": 1e-6, "rope_scale": 1.2, "rope_frequencies": tuple(2.0**-i for i in range(8))},
 }
 
 
-SELECTED = [("as_in_the_paper", False), ("own_compressor", True)]  # the others are for those who wait
+# The others are for those who wait.
+SELECTED = [("as_in_the_paper", False), ("own_compressor", True), ("normed", False)]
 
 
 @interpreted
@@ -144,8 +148,9 @@ def test_module(name: str, packed: bool, random: Random, monkeypatch: pytest.Mon
     sizes = {"seq_len": 64, "local_window": 12, "block_size": 8, "topk_blocks": 3}
     cfg = nsa.NSAConfig(dim=32, heads=2, dim_head=16, **sizes, **MODULES[name])
     attention, x = nsa.NativeSparseAttention(cfg).eval(), random((2, 40, 32), torch.float32)
-    if cfg.gate_mode == "q_cond":
-        torch.nn.init.normal_(attention.gate_weight, std=0.3)
+    for name, weight in attention.named_parameters():
+        if name in ("gate_weight", "norm_q.weight", "norm_k.weight"):
+            torch.nn.init.normal_(weight, std=0.3)
     cache, pieces = nsa.NSACache(cfg, 2, 40), [13, 1, 1, 1, 17, 1, 5, 1]
     with torch.no_grad():
         expected = attention(x)
@@ -206,7 +211,7 @@ def test_lengths_that_cannot_be(M: int, random: Random) -> None:
     q, k = random((3, M, 4, D), torch.float32), random((3, M, 2, D), torch.float32)
     weights = [random(s, torch.float32) for s in ((8, D), (2 * D, 8 * D), (2 * D,), (D, 2 * D), (D,))] * 2
     before = tokens.clone(), blocks.clone()
-    q = nsa._triton_extend(q, k, k, tokens, blocks, first, None, 100.0, 8, 4, weights)
+    q = nsa._triton_extend(q, k, k, tokens, blocks, first, None, nsa._Rotation(100.0), 8, 4, weights)
     assert torch.equal(tokens, before[0]) and torch.equal(blocks, before[1])
     o = nsa._triton_decode(q, tokens, blocks, torch.zeros(3, M, 4, 3), first, None, 12, choice, 0.25)
     assert torch.isfinite(o).all()

@@ -763,6 +763,9 @@ def test_cuda_graph_of_a_step(random: Random) -> None:
 COMPILED = nsa.NSAConfig(dim=128, heads=4, kv_heads=2, seq_len=512, block_size=32, stride=16, select_block_size=64,
                          topk_blocks=8, local_window=100, gate_mode="q_cond", rope_theta=1e4)  # fmt: skip
 
+SCALED = replace(COMPILED, rope_theta=None, rope_frequencies=tuple(0.6**i for i in range(16)), rope_scale=1.2,
+                 qk_norm=1e-6)  # fmt: skip
+
 
 def fresh_block(dtype: torch.dtype, use_flash: bool, cfg: nsa.NSAConfig = COMPILED) -> nn.Module:
     torch.manual_seed(0)
@@ -1047,12 +1050,13 @@ def test_a_graph_of_the_first_call_serves_later_ones(kind: str) -> None:
 
 
 @with_kernels
+@pytest.mark.parametrize("cfg", [COMPILED, SCALED], ids=["theta", "frequencies"])
 @torch.no_grad()
-def test_300_captured_steps() -> None:
+def test_300_captured_steps(cfg: nsa.NSAConfig) -> None:
     """Steps of two rows, against one forward."""
-    x, module = DeviceRandom(3)((2, 340, COMPILED.dim), torch.bfloat16), fresh_block(torch.bfloat16, use_flash=True)
-    plain, exact = (fresh_block(dtype, use_flash=False) for dtype in (torch.bfloat16, torch.float64))
-    cache = nsa.NSACache(COMPILED, 2, 400, device=DEVICE, dtype=torch.bfloat16)
+    x, module = DeviceRandom(3)((2, 340, cfg.dim), torch.bfloat16), fresh_block(torch.bfloat16, True, cfg)
+    plain, exact = (fresh_block(dtype, False, cfg) for dtype in (torch.bfloat16, torch.float64))
+    cache = nsa.NSACache(module.attn.cfg, 2, 400, device=DEVICE, dtype=torch.bfloat16)
     outputs, token = [module(x[:, :40], cache=cache)], x[:, 40:41].clone()
     graph, (y,) = capture(lambda: [module(token, cache=cache)], before=lambda: cache.truncate(40))
     for t in range(40, 340):

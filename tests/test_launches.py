@@ -153,7 +153,7 @@ def check_launches() -> None:
         first, layers = torch.tensor([40, 7], dtype=torch.int32), [random((64, 64), dtype)] * 3
         for _ in range(2):
             nsa._triton_project(x, (*layers, None), (None,) * 4)
-            nsa._triton_extend(q, k, k, streams, blocks, first, None, 1e4, 0, 1, [None] * 10)
+            nsa._triton_extend(q, k, k, streams, blocks, first, None, nsa._Rotation(1e4), 0, 1, [None] * 10)
             nsa._triton_decode(q, streams, blocks, logits, first, None, 20, choice, 0.1)
     again = (torch.bfloat16, 100, (2, 2), SIZES[0])
     results["again"] = run(*again, "plain")

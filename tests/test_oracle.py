@@ -97,16 +97,16 @@ def test_gates_weigh_the_branches() -> None:
 def test_rope_turns_a_pair_of_halves() -> None:
     x = vector(1.0, 0.0, 0.0, 0.0).expand(1, 3, 1, 4)  # the first component of the first half
     expected = [[math.cos(n), 0.0, math.sin(n), 0.0] for n in range(3)]
-    assert_close64(oracle.rope(x, theta=100.0)[0, :, 0], vector(*sum(expected, [])).view(3, 4))
+    assert_close64(oracle.rope(x, oracle.powers(100.0, 4))[0, :, 0], vector(*sum(expected, [])).view(3, 4))
     x = vector(0.0, 1.0, 0.0, 0.0).expand(1, 3, 1, 4)  # the second pair turns by theta^(−1/2) = 1/10
     expected = [[0.0, math.cos(n / 10), 0.0, math.sin(n / 10)] for n in range(3)]
-    assert_close64(oracle.rope(x, theta=100.0)[0, :, 0], vector(*sum(expected, [])).view(3, 4))
+    assert_close64(oracle.rope(x, oracle.powers(100.0, 4))[0, :, 0], vector(*sum(expected, [])).view(3, 4))
 
 
 def test_rope_of_compressed_keys_takes_strides_for_steps(random: Random) -> None:
     x = random((2, 1, 3, 6))
-    tokens = oracle.rope(x.expand(2, 13, 3, 6), theta=10.0)
-    assert_close64(oracle.rope(x.expand(2, 4, 3, 6), theta=10.0, position_step=4), tokens[:, ::4])
+    tokens = oracle.rope(x.expand(2, 13, 3, 6), oracle.powers(10.0, 6))
+    assert_close64(oracle.rope(x.expand(2, 4, 3, 6), oracle.powers(10.0, 6), position_step=4), tokens[:, ::4])
 
 
 @pytest.mark.parametrize("tokens, stride", [(3, 4), (4, 4), (14, 4), (13, 2)])

@@ -54,7 +54,13 @@ def test_readme_is_short() -> None:
 
 
 def test_the_table_of_the_configuration_has_every_field_and_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| (.*?) \|", section("## Configuration"), flags=re.MULTILINE))
+    found = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|.*?\| (.*?) \|", section("## Configuration"), flags=re.MULTILINE)
+    pairs = ((names.split(", "), defaults) for names, defaults in found)
+    rows = {
+        name.strip("`"): default
+        for names, defaults in pairs
+        for name, default in zip(names, [defaults] if len(names) == 1 else defaults.split(", "), strict=True)
+    }
     derived = {"dim_head": "dim / heads", "kv_heads": "heads", "stride": "block_size",
                "select_block_size": "block_size"}  # fmt: skip
     for field in dataclasses.fields(NSAConfig):
