@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import re
@@ -34,18 +35,21 @@ SIZES = dict(
 )
 SPARSE = dict(seq_len=128, local_window=8, block_size=4, topk_blocks=2, gate_init=(0.0, 0.0, 0.0))
 DENSE = SPARSE | dict(local_window=128, gate_init=(50.0, -50.0, -50.0))  # the window sees all, the rest counts nothing
+# Half the window and half the chosen blocks, each of which sees all; as docs/huggingface.md has it.
+HALVES = SPARSE | dict(local_window=128, topk_blocks=32, compression="avgpool", gate_init=(0.0, -30.0, 0.0))
 LLAMA = transformers.LlamaConfig
 # What models call their cache: past_key_values before transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @pytest.fixture(scope="module")
-def recipe() -> SimpleNamespace:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The names that it defines. Running it trains a model and checks that it prints what its comments say."""
-    [code] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL))
     namespace: dict[str, object] = {"__name__": "recipe"}
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(tmp_path_factory.mktemp("recipe"))
         exec(compile(code, str(DOCUMENT), "exec"), namespace)
     assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
     return SimpleNamespace(**namespace)
@@ -83,29 +87,59 @@ def generate(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "config, settings",
-    [
-        (LLAMA, dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
-        (LLAMA, dict(attention_bias=True)),
-        (LLAMA, dict(head_dim=16)),
-        (transformers.MistralConfig, {}),
-        (transformers.Qwen2Config, {}),
-    ],
-    ids=["llama", "bias", "head_dim", "mistral", "qwen2"],
-)
+def rope(kind: str, **settings: object) -> dict[str, object]:
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=500.0, **settings))
+
+
+OLD = dict(original_max_position_embeddings=32)  # of texts of 70 tokens and a seq_len of 128
+FACTORS = dict(short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0, 4.0, 6.0, 9.0], factor=4.0)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **OLD)
+FAMILIES = {
+    "llama": (LLAMA, rope("default")),
+    "llama with biases": (LLAMA, dict(attention_bias=True)),
+    "llama with wide heads": (LLAMA, dict(head_dim=16)),
+    "llama3": (LLAMA, LLAMA3),
+    "linear": (LLAMA, rope("linear", factor=2.0)),
+    "dynamic": (LLAMA, rope("dynamic", factor=2.0)),
+    "yarn": (LLAMA, rope("yarn", factor=4.0, **OLD)),
+    "longrope, long": (LLAMA, rope("longrope", **FACTORS, **OLD)),
+    "longrope, short": (LLAMA, rope("longrope", **FACTORS, original_max_position_embeddings=128)),
+    "mistral": (transformers.MistralConfig, rope("default")),
+    "qwen2": (transformers.Qwen2Config, rope("yarn", factor=4.0, **OLD)),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=8)),
+    "qwen3 with wide heads": (transformers.Qwen3Config, dict(head_dim=16) | LLAMA3),
+}
+
+
+def assert_same_logits(actual: nn.Module, expected: nn.Module, ids: Tensor) -> None:
+    with torch.no_grad():
+        # In float64; but transformers' rotary embeddings and norms are float32 all the same.
+        torch.testing.assert_close(actual(ids).logits, expected(ids).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [DENSE, HALVES], ids=["window", "halves"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_where_nsa_is_full_attention_the_logits_are_those_of_the_original(
-    recipe: SimpleNamespace, config: type, settings: dict[str, object]
+    recipe: SimpleNamespace, family: str, settings: dict[str, object]
 ) -> None:
-    model = causal_model(config, **settings)
-    with torch.no_grad():  # biases start as zeros
+    config, fields = FAMILIES[family]
+    model = causal_model(config, **fields).double()
+    with torch.no_grad():  # biases start as zeros, norms as ones
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
                 parameter.normal_()
-        expected, actual = (each(tokens(2, 70)).logits for each in (model, swapped(recipe, model, **DENSE)))
-        sparse = swapped(recipe, model, **SPARSE)(tokens(2, 70)).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert (sparse - expected).abs().max() > 0.1, "the model does not depend on its attention"
+        for length in (70, 128 if "long" in family else 9):
+            assert_same_logits(swapped(recipe, model, **settings), model, tokens(2, length))
+        change = swapped(recipe, model, **SPARSE)(tokens(2, 70)).logits - model(tokens(2, 70)).logits
+    assert change.abs().max() > 0.1, "the model does not depend on its attention"
+
+
+def test_dynamic_frequencies_are_those_of_the_longest_text(recipe: SimpleNamespace) -> None:
+    fresh = lambda: causal_model(max_position_embeddings=32, **rope("dynamic", factor=2.0)).double()  # noqa: E731
+    new = swapped(recipe, fresh(), **DENSE | dict(seq_len=70))
+    assert_same_logits(new, fresh(), tokens(2, 70))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_logits(new, fresh(), tokens(2, 50))  # it keeps the frequencies of the longest text that it has seen
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -122,19 +156,83 @@ def test_padding_is_read_from_the_mask(recipe: SimpleNamespace, left: bool) -> N
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "config, settings",
-    [
-        (LLAMA, dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0))),
-        (transformers.Qwen3Config, dict(head_dim=8)),
-    ],
-    ids=["scaled RoPE", "normed queries"],
-)
-def test_a_model_that_would_not_be_kept_is_refused(
-    recipe: SimpleNamespace, config: type, settings: dict[str, object]
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "one layer"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_a_model_comes_back_from_where_it_was_saved(
+    recipe: SimpleNamespace, family: str, layers: list[int] | None, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="scales its RoPE, or its attention has more"):
-        recipe.use_nsa(causal_model(config, **settings))
+    config, fields = FAMILIES[family]
+    model, ids = swapped(recipe, causal_model(config, **fields), layers=layers, **SPARSE), tokens(2, 40)
+    for parameter in model.parameters():  # as after training
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    loaded = recipe.load_nsa(tmp_path).eval()
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+    assert torch.equal(generate(model, ids), generate(loaded, ids))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(recipe.load_nsa(tmp_path / "again").eval()(ids).logits, loaded(ids).logits)
+    low = recipe.load_nsa(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
+
+
+OTHERS = {
+    "Gemma 3 has layers of two kinds": transformers.Gemma3TextConfig(**SIZES, head_dim=8),
+    "Phi-3 has queries, keys and values in one projection": transformers.Phi3Config(**SIZES),
+    "GPT-2 has .* learned positions": transformers.GPT2Config(n_embd=48, n_layer=1, n_head=2, vocab_size=32),
+    "'olmo2': must be one of llama, .*not been tested": transformers.Olmo2Config(**SIZES),
+}
+
+
+@pytest.mark.parametrize("reason", OTHERS)
+def test_a_model_that_would_not_be_kept_is_refused(recipe: SimpleNamespace, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        recipe.use_nsa(transformers.AutoModelForCausalLM.from_config(OTHERS[reason]))
+
+
+def test_a_second_swap_is_refused(recipe: SimpleNamespace) -> None:
+    model = swapped(recipe, causal_model(), layers=[0], **SPARSE)
+    with pytest.raises(ValueError, match="the model has NSA already"):
+        recipe.use_nsa(model, layers=[1], **SPARSE)
+
+
+@pytest.mark.parametrize("layers", [[2], [-1], ["0"]], ids=str)
+def test_layers_that_do_not_exist_are_refused(recipe: SimpleNamespace, layers: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"^layers = \[.*\]: must be numbers of layers, from 0 to 1"):
+        recipe.use_nsa(causal_model(), layers=layers, **SPARSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Some layers only
+# ---------------------------------------------------------------------------------------------------------------------
+
+MIXED = {
+    "first": (LLAMA, {}, [0]),
+    "last": (LLAMA, {}, [1]),
+    "beside a sliding window": (transformers.MistralConfig, dict(sliding_window=16), [0]),
+    "behind a sliding window": (transformers.MistralConfig, dict(sliding_window=16), [1]),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_some_layers_stay_dense(recipe: SimpleNamespace, kind: str) -> None:
+    """Logits by forwards, by a cache in pieces and by generate, with padding and beams."""
+    config, fields, layers = MIXED[kind]
+    model, ids = causal_model(config, **fields).double(), tokens(2, 37)
+    mixed = swapped(recipe, model, layers=layers, **SPARSE)
+    assert isinstance(mixed.model.layers[1 - layers[0]].self_attn, type(model.model.layers[0].self_attn))
+    mask = torch.ones_like(ids)
+    mask[1, :16] = 0
+    written = generate(mixed, ids, attention_mask=mask)
+    assert torch.equal(written[:1], greedily(mixed, ids[:1]))
+    assert torch.equal(written[1:], greedily(mixed, ids[1:, 16:]))
+    options = dict(attention_mask=mask, num_beams=3)
+    assert torch.equal(generate(mixed, ids, **options), generate(mixed, ids, use_cache=False, **options))
+    with torch.no_grad():
+        cache = transformers.DynamicCache(config=model.config)
+        pieces = [mixed(part, use_cache=True, **{CACHE: cache}).logits for part in ids.split([11, 1, 25], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), mixed(ids).logits, rtol=1e-4, atol=1e-4)
+        if "window" not in kind:
+            assert_same_logits(swapped(recipe, model, layers=layers, **DENSE), model, ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,6 +252,24 @@ def test_a_few_steps_lower_the_loss_and_gradients_reach_every_weight(recipe: Sim
         assert not missing, f"no gradient reaches {missing}"
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("loss", ["distillation_loss", "attention_loss"])
+def test_a_loss_that_brings_the_dense_outputs_back(recipe: SimpleNamespace, loss: str) -> None:
+    """It is 0 where the student equals the teacher, in layers that are dense too, and falls where it does not."""
+    teacher, ids = causal_model().double(), tokens(4, 48)
+    loss = functools.partial(getattr(recipe, loss), teacher=teacher, input_ids=ids, attention_mask=ids.sign())
+    assert 0 <= loss(swapped(recipe, teacher, layers=[1], **HALVES)).item() < 1e-9
+    student = swapped(recipe, teacher, **SPARSE)
+    optimizer, losses = torch.optim.AdamW(student.parameters(), lr=1e-3), []
+    for _ in range(8):
+        losses.append(loss(student))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
