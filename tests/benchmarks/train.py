@@ -109,6 +109,8 @@ def row(context: int, args: argparse.Namespace, runtime: script.Runtime) -> str:
         try:
             seconds, memory = step_costs(build_model(attention, settings, args), settings, runtime, args.repeats)
         except torch.cuda.OutOfMemoryError:
+            if runtime.world > 1:  # the others may wait for this process: torchrun ends them all
+                raise
             cells += ["out of memory", "–"]
         else:
             speeds[attention] = settings.batch_size * context / seconds
