@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -245,3 +247,300 @@ def test_longest_ends_where_a_rank_alone_runs_out_of_memory() -> None:
     command = [sys.executable, str(BENCHMARKS / "context.py"), "--longest", "2", *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert re.search(r"\n\| 2 \| 512 \| \d+\.\d \| 0\.0 \| 768: out of memory \|\n$", done.stdout), done.stderr
+
+
+# Synthetic tasks: what is asked for follows from what the sequence says, once and before it ---------------------------
+
+sys.path.append(str(BENCHMARKS))
+import learn  # noqa: E402
+import recall  # noqa: E402
+import runs  # noqa: E402
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("length", [32, 48, 1024])
+def test_recall_asks_for_each_value_where_its_key_returns(length: int) -> None:
+    pairs = min(32, length // 8)
+    for tokens, targets, asked in zip(*recall.recall_batch(32, 20, length, generator()), strict=True):
+        places = tokens[: length // 2].lt(32).nonzero().flatten()
+        values = dict(zip(tokens[places].tolist(), tokens[places + 1].tolist(), strict=True))
+        assert len(values) == pairs == len(places)
+        assert sorted(tokens[asked].tolist()) == sorted(values)
+        assert [values[key] for key in tokens[asked].tolist()] == targets.tolist() == tokens[asked + 1].tolist()
+        assert asked.tolist() == list(range(length - 2 * pairs, length, 2))
+        assert tokens[length // 2 : length - 2 * pairs].ge(64).all(), "filler between the pairs and the questions"
+
+
+def test_mqar_has_pairs_and_then_each_key_once() -> None:
+    vocabulary, pairs, length = 8192, 4, 64
+    for tokens, targets, asked in zip(*recall.mqar_batch(vocabulary, pairs, 50, length, generator()), strict=True):
+        keys, values = tokens[: 2 * pairs : 2].tolist(), tokens[1 : 2 * pairs : 2].tolist()
+        assert len(set(keys)) == len(set(values)) == len(set(asked.tolist())) == pairs
+        assert 1 <= min(keys) and max(keys) < 4096 <= min(values)
+        assert tokens[asked].tolist() == keys and targets.tolist() == values
+        assert asked.min() >= 2 * pairs and asked.max() < length and not (asked % 2).any()
+
+
+def test_distances_of_mqar_follow_the_power_law() -> None:
+    """One key of a pair, eight places: the shares are those of i ** -0.99."""
+    _, _, asked = recall.mqar_batch(64, 1, 20_000, 18, generator())
+    law = torch.arange(1, 9) ** -0.99
+    torch.testing.assert_close(((asked[:, 0] - 2) // 2).bincount() / 20_000, law / law.sum(), atol=0.012, rtol=0)
+
+
+def test_all_places_of_mqar_are_asked_where_there_are_no_more() -> None:
+    _, targets, asked = recall.mqar_batch(64, 8, 10, 32, generator())
+    assert (asked.sort().values == torch.arange(16, 32, 2)).all()
+    assert (asked != asked.sort().values).any(), "in random order"
+    assert targets.ge(32).all()
+
+
+@pytest.mark.parametrize("length", [32, 64, 1024])
+@pytest.mark.parametrize("kind", recall.Retrieval.KINDS)
+def test_answers_of_retrieval_follow_from_its_facts(kind: str, length: int) -> None:
+    groups = min(length // 8, 16) if kind == "multi-key" else 1 if kind == "needle" else min(4, length // 32)
+    same, questions, answers = {"multi-value": (4, 1, 4), "variables": (3, 2, 1)}.get(kind, (1, 1, 1))
+    K, fact, question = recall.Retrieval.KEYS, recall.Retrieval.vocabulary - 2, recall.Retrieval.vocabulary - 1
+    for tokens, targets, asked in zip(*recall.retrieval_batch(kind, 20, length, generator()), strict=True):
+        says: dict[int, set[int]] = {}
+        starts = tokens.eq(fact).nonzero().flatten()
+        assert len(starts) == groups * same and starts.diff().ge(3).all()
+        for key, right in zip(tokens[starts + 1].tolist(), tokens[starts + 2].tolist(), strict=True):
+            says.setdefault(key, set()).update(says[right] if right < K else {right})  # a variable is known before
+        end = length - 2 * groups * questions
+        assert starts.max() + 2 < end
+        assert tokens[end::2].eq(question).all() and tokens[end + 1 :: 2].lt(K).all()
+        assert tokens[:end].lt(K).sum() + tokens[:end].lt(2 * K).sum() >= len(says)
+        given: dict[int, list[int]] = {}
+        for place, target in zip(asked.tolist(), targets.tolist(), strict=True):
+            given.setdefault(tokens[place].item(), []).append(target)
+        assert {key: set(each) for key, each in given.items()} == {key: says[key] for key in given}
+        assert len(given) == groups * questions and all(len(each) == answers for each in given.values())
+        assert set(asked.tolist()) == set(range(end + 1, length, 2))
+
+
+def test_a_fact_may_be_anywhere_before_the_questions() -> None:
+    tokens, _, _ = recall.retrieval_batch("needle", 4000, 32, generator())
+    assert set(tokens.eq(recall.Retrieval.vocabulary - 2).nonzero()[:, 1].tolist()) == set(range(28))
+
+
+def test_a_batch_of_retrieval_has_all_kinds_in_equal_shares() -> None:
+    task = recall.parse("retrieval", ["--context=64", "--batch-size=8", "--growth=0.5", "--iterations=4"])
+    tokens, targets, asked = task.batch(3, generator())
+    assert tokens.shape == (8, 64) and targets.shape == asked.shape == (8, 8)
+    assert targets.ne(recall.NOTHING).sum(1).tolist() == [1, 1, 8, 8, 8, 8, 4, 4]
+    assert task.batch(0, generator())[0].shape == (16, 32), "it begins with short sequences"
+
+
+def test_a_set_of_answers_is_right_if_nothing_else_is_as_likely(random: Random) -> None:
+    task = recall.parse("mqar", ["--vocabulary=8", "--test-sets=2/1", "--test-rows=1", "--train-sets=2/1*1"])
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0, 0, 0]] * 3 + [[9.0, 9, 0, 0, 0, 0, 0, 0]])
+    targets, asked = torch.tensor([0, 1, 3, 0]), torch.tensor([4, 4, 4, 5])  # three answers to one question; a tie
+    examples = lambda use: [("made up", lambda random: (None, targets[None], asked[None]))]  # noqa: E731
+    object.__setattr__(task, "examples", examples)
+
+    class Model(torch.nn.Module):
+        def forward(self, tokens: None, targets: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+            return logits[None], torch.tensor(0.5)
+
+    result = recall.score(Model(), task, "test", recall.OnDevice(torch.device("cpu"), torch.float32))
+    assert result == {"val": 0.5, "accuracy": 0.5, "by": {"made up": 0.5}}, "0 and 1 are among the three best"
+
+
+@pytest.mark.parametrize(("variant", "first"), [("nsa", 0), ("dense", 0), ("local", 127 - 2 * 7 - 2)])
+def test_only_the_window_alone_does_not_see_the_start(variant: str, first: int) -> None:
+    """Two layers of a window of 8, after a convolution of 3."""
+    flags = [f"--variant={variant}", "--vocabulary=64", "--local-window=8", "--layers=2", "--dim=32"]
+    model = recall.build_model(recall.parse("mqar", flags)).eval()
+    tokens, targets, asked = torch.randint(64, (1, 128)), torch.zeros(1, 1, dtype=torch.long), torch.tensor([[127]])
+    with torch.no_grad():
+        before = model(tokens, targets, asked)[0]
+        tokens[0, :first] = 7
+        assert torch.equal(model(tokens, targets, asked)[0], before)
+        tokens[0, first] += 1 - 2 * (tokens[0, first] == 63).long()
+        assert not torch.equal(model(tokens, targets, asked)[0], before)
+
+
+# Many runs ------------------------------------------------------------------------------------------------------------
+
+JOB = """
+import json, os, sys, time
+folder, seconds, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+with open(folder + "/log.jsonl", "w") as log:
+    print(json.dumps({"settings": {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}, "begin": time.time()}), file=log)
+    log.flush()
+    time.sleep(seconds)
+    print(json.dumps({"end": time.time()}), file=log)
+print("said last")
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Callable[..., runs.Job]:
+    (tmp_path / "job.py").write_text(JOB)
+
+    def make(name: str, seconds: float = 0.0, code: int = 0) -> runs.Job:
+        folder = tmp_path / "out" / name
+        return runs.Job(folder, [str(tmp_path / "job.py"), str(folder), str(seconds), str(code)])
+
+    return make
+
+
+def test_jobs_run_side_by_side_on_all_gpus(make_job: Callable[..., runs.Job]) -> None:
+    jobs = [make_job(name, seconds=0.3) for name in "abcde"]
+    assert runs.run_all(jobs, ["0", "7"], seconds=60) == []
+    logs = runs.read_logs(jobs[0].folder.parent)
+    assert [log.name for log in logs] == list("abcde") and all(log.complete for log in logs)
+    assert {log.gpu for log in logs} == {"0", "7"}
+    for gpu in ("0", "7"):  # one after the other on each
+        spans = sorted((log.value("begin"), log.value("end")) for log in logs if log.gpu == gpu)
+        assert len(spans) >= 2 and all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def test_a_failing_job_is_named_and_stops_no_other(
+    make_job: Callable[..., runs.Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [make_job("bad", code=3), make_job("good"), make_job("other")]
+    assert runs.run_all(jobs, [None], seconds=60) == jobs[:1]
+    assert re.search(r" bad: \d+ s, exit code 3; said last\n", capsys.readouterr().out)
+    assert [log.complete for log in runs.read_logs(jobs[0].folder.parent)] == [False, True, True]
+    assert runs.missing(jobs, overwrite=False) == jobs[:1] and runs.missing(jobs, overwrite=True) == jobs
+    with pytest.raises(ValueError, match="good has a run with other flags .*--overwrite"):
+        runs.missing([make_job("good", seconds=1)], overwrite=False)
+
+
+def test_after_its_time_all_is_stopped(make_job: Callable[..., runs.Job], capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [make_job("long", seconds=100), make_job("never")]
+    assert runs.run_all(jobs, [None], seconds=0.5) == []
+    [log] = runs.read_logs(jobs[0].folder.parent)
+    assert log.name == "long" and not log.complete and log.value("exit_code") != 0
+    assert "stopped" in capsys.readouterr().out and runs.missing(jobs, overwrite=False) == jobs
+
+
+def test_an_interrupt_stops_the_jobs_that_run(
+    make_job: Callable[..., runs.Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, start = [], runs.Job.start
+    monkeypatch.setattr(runs.Job, "start", lambda job, gpu: started.append(start(job, gpu)) or started[-1])
+    interrupt = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_all([make_job("long", seconds=100), make_job("too", seconds=100)], [None, None], seconds=60)
+    assert len(started) == 2 and all(process.poll() not in (None, 0) for process in started)
+
+
+def test_slots_are_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runs.slots(None, 2) == ["0", "1", "0", "1"] and runs.slots(["1"], None) == ["1"] * 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert runs.slots(None, 1) == ["3", "GPU-abc"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs.slots(None, None) == [None] and runs.slots(None, 3) == [None] * 3
+
+
+def test_a_log_says_what_a_cut_off_line_does_not(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"settings": {"seed": 3}}\n{"val": 2.0}\n{"val": 1.0, "by": {}}\n{"val": 0.')
+    log = runs.Log(tmp_path)
+    assert log.seed == 3 and log.best == {"val": 1.0, "by": {}} and not log.complete
+    with pytest.raises(AttributeError, match="no setting 'width'"):
+        _ = log.width
+
+
+# Experiments: tables from runs of a step or two -----------------------------------------------------------------------
+
+SMALL = ["--iterations=2", "--eval-interval=1", "--dim=32", "--layers=1", "--batch-size=4", "--warmup=0"]
+OF_TASK = {
+    "recall": ["--context=32", "--tested=32 64", "--pairs=4"],
+    "mqar": ["--train-sets=32/2*1 16/2*1", "--test-sets=16/2 32/4", "--test-rows=5", "--vocabulary=64"],
+    "retrieval": ["--context=32", "--tested=32 64", "--test-rows=4", "--eval-batches=1"],
+}
+
+
+def train_here(out: Path, task: str, name: str, *flags: str) -> None:
+    """A run of this process, with the log of a complete one."""
+    (out / task / name).mkdir(parents=True)
+    recall.run(recall.parse(task, [*SMALL, *OF_TASK[task], *flags]), out / task / name / "log.jsonl")
+    runs.Job(out / task / name, ["made up"]).finish(0, 90)
+
+
+TABLES = {
+    "recall": (r"\| \| 32 \|", r"\| nsa \| 0\.\d{4} / 0\.\d{4} \|", r"\| dense \| 0\.\d{4} \|", r"nsa-1: .* at 64\n"),
+    "mqar": (r"\| \| 16/2 \| 32/4 \|", r"\| nsa, dim 32, rate 0.003( \| 0\.\d{4} / 0\.\d{4}){2} \|"),
+    "retrieval": (
+        r"\| \| 32 \| 64 \|",
+        *(rf"\| {kind}, dense( \| 0\.\d{{4}}){{2}} \|" for kind in recall.Retrieval.KINDS),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_tables_come_from_the_logs(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for variant, seed in (("nsa", 1), ("nsa", 2), ("dense", 1)):
+        train_here(tmp_path, task, f"{variant}-{seed}", f"--variant={variant}", f"--seed={seed}")
+    [first, *_] = runs.Log(tmp_path / task / "nsa-1").lines
+    assert first["environment"].keys() == {"torch", "device", "command"} and first["settings"]["dim"] == 32
+    assert learn.main([task, "--out", str(tmp_path), "--tables"]) == 0
+    shown = capsys.readouterr().out
+    for line in (*TABLES[task], r"nsa-2, [\d,]+ parameters, 1.5 minutes: 1 0\.\d+  2 0\.\d+\n"):
+        assert re.search(line, shown), f"{line}\n{shown}"
+
+
+def test_a_run_that_was_stopped_counts_for_what_it_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_here(tmp_path, "recall", "nsa-1")
+    path = tmp_path / "recall" / "nsa-1" / "log.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "minutes" not in line and '{"tests"' not in line))
+    learn.main(["recall", "--out", str(tmp_path), "--tables"])
+    shown = capsys.readouterr().out
+    assert re.search(r"\| nsa \| 0\.\d{4}\* \|", shown) and "not complete" in shown
+
+
+def test_training_ends_when_accuracy_is_enough(tmp_path: Path) -> None:
+    train_here(tmp_path, "mqar", "nsa", "--enough=0", "--iterations=5")
+    log = runs.Log(tmp_path / "mqar" / "nsa")
+    assert [each["iteration"] for each in log.evaluations] == [1] and log.value("tests").keys() == {"16/2", "32/4"}
+
+
+def made_up_log(out: Path, rate: float, seed: int, *evaluations: tuple[int, float]) -> None:
+    (out / f"nsa-64-{rate}-{seed}").mkdir(parents=True)
+    settings = {"variant": "nsa", "dim": 64, "learning_rate": rate, "seed": seed, "enough": 0.99}
+    lines = [{"settings": settings}, *({"iteration": n, "val": 1.0, "accuracy": share} for n, share in evaluations)]
+    (out / f"nsa-64-{rate}-{seed}" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize(
+    ("slow", "best"),
+    [([(1, 0.5), (2, 0.9)], 3e-3), ([(1, 0.992)], 1e-3), ([(1, 0.5), (2, 0.5), (3, 0.999)], 3e-3)],
+    ids=["higher", "sooner", "later"],
+)
+def test_the_best_rate_is_that_of_the_first_seed(slow: list[tuple[int, float]], best: float, tmp_path: Path) -> None:
+    made_up_log(tmp_path / "mqar", 1e-3, 1, *slow)
+    made_up_log(tmp_path / "mqar", 3e-3, 1, (1, 0.6), (2, 0.995))
+    made_up_log(tmp_path / "mqar", 1e-2, 2, (1, 0.999))
+    words = ["mqar", "--out", str(tmp_path), "--variants", "nsa", "--dims", "64", "--rates", "best", "--seeds", "2"]
+    args = learn.parse(words)
+    [job] = recall.mqar_jobs(args, [])
+    assert recall.parse("mqar", job.command[4:]).learning_rate == best
+    with pytest.raises(ValueError, match="no run of dense at dim 64"):
+        recall.mqar_jobs(learn.parse([*words, "--variants", "dense"]), [])
+
+
+def test_jobs_have_the_settings_of_the_experiment(tmp_path: Path) -> None:
+    for name, count in (("text", 6), ("recall", 54), ("mqar", 54), ("retrieval", 9)):
+        args = learn.parse([name, "--out", str(tmp_path)])
+        jobs = learn.EXPERIMENTS[name].jobs(args, [])
+        assert len({job.folder for job in jobs}) == count and jobs[0].folder.parent == tmp_path / name
+    words = ["recall", "--out", str(tmp_path), "--contexts", "64", "32", "--variants", "local", "--seeds", "1"]
+    tasks = [recall.parse("recall", job.command[4:]) for job in recall.recall_jobs(learn.parse(words), ["--dim=32"])]
+    assert [(task.context, task.tested, task.batch_size, task.dim) for task in tasks] == [
+        (64, "64", 1024, 32),
+        (32, "32 64", 2048, 32),
+    ]
+    with pytest.raises(SystemExit):
+        recall.recall_jobs(learn.parse(words), ["--no-such-flag=1"])

@@ -626,7 +626,7 @@ def test_recall_is_learnt_and_not_by_the_window(tmp_path: Path) -> None:
     learn = SCRIPT.parent / "tests" / "benchmarks" / "learn.py"
     command = [sys.executable, str(learn), "recall", "--out", str(tmp_path)]
     command += ["--contexts", "32", "--variants", "nsa", "local", "--seeds", "1", "--"]
-    command += ["--pairs=4", "--init-std=0.12", "--local-window=4", "--learning-rate=1e-2", "--iterations=100"]
+    command += ["--pairs=4", "--local-window=4", "--learning-rate=1e-2", "--iterations=100"]
     command += ["--eval-interval=50", "--warmup=10", "--batch-size=64"]
     done = subprocess.run(command, capture_output=True, text=True)
     shares = {name: float(share) for name, share in re.findall(r"^\| (nsa|local) \| ([\d.]+) \|$", done.stdout, re.M)}

@@ -40,7 +40,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from runs import Experiment, Job, Log, header, read_logs
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -71,6 +71,7 @@ class Task(script.Settings):
     first_context: int = 32  # few keys to tell apart: what answers there is found at once, and stays
     growth: float = 0.5  # share of the iterations in which sequences grow
     tested: str = ""  # lengths of the tests; default: the context
+    convolution: int = 0  # tokens that a first convolution of each channel sees; 0: none
     layers: int = 2
     dim: int = 64
     heads: int = 2
@@ -170,6 +171,7 @@ class MQAR(Task):
     test_rows: int = 1000  # of each test set
     vocabulary: int = 8192
     batch_size: int = 256
+    convolution: int = 3
     block_size: int = 8
     stride: int = 4
     select_block_size: int = 8
@@ -221,6 +223,7 @@ class Retrieval(Task):
     context: int = 4096
     tested: str = "4096 8192 16384 32768"
     test_rows: int = 64  # of each kind and length
+    convolution: int = 3
     layers: int = 4
     dim: int = 128
     heads: int = 4
@@ -283,10 +286,21 @@ def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator) 
 
 # ── A run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Answers(script.NSALanguageModel):
-    """NSALanguageModel with logits (B, A, vocabulary) of the tokens at which something is asked for, and no others."""
+    """NSALanguageModel with logits (B, A, vocabulary) of the tokens at which something is asked for, and no others.
+
+    Before the first block may come a short causal convolution of each channel, as in zoology's models: it joins a key
+    to its value, which attention alone takes long to learn.
+    """
+
+    def __init__(self, task: Task, cfg: NSAConfig, attention: str) -> None:
+        super().__init__(task.vocabulary, cfg, task.layers, attention, init_std=task.dim**-0.5)
+        self.taps = nn.Parameter(torch.randn(task.convolution, task.dim) / max(1, task.convolution) ** 0.5)
 
     def forward(self, tokens: Tensor, targets: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         x = self.token_embedding(tokens)  # (B, T, dim)
+        before = F.pad(x, (0, 0, len(self.taps), 0))
+        for back, tap in enumerate(self.taps):
+            x = x + tap * before[:, len(self.taps) - back : before.shape[1] - back]
         for block in self.blocks:
             x = block(x)
         x = x.gather(1, asked[..., None].expand(-1, -1, x.shape[-1]))  # (B, A, dim)
@@ -311,7 +325,7 @@ def build_model(task: Task) -> Answers:
     shared = {name: getattr(task, name) for name in names}
     cfg = NSAConfig(seq_len=task.longest, bias=True, gate_mode="static", gate_init=(0.0, 0.0, 0.0), **shared)
     torch.manual_seed(script.seed_of(task.seed, "weights"))
-    model = Answers(task.vocabulary, cfg, task.layers, attention, task.dim**-0.5)
+    model = Answers(task, cfg, attention)
     if attention == "nsa":
         close_gates(model, [branch not in branches for branch in script.BRANCHES])
     return model
