@@ -301,7 +301,7 @@ def test_all_places_of_mqar_are_asked_where_there_are_no_more() -> None:
 @pytest.mark.parametrize("length", [32, 64, 1024])
 @pytest.mark.parametrize("kind", recall.Retrieval.KINDS)
 def test_answers_of_retrieval_follow_from_its_facts(kind: str, length: int) -> None:
-    groups = min(length // 8, 16) if kind == "multi-key" else 1 if kind == "needle" else min(4, length // 32)
+    groups = min(length // 8, 16) if kind == "multi-key" else 1 if kind == "needle" else min(4, length // 16)
     same, questions, answers = {"multi-value": (4, 1, 4), "variables": (3, 2, 1)}.get(kind, (1, 1, 1))
     K, fact, question = recall.Retrieval.KEYS, recall.Retrieval.vocabulary - 2, recall.Retrieval.vocabulary - 1
     for tokens, targets, asked in zip(*recall.retrieval_batch(kind, 20, length, generator()), strict=True):
@@ -322,6 +322,15 @@ def test_answers_of_retrieval_follow_from_its_facts(kind: str, length: int) -> N
         assert set(asked.tolist()) == set(range(end + 1, length, 2))
 
 
+def test_hints_ask_for_the_value_of_a_key_where_a_fact_gives_it() -> None:
+    """Three facts, two of which give a key, and two questions; all have the same value."""
+    plain, hinted = (recall.retrieval_batch("variables", 20, 16, generator(), hints) for hints in (False, True))
+    assert torch.equal(plain[0], hinted[0]) and torch.equal(plain[2], hinted[2][:, 2:])
+    for tokens, targets, asked in zip(*hinted, strict=True):
+        assert tokens[asked[:2] - 2].eq(recall.Retrieval.vocabulary - 2).all() and tokens[asked[:2]].lt(64).all()
+        assert targets.eq(tokens[tokens.eq(recall.Retrieval.vocabulary - 2).nonzero()[0] + 2]).all()
+
+
 def test_a_fact_may_be_anywhere_before_the_questions() -> None:
     tokens, _, _ = recall.retrieval_batch("needle", 4000, 32, generator())
     assert set(tokens.eq(recall.Retrieval.vocabulary - 2).nonzero()[:, 1].tolist()) == set(range(28))
@@ -330,8 +339,8 @@ def test_a_fact_may_be_anywhere_before_the_questions() -> None:
 def test_a_batch_of_retrieval_has_all_kinds_in_equal_shares() -> None:
     task = recall.parse("retrieval", ["--context=64", "--batch-size=8", "--growth=0.5", "--iterations=4"])
     tokens, targets, asked = task.batch(3, generator())
-    assert tokens.shape == (8, 64) and targets.shape == asked.shape == (8, 8)
-    assert targets.ne(recall.NOTHING).sum(1).tolist() == [1, 1, 8, 8, 8, 8, 4, 4]
+    assert tokens.shape == (8, 64) and targets.shape == asked.shape == (8, 16)
+    assert targets.ne(recall.NOTHING).sum(1).tolist() == [1, 1, 8, 8, 16, 16, 16, 16]
     assert task.batch(0, generator())[0].shape == (16, 32), "it begins with short sequences"
 
 

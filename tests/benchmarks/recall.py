@@ -172,6 +172,7 @@ class MQAR(Task):
     vocabulary: int = 8192
     batch_size: int = 256
     convolution: int = 3
+    layers: int = 1  # after the convolution, which is zoology's other layer
     block_size: int = 8
     stride: int = 4
     select_block_size: int = 8
@@ -224,7 +225,7 @@ class Retrieval(Task):
     tested: str = "4096 8192 16384 32768"
     test_rows: int = 64  # of each kind and length
     convolution: int = 3
-    layers: int = 4
+    layers: int = 3
     dim: int = 128
     heads: int = 4
     local_window: int = 32
@@ -236,7 +237,7 @@ class Retrieval(Task):
 
     def batch(self, iteration: int, random: torch.Generator) -> Batch:
         rows, length = self.batch_shape(iteration)
-        batches = [retrieval_batch(kind, rows // len(self.KINDS), length, random) for kind in self.KINDS]
+        batches = [retrieval_batch(kind, rows // len(self.KINDS), length, random, hints=True) for kind in self.KINDS]
         answers = max(targets.shape[1] for _, targets, _ in batches)
         pad = lambda x, value: F.pad(x, (0, answers - x.shape[1]), value=value)  # noqa: E731
         padded = [(tokens, pad(targets, NOTHING), pad(asked, 0)) for tokens, targets, asked in batches]
@@ -250,12 +251,15 @@ class Retrieval(Task):
             yield from itertools.repeat((f"{kind} {length}", draw), count or -(-self.test_rows // rows))
 
 
-def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator) -> Batch:
-    """Sequences of one of the four tasks. Targets that are asked for at the same place are answers in any order."""
+def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator, hints: bool = False) -> Batch:
+    """Sequences of one of the four tasks. Targets that are asked for at the same place are answers in any order.
+
+    With hints, a fact that gives a key asks for its value there, too.
+    """
     K, V = Retrieval.KEYS, Retrieval.VALUES
     is_fact, question = Retrieval.vocabulary - 2, Retrieval.vocabulary - 1
     at_most, tokens_each, same = {  # keys or chains, tokens that each takes at least, and facts about one
-        "needle": (1, 32, 1), "multi-key": (16, 8, 1), "multi-value": (4, 32, 4), "variables": (4, 32, 3)
+        "needle": (1, 32, 1), "multi-key": (16, 8, 1), "multi-value": (4, 16, 4), "variables": (4, 16, 3)
     }[kind]  # fmt: skip
     groups = min(at_most, length // tokens_each)
     facts = groups * same
@@ -281,7 +285,11 @@ def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator) 
     )
     tokens[:, end::2], tokens[:, end + 1 :: 2] = question, keys
     asked = torch.arange(end + 1, length, 2, device=random.device)[:, None].expand_as(answers)
-    return tokens, answers.flatten(1), asked.flatten(1)
+    answers, asked = answers.flatten(1), asked.flatten(1)
+    if hints and kind == "variables":
+        places = (starts + 2).unflatten(1, (groups, same))[..., 1:].flatten(1)
+        answers, asked = torch.cat([value.expand(-1, -1, 2).flatten(1), answers], 1), torch.cat([places, asked], 1)
+    return tokens, answers, asked
 
 
 # ── A run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
