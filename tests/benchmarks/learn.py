@@ -87,19 +87,25 @@ EXPERIMENTS = {
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+COMMON = {
+    "--out": dict(type=Path, default=ROOT / "out" / "learn", help="the experiment has a folder of its name there"),
+    "--seconds": dict(type=float, default=math.inf, help="after which all is stopped; tables show what was reached"),
+    "--gpus": dict(nargs="+", help="as CUDA_VISIBLE_DEVICES names them; default: all visible"),
+    "--side-by-side": dict(type=int, help="runs at once on each GPU (4), or on the CPU (1)"),
+    "--overwrite": dict(action="store_true", help="run again what is complete in --out"),
+    "--tables": dict(action="store_true", help="run nothing, print the tables of all logs in --out"),
+}
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    flags = {"all": COMMON, **{name: experiment.flags for name, experiment in EXPERIMENTS.items()}}
+    epilog = "\n".join(f"flags of {name}: {' '.join(of)}" for name, of in flags.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=raw)
     commands = parser.add_subparsers(dest="what", required=True, metavar="experiment")
     for name, experiment in EXPERIMENTS.items():
         command = commands.add_parser(name, help=experiment.summary, description=experiment.summary)
-        command.add_argument("--out", type=Path, default=ROOT / "out" / "learn")
-        command.add_argument("--seconds", type=float, default=math.inf, help="after which all is stopped")
-        command.add_argument("--gpus", nargs="+", help="as CUDA_VISIBLE_DEVICES names them; default: all visible")
-        command.add_argument("--side-by-side", type=int, help="runs at once on each GPU (4), or on the CPU (1)")
-        command.add_argument("--overwrite", action="store_true", help="run again what is complete in --out")
-        command.add_argument("--tables", action="store_true", help="run nothing, print tables of all logs in --out")
-        for flag, options in experiment.flags.items():
+        for flag, options in {**COMMON, **experiment.flags}.items():
             command.add_argument(flag, **options)
     args = parser.parse_args(arguments)
     args.out = args.out.resolve() / args.what
