@@ -480,7 +480,7 @@ def train_here(out: Path, task: str, name: str, *flags: str) -> None:
 
 TABLES = {
     "recall": (r"\| \| 32 \|", r"\| nsa \| 0\.\d{4} / 0\.\d{4} \|", r"\| dense \| 0\.\d{4} \|", r"nsa-1: .* at 64\n"),
-    "mqar": (r"\| \| 16/2 \| 32/4 \|", r"\| nsa, dim 32, rate 0.003( \| 0\.\d{4} / 0\.\d{4}){2} \|"),
+    "mqar": (r"\| \| 16/2 \| 32/4 \|", r"\| nsa, dim 32, rate 0.0032( \| 0\.\d{4} / 0\.\d{4}){2} \|"),
     "retrieval": (
         r"\| \| 32 \| 64 \|",
         *(rf"\| {kind}, dense( \| 0\.\d{{4}}){{2}} \|" for kind in recall.Retrieval.KINDS),

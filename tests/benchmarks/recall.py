@@ -176,7 +176,7 @@ class MQAR(Task):
     block_size: int = 8
     stride: int = 4
     select_block_size: int = 8
-    learning_rate: float = 3e-3
+    learning_rate: float = 3.2e-3
     iterations: int = 8 * 703  # 703 batches are an epoch of zoology: 180,000 sequences, 24 million tokens
     warmup: int = 100
     eval_interval: int = 703
@@ -547,7 +547,9 @@ EXPERIMENTS = {
             MAIN,
             **{
                 "--dims": dict(type=int, nargs="+", default=[64, 128, 256]),
-                "--rates": dict(nargs="+", default=["1e-3", "3e-3"], help='learning rates, or "best" of what has run'),
+                "--rates": dict(
+                    nargs="+", default=["3.2e-3", "1e-2"], help='learning rates, or "best" of what has run'
+                ),
             },
         ),
         mqar_jobs,

@@ -54,6 +54,11 @@ class Job:
         return self.folder.name
 
     @property
+    def flags(self) -> list[str]:
+        """Flags of the command, wherever the folder is."""
+        return [word.replace(str(self.folder), self.name) for word in self.command[1:]]
+
+    @property
     def printed(self) -> Path:
         return self.folder / "printed.txt"
 
@@ -69,7 +74,7 @@ class Job:
     def finish(self, exit_code: int, seconds: float) -> None:
         """Add the last line to the log."""
         for path in self.folder.glob("*.jsonl"):
-            line = {"minutes": round(seconds / 60, 2), "exit_code": exit_code, "job": self.command}
+            line = {"minutes": round(seconds / 60, 2), "exit_code": exit_code, "flags": self.flags}
             with path.open("a", encoding="utf-8") as file:
                 print(json.dumps(line), file=file)
 
@@ -130,7 +135,7 @@ def header(settings: dict[str, Any]) -> str:
 
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def missing(jobs: list[Job], overwrite: bool) -> list[Job]:
-    """Jobs whose log is not complete. A complete log of another command is not lost for want of a flag."""
+    """Jobs whose log is not complete. A complete log of other flags is not lost for want of --overwrite."""
     if overwrite:
         return jobs
     missing = []
@@ -138,8 +143,8 @@ def missing(jobs: list[Job], overwrite: bool) -> list[Job]:
         log = Log(job.folder)
         if not log.complete:
             missing.append(job)
-        elif log.value("job")[1:] != job.command[1:]:
-            then = " ".join(log.value("job")[1:])
+        elif log.value("flags") != job.flags:
+            then = " ".join(log.value("flags"))
             raise ValueError(f"{job.folder} has a run with other flags ({then}): give --overwrite or another --out")
     return missing
 
