@@ -228,7 +228,6 @@ class Retrieval(Task):
     layers: int = 3
     dim: int = 128
     heads: int = 4
-    local_window: int = 32
     topk_blocks: int = 8
     learning_rate: float = 3e-3
     iterations: int = 2000
@@ -449,13 +448,9 @@ def best_rate(logs: list[Log]) -> float:
 def retrieval_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     jobs = []
     for seed, variant in itertools.product(args.seeds, args.variants):
-        rate = {"learning_rate": RATES[variant]} if variant in RATES else {}
-        flags = {"variant": variant, "seed": seed, "batch_size": max(TOKENS // Retrieval.context, 4), **rate}
+        flags = {"variant": variant, "seed": seed, "batch_size": TOKENS // Retrieval.context}
         jobs.append(job(f"{variant}-{seed}", args, extra, **flags))
     return jobs
-
-
-RATES = {"dense": 1e-3}  # learning rates of retrieval other than the task's
 
 
 # ── Tables ────────────────────────────────────────────────────────────────────────────────────────────────────────────
