@@ -6933,7 +6933,7 @@ def _finish_blocks(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     RAW: tl.constexpr = 4 if SETS == 3 else 2 if TURNS is not None and VALUES == 0 else 0
     # the weight of a convolution is (out, in, token), the first of an MLP (units, token, in)
-    TOKENS: tl.constexpr = max(128 // BLOCK_D, 1) if w_in is not None else 1
+    TOKENS: tl.constexpr = 128 // BLOCK_D if w_in is not None and BLOCK_D < 128 else 1
     UNIT: tl.constexpr = 128 // dtype.primitive_bitwidth  # numbers in the 16 bytes that are copied at once
     TOKEN_STEP: tl.constexpr = D if w_out is not None else 1
     DIM_STEP: tl.constexpr = 1 if w_out is not None else BLOCK
@@ -7236,7 +7236,7 @@ def _decode_score(
     """score[j] = sum_g exp2(scores[row, g, j] − lse[g]), and the same of the carries; lse over the splits: (NP,)."""
     j, split = tl.arange(0, NP)[None, :], tl.arange(0, SPLITS_PAD)[None, :]
     NT: tl.constexpr = NP // BLOCKS  # tiles; nothing is carried to the first one
-    tile, jj = tl.arange(0, max(NT, 1))[None, :], tl.arange(0, BLOCKS)[None, :]
+    tile, jj = tl.arange(0, NT if NT > 1 else 1)[None, :], tl.arange(0, BLOCKS)[None, :]
     score = tl.zeros([NP], tl.float32)
     for first_head in range(0, GROUP, HEADS):
         g = first_head + tl.arange(0, HEADS)[:, None]
@@ -7297,7 +7297,7 @@ def _merge_splits(
 ):  # fmt: skip
     """o[g] = sum over the branches of gate·sum_n exp2(lse[n] − lse)·o[n], HEADS heads at a time."""
     split, d = tl.arange(0, SPLITS_PAD), tl.arange(0, BLOCK_D)
-    for first_head in range(0, min(GROUP, BLOCK_M), HEADS):
+    for first_head in range(0, GROUP if GROUP < BLOCK_M else BLOCK_M, HEADS):
         g = tl.program_id(2) * BLOCK_M + first_head + tl.arange(0, HEADS)
         exists = (split < n_parts)[:, None] & (g < GROUP)[None, :]
         out = _part_row(row, split[:, None], g[None, :], GROUP) * (D + _PART_PAD)
