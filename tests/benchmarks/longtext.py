@@ -60,7 +60,7 @@ class Long(script.Settings):
     init_blocks: int = 1
     local_blocks: int = 2
     gate_init: tuple[float, float, float] = (2.0, -2.0, -2.0)
-    iterations: int = 1200
+    iterations: int = 1000
     eval_batches: int = 8
     test_batches: int = 32  # for what is measured at the end
     compressors: str = "shared"  # by the key heads, or "own": each has its own
