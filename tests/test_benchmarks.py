@@ -451,6 +451,8 @@ def test_slots_are_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs.slots(None, 1) == ["3", "GPU-abc"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runs.slots(None, None) == [None] and runs.slots(None, 3) == [None] * 3
+    with pytest.raises(ValueError, match="side_by_side = 0: must be at least 1"):
+        runs.slots(None, 0)
 
 
 def test_a_log_says_what_a_cut_off_line_does_not(tmp_path: Path) -> None:
@@ -508,6 +510,17 @@ def test_a_run_that_was_stopped_counts_for_what_it_reached(tmp_path: Path, capsy
     learn.main(["recall", "--out", str(tmp_path), "--tables"])
     shown = capsys.readouterr().out
     assert re.search(r"\| nsa \| 0\.\d{4}\* \|", shown) and "not complete" in shown
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_a_run_without_an_evaluation_is_named(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert learn.main([task, "--out", str(tmp_path), "--tables"]) == 2
+    assert "there is no log" in capsys.readouterr().err
+    train_here(tmp_path, task, "nsa-1")
+    path = tmp_path / task / "nsa-1" / "log.jsonl"
+    path.write_text(path.read_text().splitlines()[0])
+    assert learn.main([task, "--out", str(tmp_path), "--tables"]) == 0
+    assert re.search(r"\nnsa-1, [\d,]+ parameters, not complete: \n", capsys.readouterr().out)
 
 
 def test_training_ends_when_accuracy_is_enough(tmp_path: Path) -> None:

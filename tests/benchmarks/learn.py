@@ -123,7 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
             to_run = missing(jobs, args.overwrite)
             print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
             failed = run_all(to_run, slots(args.gpus, args.side_by_side), args.seconds)
-        experiment.tables(read_logs(args.out))
+        logs = read_logs(args.out)
+        if not logs:
+            raise ValueError(f"out = {args.out}: there is no log of a run in it")
+        experiment.tables(logs)
         if args.what == "text" and args.pictures is not None:
             draw(args.out / f"nsa-{args.seeds[0]}", args.pictures)
     except (ValueError, script.Stop) as problem:

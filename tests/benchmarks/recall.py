@@ -33,7 +33,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -422,7 +422,7 @@ def recall_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
 
 def mqar_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     """Wide models first. The rate "best" is that of the runs which are in the folder already."""
-    jobs, logs = [], read_logs(args.out) if "best" in args.rates else []
+    jobs, logs = [], [log for log in read_logs(args.out) if log.evaluations]
     for dim, variant, rate, seed in itertools.product(sorted(args.dims)[::-1], args.variants, args.rates, args.seeds):
         if rate == "best":
             known = [log for log in logs if (log.variant, log.dim) == (variant, dim)]
@@ -436,7 +436,8 @@ def mqar_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
 
 def best_rate(logs: list[Log]) -> float:
     """Learning rate with which the first seed came to the highest accuracy, or to one that was enough the soonest."""
-    first = [log for log in logs if log.seed == min(log.seed for log in logs) and log.evaluations]
+    seed = min(log.seed for log in logs)
+    first = [log for log in logs if log.seed == seed]
 
     def rank(log: Log) -> tuple[float, int]:
         last = log.evaluations[-1]
@@ -462,12 +463,14 @@ def shares(log: Log) -> dict[str, str]:
     return {name: f"{share:.4f}*" for name, share in (log.best or {"by": {}})["by"].items()}
 
 
-def show(rows: dict[str, list[dict[str, str]]], columns: list[str]) -> None:
-    """Print a table: each row has its title and, for each seed, what to show in each column."""
-    print("\naccuracy, of each seed\n\n| | " + " | ".join(columns) + " |")
+def show(rows: dict[str, list[dict[str, str]]], columns: Iterable[str]) -> None:
+    """Print a table: each row has its title and, for each run, what to show in each column."""
+    columns = list(columns)
+    titles = [f"{int(column):,}" if column.isdecimal() else column for column in columns]
+    print("\naccuracy, of each seed\n\n| | " + " | ".join(titles) + " |")
     print("|---" * (1 + len(columns)) + "|")
-    for title, seeds in rows.items():
-        cells = (" / ".join(cells[column] for cells in seeds if column in cells) or "–" for column in columns)
+    for title, runs in rows.items():
+        cells = (" / ".join(cells[column] for cells in runs if column in cells) or "–" for column in columns)
         print(f"| {title} | " + " | ".join(cells) + " |")
 
 
@@ -488,38 +491,33 @@ def show_progress(logs: list[Log]) -> None:
 
 
 def recall_tables(logs: list[Log]) -> None:
-    contexts = sorted({log.context for log in logs})
-    groups = group(logs, lambda log: log.variant)
-    rows = {
-        title: [
-            {f"{log.context:,}": cell} for log in group for at, cell in shares(log).items() if at == str(log.context)
-        ]
-        for title, group in groups.items()
-    }
-    show(rows, [f"{context:,}" for context in contexts])
+    contexts, rows = sorted({log.context for log in logs}), {}
+    for title, of_title in group(logs, lambda log: log.variant).items():
+        own = [(str(log.context), shares(log)) for log in of_title]
+        rows[title] = [{context: cells[context]} for context, cells in own if context in cells]
+    show(rows, map(str, contexts))
     for log in logs:
-        if log.context == min(contexts):
+        if log.context == contexts[0]:
             print(f"{log.name}: " + ", ".join(f"{share} at {length}" for length, share in shares(log).items()))
     show_progress(logs)
 
 
 def mqar_tables(logs: list[Log]) -> None:
     """Accuracy at the best rate of each variant and width, and how each run came there."""
-    rows = {}
-    for title, group_ in group(logs, lambda log: f"{log.variant}, dim {log.dim}").items():
-        rate = best_rate(group_)
-        rows[f"{title}, rate {rate:g}"] = [shares(log) for log in group_ if log.learning_rate == rate]
-    show(rows, list(dict.fromkeys(name for log in logs for name in shares(log))))
+    rows, evaluated = {}, [log for log in logs if log.evaluations]
+    for title, of_title in group(evaluated, lambda log: f"{log.variant}, dim {log.dim}").items():
+        rate = best_rate(of_title)
+        rows[f"{title}, rate {rate:g}"] = [shares(log) for log in of_title if log.learning_rate == rate]
+    show(rows, dict.fromkeys(name for log in logs for name in shares(log)))
     show_progress(logs)
 
 
 def retrieval_tables(logs: list[Log]) -> None:
-    lengths = sorted({length for log in logs for length in map(int, log.tested.split())})
     groups, rows = group(logs, lambda log: log.variant), {}
-    for kind, (title, group_) in itertools.product(Retrieval.KINDS, groups.items()):
-        cells = [{f"{n:,}": shares(log).get(f"{kind} {n}") for n in lengths} for log in group_]
-        rows[f"{kind}, {title}"] = [{n: cell for n, cell in each.items() if cell is not None} for each in cells]
-    show(rows, [f"{n:,}" for n in lengths])
+    for kind, (title, of_title) in itertools.product(Retrieval.KINDS, groups.items()):
+        named = [{name.removeprefix(f"{kind} "): share for name, share in shares(log).items()} for log in of_title]
+        rows[f"{kind}, {title}"] = named
+    show(rows, dict.fromkeys(length for log in logs for length in log.tested.split()))
     show_progress(logs)
 
 

@@ -155,6 +155,8 @@ def slots(gpus: list[str] | None, side_by_side: int | None) -> list[str | None]:
     >>> slots(["0", "1"], 2)
     ['0', '1', '0', '1']
     """
+    if side_by_side is not None and side_by_side < 1:
+        raise ValueError(f"side_by_side = {side_by_side}: must be at least 1")
     if gpus is None:
         here = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = [str(index) for index in range(torch.cuda.device_count())] if here is None else here.split(",")
