@@ -123,7 +123,7 @@ class Task(script.Settings):
 
 
 def sample(count: int, of: int, rows: int, random: torch.Generator, log_weights: Tensor | float = 0.0) -> Tensor:
-    """Distinct numbers (rows, count) below `of`, in random order, one after the other in proportion to weights."""
+    """Distinct numbers (rows, count) below `of`, drawn one after the other in proportion to weights."""
     gumbel = -torch.empty(rows, of, device=random.device).exponential_(generator=random).log()
     return (gumbel + log_weights).topk(count).indices
 
@@ -145,6 +145,7 @@ class Recall(Task):
 
 
 def recall_batch(pairs: int, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Sequences with pairs in their first half and questions at their end."""
     pairs = min(pairs, length // 8)
     shape, part, end, on = (rows, pairs), length // 2 // pairs, length - 2 * pairs, {"device": random.device}
     keys = sample(pairs, 32, rows, random)
@@ -162,8 +163,8 @@ class MQAR(Task):
     """Multi-query associative recall with the data of zoology (Arora et al. 2023), drawn anew for each batch.
 
     Keys are the lower half of the vocabulary without 0, values the upper half, other tokens any; the distance of a
-    question from the pairs follows a power law. A batch has one of the training sets, in proportion to their sizes. The
-    end comes with an accuracy of 0.99 over all test sets together.
+    question from the pairs follows a power law. A batch is of one of the training sets, drawn in proportion to their
+    sizes. Training ends when the accuracy over all test sets together is 0.99.
     """
 
     train_sets: str = "64/4*100 128/8*20 256/16*20 256/32*20 256/64*20"  # tokens/pairs*thousands of sequences
@@ -202,6 +203,7 @@ class MQAR(Task):
 
 
 def mqar_batch(vocabulary: int, pairs: int, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Sequences with pairs at their start; questions are at an even distance from there, and among random tokens."""
     half, start, space = vocabulary // 2, 2 * pairs, length // 2 - pairs
     keys = 1 + sample(pairs, half - 1, rows, random)
     values = half + sample(pairs, half, rows, random)
@@ -256,7 +258,7 @@ def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator, 
     With hints, a fact that gives a key asks for its value there, too.
     """
     K, V = Retrieval.KEYS, Retrieval.VALUES
-    is_fact, question = Retrieval.vocabulary - 2, Retrieval.vocabulary - 1
+    fact, question = Retrieval.vocabulary - 2, Retrieval.vocabulary - 1
     at_most, tokens_each, same = {  # keys or chains, tokens that each takes at least, and facts about one
         "needle": (1, 32, 1), "multi-key": (16, 8, 1), "multi-value": (4, 16, 4), "variables": (4, 16, 3)
     }[kind]  # fmt: skip
@@ -279,9 +281,8 @@ def retrieval_batch(kind: str, rows: int, length: int, random: torch.Generator, 
     offsets = torch.randint(part - 2, (rows, facts), generator=random, device=random.device)
     starts = places.flatten(1) * part + offsets
     tokens = K + V + torch.randint(Retrieval.FILLERS, (rows, length), generator=random, device=random.device)
-    tokens.scatter_(1, starts, is_fact).scatter_(1, starts + 1, left.flatten(1)).scatter_(
-        1, starts + 2, right.flatten(1)
-    )
+    for offset, part_of_fact in enumerate((torch.full_like(starts, fact), left.flatten(1), right.flatten(1))):
+        tokens.scatter_(1, starts + offset, part_of_fact)
     tokens[:, end::2], tokens[:, end + 1 :: 2] = question, keys
     asked = torch.arange(end + 1, length, 2, device=random.device)[:, None].expand_as(answers)
     answers, asked = answers.flatten(1), asked.flatten(1)
