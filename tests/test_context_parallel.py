@@ -49,7 +49,8 @@ PACKED: dict[str, tuple[dict[str, object], list[int]]] = {
     "no_block": ({"block_size": 8}, [3] * 16),
     "normed": ({"qk_norm": 1e-6, "rope_frequencies": (1.0, 0.3, 0.1), "kv_heads": 2}, [9, 30, 9]),
 }
-PADDED = ("grouped_queries", "overlapping_blocks", "rope_separate_kv", "conv1d", "avgpool", "compressor_of_the_user")
+PADDED = ("grouped_queries", "overlapping_blocks", "rope_separate_kv", "normed", "conv1d", "avgpool")
+PADDED += ("compressor_of_the_user",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
