@@ -150,7 +150,8 @@ class Runtime:
         return x
 
     def __str__(self) -> str:
-        name = f"{self.device}, {self.dtype}".replace("torch.", "")
+        card = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        name = f"{self.device}{card}, {self.dtype}".replace("torch.", "")
         return name if self.world == 1 else f"{name}, {self.world} processes"
 
 
@@ -552,8 +553,7 @@ class Log:
         self.on_cpu, self.seconds, is_first = runtime.device.type == "cpu", 0.0, runtime.rank == 0
         path = settings.out / f"{run.attention}.jsonl" if is_first else Path(os.devnull)
         self.file = path.open("a" if run.iteration else "w", encoding="utf-8")
-        card = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
-        environment = {"torch": torch.__version__, "device": str(runtime), "card": card, "command": " ".join(sys.argv)}
+        environment = {"torch": torch.__version__, "device": str(runtime), "command": " ".join(sys.argv)}
         self.write(settings=vars(settings), environment=environment)
         with suppress(ImportError):
             from tqdm import tqdm

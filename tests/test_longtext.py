@@ -20,6 +20,7 @@ TINY = {
     **{"layers": 2, "dim": 32, "heads": 4, "kv_heads": 2, "context": 128, "batch_size": 2, "local_window": 16},
     **{"block_size": 8, "stride": 4, "select_block_size": 8, "topk_blocks": 5, "iterations": 4, "eval_interval": 2},
     **{"eval_batches": 1, "test_batches": 1, "warmup": 2, "device": "cpu"},
+    "compile": "off",
 }
 
 
@@ -139,6 +140,30 @@ def test_compressors_of_heads_are_told_apart(longtext: ModuleType, sources: Path
     k_cmp = attention._compress_rows(torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8))[0]
     assert k_cmp.shape == (1, 15, 2, 8) and (k_cmp[:, :, 0] == 0).all() and (k_cmp[:, :, 1] != 0).any()
     longtext.train(settings)
+
+
+def test_fixed_gates_stay(longtext: ModuleType, dense_run: Path, sources: Path) -> None:
+    settings = settings_of(longtext, dense_run, sources, gates="fixed", gate_init=(1.0, 2.0, 3.0), frozen=2)
+    longtext.train(settings)
+    after = torch.load(settings.out / "model.pt", weights_only=True)
+    for name in ("blocks.0.attn.gate_bias", "blocks.1.attn.gate_bias"):
+        assert torch.equal(after[name], torch.tensor([1.0, 2.0, 3.0]).expand(4, 3))
+
+
+def test_other_seeds_take_the_best_rate_of_the_first(
+    longtext: ModuleType, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import learn
+
+    sizes = [word for name, value in TINY.items() if name != "iterations" for word in (f"--{name}", str(value))]
+    extra = [word.replace("_", "-") for word in sizes] + ["--iterations", "2", "--data", str(sources), "--layers", "1"]
+    words = ["long", "--out", str(tmp_path), "--variants", "window", "--seeds", "3", "1", "--rates", "1e-5", "3e-3"]
+    assert learn.main([*words, "--", *extra]) == 0
+    runs = {log.name for log in longtext.read_logs(tmp_path / "long")}
+    assert runs == {"window-1e-05-3", "window-0.003-3", "window-0.003-1"}
+    assert "1 runs, 2 are complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no complete run of dense attention"):
+        longtext.best_dense(tmp_path / "long")
 
 
 @pytest.mark.parametrize("recipe", ["distilled", "choice taught", "compressors first", "every fourth layer dense"])

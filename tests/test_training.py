@@ -659,5 +659,5 @@ def test_importing_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_model_stands_within_the_first_200_lines() -> None:
     lines = SCRIPT.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 990
+    assert len(lines) <= 1000
     assert lines.index("class NSALanguageModel(nn.Module):") < 200

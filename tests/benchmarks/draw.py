@@ -197,7 +197,7 @@ def best_runs(logs: list[Log]) -> dict[str, list[Log]]:
     from longtext import best_rate
 
     done = [log for log in logs if log.value("final")]
-    steps = min(log.iterations for log in done)
+    steps = max(log.iterations for log in done if log.variant == "nsa")
     done = [log for log in done if log.iterations == steps]
     runs = {name: [log for log in done if log.variant == name] for name in OF_ATTENTION}
     return {name: [log for log in of if log.learning_rate == best_rate(of)] for name, of in runs.items() if of}

@@ -21,6 +21,7 @@ import itertools
 import math
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import longtext
@@ -112,17 +113,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
+def run_rounds(experiment: Experiment, args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    """Run the jobs of an experiment, then those that it has once these are done; returns those that failed."""
+    begin, tried, failed = time.monotonic(), set(), []
+    while True:
+        jobs = experiment.jobs(args, extra)
+        to_run = [job for job in missing(jobs, args.overwrite) if job.folder not in tried]
+        seconds = args.seconds - (time.monotonic() - begin)
+        if tried and (not to_run or seconds <= 0):
+            return failed
+        print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
+        failed += run_all(to_run, slots(args.gpus, args.side_by_side), seconds)
+        tried |= {job.folder for job in jobs}
+
+
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     own = words[: words.index("--")] if "--" in words else words
-    args, failed = parse(own), []
+    args = parse(own)
     experiment = EXPERIMENTS[args.what]
     try:
-        if not args.tables:
-            jobs = experiment.jobs(args, words[len(own) + 1 :])
-            to_run = missing(jobs, args.overwrite)
-            print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
-            failed = run_all(to_run, slots(args.gpus, args.side_by_side), args.seconds)
+        failed = [] if args.tables else run_rounds(experiment, args, words[len(own) + 1 :])
         logs = read_logs(args.out)
         if not logs:
             raise ValueError(f"out = {args.out}: there is no log of a run in it")

@@ -60,8 +60,10 @@ class Long(script.Settings):
     init_blocks: int = 1
     local_blocks: int = 2
     gate_init: tuple[float, float, float] = (2.0, -2.0, -2.0)
-    iterations: int = 1000
+    iterations: int = 3000
     eval_batches: int = 8
+    compile: str = "default"
+    gates: str = "learned"  # or "fixed" at their start
     test_batches: int = 32  # for what is measured at the end
     compressors: str = "shared"  # by the key heads, or "own": each has its own
     guide: float = 0.0  # weight of the loss by which compressed scores learn dense attention's shares
@@ -281,7 +283,9 @@ def train(settings: Long) -> None:
                 clock.start(iteration)
             if iteration in (0, settings.frozen):
                 for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(iteration == settings.frozen or "compress_" in name or "gate_" in name)
+                    of_gate = "gate_" in name
+                    learns = iteration == settings.frozen or "compress_" in name or of_gate
+                    parameter.requires_grad_(learns and not (of_gate and settings.gates == "fixed"))
             if iteration < settings.iterations:
                 seed = script.seed_of(settings.seed, "batch", iteration)
                 batch = text.batch("train", settings.batch_size, settings.context, seed)
@@ -346,10 +350,12 @@ def as_words(value: object) -> list[str]:
 
 
 def long_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
-    """The first seed with each learning rate; the others with the rate that was best there, in a second run."""
-    jobs, logs = [], read_logs(args.out)
+    """The first seed with each learning rate; once they are done, the others with the one that was best there."""
+    jobs, logs = [], [log for log in read_logs(args.out) if log.complete]
     for variant, seed in itertools.product(args.variants, args.seeds):
-        best = best_rate([log for log in logs if log.complete and log.variant == variant])
+        of_variant = [log for log in logs if log.variant == variant]
+        tried = {log.learning_rate for log in of_variant if log.seed == args.seeds[0]}
+        best = best_rate(of_variant) if tried >= set(args.rates) else None
         for rate in args.rates if seed == args.seeds[0] else [best] if best else []:
             settings = {"variant": variant, "seed": seed, "learning_rate": rate}
             jobs.append(job(args.out / f"{variant}-{rate:g}-{seed}", extra, **settings))
@@ -359,9 +365,11 @@ def long_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     return jobs
 
 
-def best_rate(logs: list[Log]) -> float | None:
-    """Learning rate of the run with the lowest loss, of those that are as long as the shortest."""
-    return min(logs, key=lambda log: (log.iterations, log.value("final")["loss"])).learning_rate if logs else None
+def best_rate(logs: list[Log]) -> float:
+    """Learning rate with which the first seed came to the lowest loss, of the runs that are as long as the longest."""
+    steps, seed = max(log.iterations for log in logs), min(log.seed for log in logs)
+    first = [log for log in logs if (log.iterations, log.seed) == (steps, seed)]
+    return min(first, key=lambda log: log.value("final")["loss"]).learning_rate
 
 
 def long_tables(logs: list[Log]) -> None:
@@ -414,10 +422,19 @@ RECIPES = {  # settings of each way from a dense model to NSA, beside the dense 
 
 
 def convert_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
-    common = {"start": args.start, "seed": args.seed, "learning_rate": args.rate, "iterations": args.iterations}
+    start = args.start or best_dense(args.out.parent / "long")
+    common = {"start": start, "seed": args.seed, "learning_rate": args.rate, "iterations": args.iterations}
     common |= {"eval_interval": 25}
     jobs = {name.replace(" ", "-").replace(",", ""): RECIPES[name] for name in args.recipes}
     return [job(args.out / name, extra, **common, **settings) for name, settings in jobs.items()]
+
+
+def best_dense(out: Path) -> Path:
+    """Folder of the dense run of `long` with the lowest loss."""
+    dense = [log for log in read_logs(out) if log.complete and log.variant == "dense"]
+    if not dense:
+        raise ValueError(f"start: {out} has no complete run of dense attention to start from; run `long` first")
+    return min(dense, key=lambda log: log.value("final")["loss"]).folder
 
 
 def convert_tables(logs: list[Log]) -> None:
@@ -444,6 +461,7 @@ REMEDIES = {  # of a poor choice of blocks
     "as is": {},
     "choice taught": {"guide": 0.1},
     "even gates": {"gate_init": (0.0, 0.0, 0.0)},
+    "fixed gates": {"gates": "fixed"},
     "four key heads": {"kv_heads": 4},
     "four key heads with own compressors": {"kv_heads": 4, "compressors": "own"},
 }
@@ -464,7 +482,6 @@ def remedy_tables(logs: list[Log]) -> None:
     choice_tables([log for log in logs if log.value("final")])
 
 
-DENSE = ROOT / "out" / "learn" / "long" / "dense-0.001-1337"
 LONG = {
     "--variants": dict(nargs="+", choices=("nsa", "dense", "window"), default=["nsa", "dense", "window"]),
     "--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339]),
@@ -472,7 +489,7 @@ LONG = {
     "--dense-steps": dict(type=int, help="also train dense attention in so many steps, which take NSA's time"),
 }
 CONVERT = {
-    "--start": dict(type=Path, default=DENSE, help="folder of a dense run of `long`"),
+    "--start": dict(type=Path, help="folder of a dense run; default: the best one of `long`"),
     "--recipes": dict(nargs="+", choices=RECIPES, default=list(RECIPES)),
     "--seed": dict(type=int, default=1),
     "--rate": dict(type=float, default=3e-4),
