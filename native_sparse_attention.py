@@ -151,6 +151,10 @@ class NSAConfig:
             None: no rotation, unless rope_frequencies are given.
         rope_frequencies: D/2 numbers in place of those powers of θ, for embeddings that scale them, as Llama 3.1 does.
         rope_scale: factor on cosine and sine, as YaRN has it; queries and keys both get it.
+        selection_loss: weight of a loss by which compressed keys learn what to choose, which no other gradient tells
+            them: 16 random queries of each row compare their blocks' shares of dense attention and of the compressed
+            branch. In training, its gradient comes on top of that of any loss, to the compressors of keys alone; no
+            output changes. 0.1 does it; 0: none.
         dropout: probability on the output projection and in the feed-forward, never on attention probabilities.
         bias: True: projections, feed-forward and norms have biases.
         ffn_mult: hidden width of the feed-forward, in units of dim.
@@ -186,6 +190,7 @@ class NSAConfig:
     rope_theta: float | None = None
     rope_frequencies: tuple[float, ...] | None = None
     rope_scale: float = 1.0
+    selection_loss: float = 0.0
     dropout: float = 0.0
     bias: bool = False
     ffn_mult: int = 4
@@ -259,6 +264,8 @@ class NSAConfig:
             _check(isinstance(value, bool), name, value, "must be True or False", TypeError)
         _ = self.effective_backend  # which complains
         _check(_finite(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        weight = self.selection_loss
+        _check(_finite(weight) and weight >= 0, "selection_loss", weight, "must be a finite number of at least 0")
         self._check_rope()
         eps = self.qk_norm
         rule = "must be the norm's eps, a finite number above 0 such as 1e-6, or None"
@@ -541,6 +548,8 @@ class NativeSparseAttention(nn.Module):
             tensors = _autocast(p.q, p.k, p.v, k_cmp, v_cmp, p.gates, *own_keys)
             settings = {**self._settings, "scale": cfg.dim_head**-0.5, "segments": segments}
             o = self._attend_shard(batch, *tensors, **settings)
+            if cfg.selection_loss > 0 and self.training and torch.is_grad_enabled():
+                o = _AddLoss.apply(o, cfg.selection_loss * self._selection_loss(p, batch))
         return self.dropout(self.to_out(o.flatten(2)))  # (B, T, H, D) → (B, T, H·D) → (B, T, dim)
 
     def _attend_shard(
@@ -561,6 +570,44 @@ class NativeSparseAttention(nn.Module):
             at = {"segments": tables, "first": first, "row_first": batch.row_first(first)}
             outputs.append(_attention(q[:, part], *tensors, **settings, **at))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _selection_loss(self, p: _Projections, batch: _Batch) -> Tensor:
+        """Cross-entropy of the compressed branch's shares of blocks, with dense attention's as the truth.
+
+        The shares are those of compressed blocks that random queries may choose, neither forced nor later, means over
+        the heads of a group. Only the compressors of keys have gradients.
+        """
+        cfg, segments, T, device = self.cfg, batch.segments, p.q.shape[1], p.q.device
+        rule = "must be 0 under context_parallel: it needs the keys and the queries of the whole sequence"
+        _check(batch.context is None, "selection_loss", cfg.selection_loss, rule)
+        k_cmp, _ = self._compress(p._replace(k_raw=p.k_raw.detach(), v_raw=p.v_raw.detach()), segments)
+        t, token = torch.randint(T, (16, 1), device=device), torch.arange(T, device=device)
+        block = torch.arange(k_cmp.shape[1], device=device)
+        first, position = block * cfg.stride, t  # first token of each block, and positions of the queries
+        if segments.of_token is not None:
+            first, position = segments.of_key[0], segments.of_token[1][t]
+            first = first.where(block < segments.cu_keys[-1], T)  # rows of no block lie behind all queries
+        start, size, last = t - position, cfg.select_block_size, first + cfg.block_size - 1
+
+        def shares(keys: Tensor, seen: Tensor) -> Tensor:  # (B, Q, K, tokens or blocks)
+            q = torch.unflatten(p.q.detach()[:, t[:, 0]], 2, (cfg.kv_heads, -1))  # (B, Q, K, G, D)
+            scores = torch.einsum("bqkgd,bskd->bqkgs", q, keys.to(q.dtype)).to(_accumulation_dtype(q))
+            hidden = ~seen[:, None, None]  # a finite score: a query may see none
+            return (scores * cfg.dim_head**-0.5).masked_fill(hidden, -1e30).softmax(-1).mean(3)
+
+        with torch.no_grad():
+            dense = shares(p.k, (token >= start) & (token <= t))
+            truth = dense[..., (first[:, None] + torch.arange(cfg.block_size, device=device)).clamp(max=T - 1)].sum(-1)
+        guess = shares(k_cmp, (first >= start) & (last <= t))
+        end = start + (position // size - cfg.local_blocks + 1) * size  # of the blocks before the forced ones
+        free = (first >= start + cfg.init_blocks * size) & (last < end) & (last <= t)
+        truth, guess = (y * free[:, None] for y in (truth, guess))
+        truth, guess = (y / y.sum(-1, keepdim=True).clamp(min=1e-9) for y in (truth, guess))
+        taught = free.any(-1)[None, :, None].expand(truth.shape[:3])
+        if batch.padding is not None:
+            taught = taught & (position[:, 0] < batch.counts[:, None])[..., None]
+        loss = -(truth * (guess + 1e-6).log()).sum(-1).where(taught, 0.0)
+        return loss.sum() / taught.sum().clamp(min=1)
 
     def _attend_past(self, x: Tensor, batch: _Batch) -> Tensor:
         """Attention of the next tokens over a cache, which takes their keys first: (B, T, H, D)."""
@@ -3065,6 +3112,22 @@ class _CompressionFunction(torch.autograd.Function):
                 of_layers += [*parts[i : i + len(shapes)], *[None] * (5 - len(shapes))]
         gradients = (*inputs, *of_layers, *[None] * (10 - len(of_layers)))
         return *(None,) * 4, *_first_gradients(gradients, dk_cmp, dv_cmp, *saved)
+
+
+class _AddLoss(torch.autograd.Function):
+    """o as it is, whose backward also differentiates a loss: as if it had been added to what is differentiated."""
+
+    @staticmethod
+    def forward(o: Tensor, loss: Tensor) -> Tensor:
+        return o.view_as(o)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor]:
+        return do, torch.ones_like(*ctx.saved_tensors)
 
 
 class _FirstGradients(torch.autograd.Function):

@@ -36,6 +36,7 @@ DEFAULTS = {
     "rope_theta": None,
     "rope_frequencies": None,
     "rope_scale": 1.0,
+    "selection_loss": 0.0,
     "dropout": 0.0,
     "bias": False,
     "ffn_mult": 4,

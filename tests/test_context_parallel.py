@@ -357,6 +357,10 @@ def check_complaints() -> None:
                 attention(x, key_padding_mask=torch.ones(1, 16, dtype=torch.bool))
             with pytest.raises(ValueError, match="needs the whole sequence"):
                 attention.attention_patterns(x)
+            attention.cfg.selection_loss = 0.1
+            with pytest.raises(ValueError, match="selection_loss = 0.1: must be 0 under context_parallel"):
+                attention(x)
+            attention.cfg.selection_loss = 0.0
             parts = 2 if layout == "contiguous" else 4
             rule = rf"x.shape\[1\] = 7: must be a multiple of {parts} in layout '{layout}'; pad them to 8"
             with pytest.raises(ValueError, match=rule):

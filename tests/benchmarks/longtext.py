@@ -66,7 +66,7 @@ class Long(script.Settings):
     gates: str = "learned"  # or "fixed" at their start
     test_batches: int = 32  # for what is measured at the end
     compressors: str = "shared"  # by the key heads, or "own": each has its own
-    guide: float = 0.0  # weight of the loss by which compressed scores learn dense attention's shares
+    selection_loss: float = 0.0
     start: str = ""  # folder of a dense run to go on from
     frozen: int = 0  # iterations in which gates and compressors alone learn
     distill: float = 0.0  # weight of the difference from the dense model's predictions
@@ -131,16 +131,15 @@ def widen(block: script.NSABlock) -> None:
 
 
 # ── Choice of blocks ──────────────────────────────────────────────────────────────────────────────────────────────────
+@torch.no_grad()
 def block_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shares (B, Q, K, N) of each selection block for the queries at positions t (Q,), and the chosen (B, Q, K, S).
 
     The first are dense attention's, with this layer's queries and keys over all earlier tokens, the second those of the
-    compressed branch (importance: paper, eq. 9 and 10). Both are means over the heads of a group and sum to 1. Only
-    compressors have gradients.
+    compressed branch (importance: paper, eq. 9 and 10). Both are means over the heads of a group and sum to 1.
     """
     cfg, T = attention.cfg, x.shape[1]
-    with torch.no_grad():
-        p = attention._project(x, nsa._read_batch(cfg, attention.to_q, x))
+    p = attention._project(x, nsa._read_batch(cfg, attention.to_q, x))
     k_cmp, v_cmp = attention._compress(p, nsa._Segments())
     q = p.q[:, t].unflatten(2, (cfg.kv_heads, -1))  # (B, Q, K, G, D)
     key, block = torch.arange(T, device=x.device), torch.arange(k_cmp.shape[1], device=x.device)
@@ -153,10 +152,8 @@ def block_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> 
     start, own = block[:, None] * cfg.stride, torch.arange(count, device=x.device) * size
     overlap = torch.minimum(start + cfg.block_size, own + size) - torch.maximum(start, own)
     importance = probabilities[1] @ (overlap.clamp(min=0) / cfg.block_size)
-    with torch.no_grad():
-        lse = nsa.compressed_attention(p.q, k_cmp, v_cmp, cfg.block_size, cfg.stride)[1]
-        chosen = nsa.select_blocks(p.q, k_cmp, lse, **cfg.selection)[:, t].long()
-    return dense, importance, chosen
+    lse = nsa.compressed_attention(p.q, k_cmp, v_cmp, cfg.block_size, cfg.stride)[1]
+    return dense, importance, nsa.select_blocks(p.q, k_cmp, lse, **cfg.selection)[:, t].long()
 
 
 def free_blocks(cfg: nsa.NSAConfig, t: Tensor, count: int) -> Tensor:
@@ -184,45 +181,22 @@ def held_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> d
     return {name: share.mean().item() for name, share in shares.items()}
 
 
-def choice_loss(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> Tensor:
-    """Cross-entropy of the compressed branch's shares of the free blocks, with dense attention's as the truth."""
-    dense, importance, _ = block_shares(attention, x, t)
-    free = free_blocks(attention.cfg, t, dense.shape[-1])
-    dense, importance = dense.where(free, 0), importance.where(free, 0)
-    truth = dense / dense.sum(-1, keepdim=True).clamp(min=1e-9)
-    guess = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)
-    return -(truth * (guess + 1e-6).log()).sum(-1).mean()
+# ── Distillation ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class Distilled(nn.Module):
+    """A language model whose loss is in part its difference from a teacher's predictions."""
 
-
-# ── Losses with more terms ────────────────────────────────────────────────────────────────────────────────────────────
-class Guided(nn.Module):
-    """A language model whose loss has two more terms: the choice's, and the difference from a teacher's predictions."""
-
-    def __init__(self, model: script.NSALanguageModel, settings: Long, teacher: nn.Module | None) -> None:
+    def __init__(self, model: script.NSALanguageModel, teacher: nn.Module, weight: float) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.weight = model, weight
         self.teacher = (teacher,)  # in a tuple, so that it is no part of this module
-        self.sparse = [block for block in model.blocks if is_sparse(block)]
 
     def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        inputs: list[Tensor] = []
-        keep = lambda _, __, x: inputs.append(x.detach())  # noqa: E731
-        hooks = [block.norm1.register_forward_hook(keep) for block in self.sparse]
         logits, loss = self.model(tokens, targets, positions)
-        for hook in hooks:
-            hook.remove()
-        if self.settings.distill:
-            with torch.no_grad():
-                truth = self.teacher[0](tokens)[0].float().log_softmax(-1)
-            guess = logits.float().log_softmax(-1)
-            difference = F.kl_div(guess.flatten(0, 1), truth.flatten(0, 1), reduction="batchmean", log_target=True)
-            loss = (1 - self.settings.distill) * loss + self.settings.distill * difference
-        if self.settings.guide:
-            least = self.settings.select_block_size * (self.settings.local_blocks + self.settings.init_blocks)
-            t = torch.randint(least, tokens.shape[1], (QUERIES // 4,), device=tokens.device)
-            of_layers = [choice_loss(block.attn, x, t) for block, x in zip(self.sparse, inputs, strict=True)]
-            loss = loss + self.settings.guide * torch.stack(of_layers).sum()
-        return logits, loss
+        with torch.no_grad():
+            truth = self.teacher[0](tokens)[0].float().log_softmax(-1)
+        guess = logits.float().log_softmax(-1)
+        difference = F.kl_div(guess.flatten(0, 1), truth.flatten(0, 1), reduction="batchmean", log_target=True)
+        return logits, (1 - self.weight) * loss + self.weight * difference
 
 
 # ── A run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -268,8 +242,9 @@ def train(settings: Long) -> None:
         model = build_model(settings, len(text.vocabulary)).to(runtime.device)
         write(text=text.source, characters=[len(text.train), len(text.val)], parameters=parameters_of(model))
         net: nn.Module = model
-        if settings.guide or settings.distill:
-            net = Guided(model, settings, dense_teacher(settings, len(text.vocabulary), runtime))
+        if settings.distill:
+            teacher = build_model(dataclasses.replace(settings, variant="dense"), len(text.vocabulary))
+            net = Distilled(model, teacher.to(runtime.device).requires_grad_(False).eval(), settings.distill)
         net = net if settings.compile == "off" else torch.compile(net, mode=settings.compile)
         optimizer = script.make_optimizer(model, settings)
         validation = windows(text, "evaluation", settings, settings.eval_batches)
@@ -317,13 +292,6 @@ class Clock:
 
 def parameters_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def dense_teacher(settings: Long, vocabulary_size: int, runtime: script.Runtime) -> nn.Module | None:
-    if not settings.distill:
-        return None
-    teacher = build_model(dataclasses.replace(settings, variant="dense"), vocabulary_size)
-    return teacher.to(runtime.device).requires_grad_(False).eval()
 
 
 def parse_settings(flags: list[str]) -> Long:
@@ -416,7 +384,7 @@ RECIPES = {  # settings of each way from a dense model to NSA, beside the dense 
     "half local, half selective": {"gate_init": (0.0, -4.0, 0.0)},
     "compressors first": {"gate_init": (0.0, -4.0, 0.0), "frozen": 100},
     "distilled": {"gate_init": (0.0, -4.0, 0.0), "distill": 0.5},
-    "choice taught": {"gate_init": (0.0, -4.0, 0.0), "guide": 0.1},
+    "choice taught": {"gate_init": (0.0, -4.0, 0.0), "selection_loss": 0.1},
     "every fourth layer dense": {"gate_init": (0.0, -4.0, 0.0), "dense_every": 4},
 }
 
@@ -459,7 +427,7 @@ def convert_tables(logs: list[Log]) -> None:
 
 REMEDIES = {  # of a poor choice of blocks
     "as is": {},
-    "choice taught": {"guide": 0.1},
+    "choice taught": {"selection_loss": 0.1},
     "even gates": {"gate_init": (0.0, 0.0, 0.0)},
     "fixed gates": {"gates": "fixed"},
     "four key heads": {"kv_heads": 4},
