@@ -533,6 +533,7 @@ def made_up_log(out: Path, rate: float, seed: int, *evaluations: tuple[int, floa
     (out / f"nsa-64-{rate}-{seed}").mkdir(parents=True)
     settings = {"variant": "nsa", "dim": 64, "learning_rate": rate, "seed": seed, "enough": 0.99}
     lines = [{"settings": settings}, *({"iteration": n, "val": 1.0, "accuracy": share} for n, share in evaluations)]
+    lines.append({"exit_code": 0})
     (out / f"nsa-64-{rate}-{seed}" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
@@ -545,16 +546,16 @@ def test_the_best_rate_is_that_of_the_first_seed(slow: list[tuple[int, float]], 
     made_up_log(tmp_path / "mqar", 1e-3, 1, *slow)
     made_up_log(tmp_path / "mqar", 3e-3, 1, (1, 0.6), (2, 0.995))
     made_up_log(tmp_path / "mqar", 1e-2, 2, (1, 0.999))
-    words = ["mqar", "--out", str(tmp_path), "--variants", "nsa", "--dims", "64", "--rates", "best", "--seeds", "2"]
-    args = learn.parse(words)
-    [job] = recall.mqar_jobs(args, [])
-    assert recall.parse("mqar", job.command[4:]).learning_rate == best
-    with pytest.raises(ValueError, match="no run of dense at dim 64"):
-        recall.mqar_jobs(learn.parse([*words, "--variants", "dense"]), [])
+    words = ["mqar", "--out", str(tmp_path), "--variants", "nsa", "--dims", "64", "--seeds", "1", "2", "--rates"]
+    *_, job = jobs = recall.mqar_jobs(learn.parse([*words, "1e-3", "3e-3"]), [])
+    task = recall.parse("mqar", job.command[4:])
+    assert (task.learning_rate, task.seed, len(jobs)) == (best, 2, 3)
+    jobs = recall.mqar_jobs(learn.parse([*words, "1e-3", "3e-3", "5e-3"]), [])
+    assert len(jobs) == 3, "the second seed waits for the first"
 
 
 def test_jobs_have_the_settings_of_the_experiment(tmp_path: Path) -> None:
-    for name, count in (("text", 6), ("recall", 54), ("mqar", 54), ("retrieval", 9)):
+    for name, count in (("text", 6), ("recall", 54), ("mqar", 18), ("retrieval", 9)):
         args = learn.parse([name, "--out", str(tmp_path)])
         jobs = learn.EXPERIMENTS[name].jobs(args, [])
         assert len({job.folder for job in jobs}) == count and jobs[0].folder.parent == tmp_path / name

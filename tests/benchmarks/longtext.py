@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runs import Experiment, Job, Log, header, read_logs
+from runs import Experiment, Job, Log, header, rates_to_run, read_logs
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,18 +318,14 @@ def as_words(value: object) -> list[str]:
 
 
 def long_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
-    """The first seed with each learning rate; once they are done, the others with the one that was best there."""
-    jobs, logs = [], [log for log in read_logs(args.out) if log.complete]
+    jobs, logs = [], read_logs(args.out)
     for variant, seed in itertools.product(args.variants, args.seeds):
-        of_variant = [log for log in logs if log.variant == variant]
-        tried = {log.learning_rate for log in of_variant if log.seed == args.seeds[0]}
-        best = best_rate(of_variant) if tried >= set(args.rates) else None
-        for rate in args.rates if seed == args.seeds[0] else [best] if best else []:
+        for rate in rates_to_run(args, seed, [log for log in logs if log.variant == variant], best_rate):
             settings = {"variant": variant, "seed": seed, "learning_rate": rate}
             jobs.append(job(args.out / f"{variant}-{rate:g}-{seed}", extra, **settings))
-        if best and variant == "dense" and args.dense_steps:
-            settings = {"variant": variant, "seed": seed, "learning_rate": best, "iterations": args.dense_steps}
-            jobs.append(job(args.out / f"dense-as-long-as-nsa-{seed}", extra, **settings))
+            if variant == "dense" and args.dense_steps:
+                folder = args.out / f"dense-as-long-as-nsa-{rate:g}-{seed}"
+                jobs.append(job(folder, extra, **settings | {"iterations": args.dense_steps}))
     return jobs
 
 

@@ -39,7 +39,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from runs import Experiment, Job, Log, header, read_logs
+from runs import Experiment, Job, Log, header, rates_to_run, read_logs
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -422,16 +422,13 @@ def recall_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
 
 
 def mqar_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
-    """Wide models first. The rate "best" is that of the runs which are in the folder already."""
-    jobs, logs = [], [log for log in read_logs(args.out) if log.evaluations]
-    for dim, variant, rate, seed in itertools.product(sorted(args.dims)[::-1], args.variants, args.rates, args.seeds):
-        if rate == "best":
-            known = [log for log in logs if (log.variant, log.dim) == (variant, dim)]
-            if not known:
-                raise ValueError(f"rates = best: {args.out} has no run of {variant} at dim {dim} to choose it from")
-            rate = best_rate(known)
-        flags = {"variant": variant, "dim": dim, "learning_rate": float(rate), "seed": seed}
-        jobs.append(job(f"{variant}-{dim}-{float(rate):g}-{seed}", args, extra, **flags))
+    """Wide models first, which take longest."""
+    jobs, logs = [], read_logs(args.out)
+    for dim, variant, seed in itertools.product(sorted(args.dims)[::-1], args.variants, args.seeds):
+        of_model = [log for log in logs if (log.variant, log.dim) == (variant, dim)]
+        for rate in rates_to_run(args, seed, of_model, best_rate):
+            flags = {"variant": variant, "dim": dim, "learning_rate": rate, "seed": seed}
+            jobs.append(job(f"{variant}-{dim}-{rate:g}-{seed}", args, extra, **flags))
     return jobs
 
 
@@ -541,9 +538,7 @@ EXPERIMENTS = {
             MAIN,
             **{
                 "--dims": dict(type=int, nargs="+", default=[64, 128, 256]),
-                "--rates": dict(
-                    nargs="+", default=["3.2e-3", "1e-2"], help='learning rates, or "best" of what has run'
-                ),
+                "--rates": dict(type=float, nargs="+", default=[1e-3, 3.2e-3], help="learning rates of the first seed"),
             },
         ),
         mqar_jobs,

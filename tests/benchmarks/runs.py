@@ -126,6 +126,14 @@ def read_logs(out: Path) -> list[Log]:
     return [log for log in logs if log.settings]
 
 
+def rates_to_run(args: Namespace, seed: int, logs: list[Log], best_rate: Callable[[list[Log]], float]) -> list[float]:
+    """Learning rates of a seed: all for the first one; once they have run, for the others the one that was best."""
+    done = [log for log in logs if log.seed == args.seeds[0] and log.complete]
+    if seed == args.seeds[0]:
+        return args.rates
+    return [best_rate(done)] if {log.learning_rate for log in done} >= set(args.rates) else []
+
+
 def header(settings: dict[str, Any]) -> str:
     """First line of a log: settings, command, torch and the device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
