@@ -57,6 +57,13 @@ def test_models_of_all_attentions_have_the_same_number_of_parameters(longtext: M
     assert max(counts.values()) < 1.001 * min(counts.values()), counts
 
 
+@pytest.mark.parametrize(("flags", "words"), [("--variant sparse", "'nsa' or"), ("--context 1000", "multiple of 64")])
+def test_flags_that_are_refused(flags: str, words: str, longtext: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        longtext.parse_settings(flags.split())
+    assert words in capsys.readouterr().err
+
+
 def test_a_window_is_attention_to_the_last_tokens(longtext: ModuleType) -> None:
     cfg = NSAConfig(dim=32, heads=4, kv_heads=2, seq_len=64, local_window=10, rope_theta=100.0)
     torch.manual_seed(0)

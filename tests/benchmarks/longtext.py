@@ -37,11 +37,14 @@ BINS = 64  # of positions, in the loss by position
 QUERIES = 64  # of a sequence, whose choice of blocks is looked at
 
 
+KNOWN = {"variant": ("nsa", "dense", "window"), "gates": ("learned", "fixed"), "compressors": ("shared", "own")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Long(script.Settings):
     """Settings of a run. The block sizes are the paper's; queries share one key head."""
 
-    variant: str = "nsa"  # or dense, window
+    variant: str = "nsa"
     data: Path = Path(torch.__file__).parent
     pattern: str = "*.py"
     layers: int = 8
@@ -63,9 +66,9 @@ class Long(script.Settings):
     iterations: int = 3000
     eval_batches: int = 8
     compile: str = "default"
-    gates: str = "learned"  # or "fixed" at their start
+    gates: str = "learned"  # "fixed": they stay where they start
     test_batches: int = 32  # for what is measured at the end
-    compressors: str = "shared"  # by the key heads, or "own": each has its own
+    compressors: str = "shared"  # "own": each key head has its own
     selection_loss: float = 0.0
     start: str = ""  # folder of a dense run to go on from
     frozen: int = 0  # iterations in which gates and compressors alone learn
@@ -303,6 +306,11 @@ def parse_settings(flags: list[str]) -> Long:
         if each.default is not None and not isinstance(each.default, bool):
             parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **kind)
     given = vars(parser.parse_args(flags))
+    for name, known in KNOWN.items():
+        if given[name] not in known:
+            parser.error(f"{name} = {given[name]!r}: must be {' or '.join(map(repr, known))}")
+    if given["context"] % BINS != 0:
+        parser.error(f"context = {given['context']}: must be a multiple of {BINS}, the number of bins of positions")
     return Long(**given | {"gate_init": tuple(given["gate_init"])})
 
 
@@ -447,7 +455,7 @@ def remedy_tables(logs: list[Log]) -> None:
 
 
 LONG = {
-    "--variants": dict(nargs="+", choices=("nsa", "dense", "window"), default=["nsa", "dense", "window"]),
+    "--variants": dict(nargs="+", choices=KNOWN["variant"], default=KNOWN["variant"]),
     "--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339]),
     "--rates": dict(type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates of the first seed"),
     "--dense-steps": dict(type=int, help="also train dense attention in so many steps, which take NSA's time"),
