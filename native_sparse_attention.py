@@ -575,7 +575,7 @@ class NativeSparseAttention(nn.Module):
         """Cross-entropy of the compressed branch's shares of blocks, with dense attention's as the truth.
 
         The shares are those of compressed blocks that random queries may choose, neither forced nor later, means over
-        the heads of a group. Only the compressors of keys have gradients.
+        the heads of a group. Only the compressors of keys have gradients. 16·H·T numbers a row are in memory at a time.
         """
         cfg, segments, T, device = self.cfg, batch.segments, p.q.shape[1], p.q.device
         rule = "must be 0 under context_parallel: it needs the keys and the queries of the whole sequence"

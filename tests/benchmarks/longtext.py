@@ -35,8 +35,6 @@ import nsa_gpt_training as script  # noqa: E402
 
 BINS = 64  # of positions, in the loss by position
 QUERIES = 64  # of a sequence, whose choice of blocks is looked at
-
-
 KNOWN = {"variant": ("nsa", "dense", "window"), "gates": ("learned", "fixed"), "compressors": ("shared", "own")}
 
 
