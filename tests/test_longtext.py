@@ -211,9 +211,11 @@ def test_tables_and_drawings_come_from_the_logs(
     logs = longtext.read_logs(dense_run.parent)
     longtext.long_tables(logs)
     longtext.convert_tables(longtext.read_logs(tmp_path / "convert"))
+    longtext.remedy_tables([log for log in logs if log.name == "nsa"] * 2)
     shown = capsys.readouterr().out
     for log in logs:
-        assert f"{log.value('final')['loss'] / math.log(2):.4f}" in shown
+        bits = f"{log.value('final')['loss'] / math.log(2):.4f}"
+        assert bits in shown and (f"| nsa | {bits} / {bits} | " in shown) == (log.name == "nsa")
     import draw
 
     for what in ("positions", "choice", "recovery"):

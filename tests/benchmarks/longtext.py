@@ -438,18 +438,26 @@ REMEDIES = {  # of a poor choice of blocks
 
 
 def choice_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
-    common = {"seed": args.seed, "learning_rate": args.rate}
-    jobs = {name.replace(" ", "-"): REMEDIES[name] for name in args.remedies}
-    return [job(args.out / name, extra, **common, **settings) for name, settings in jobs.items()]
+    jobs = []
+    for seed, name in itertools.product(args.seeds, args.remedies):
+        settings = {"seed": seed, "learning_rate": args.rate, **REMEDIES[name]}
+        jobs.append(job(args.out / f"{name}-{seed}".replace(" ", "-"), extra, **settings))
+    return jobs
 
 
 def remedy_tables(logs: list[Log]) -> None:
-    print("\n| | bits a byte | nats at the last half | tokens/s |\n" + "|---" * 4 + "|")
-    for log in logs:
-        if log.value("final"):
-            cells = (*losses_of(log.value("final")), f"{log.value('tokens_per_second'):,.0f}")
-            print(f"| {log.name} | " + " | ".join(cells) + " |")
-    choice_tables([log for log in logs if log.value("final")])
+    """Loss, tokens/s, and what blocks hold of dense attention: the mean over layers, of each seed."""
+    done = [log for log in logs if log.value("final")]
+    held = ("chosen", "best", "random")
+    print("\n| | bits a byte | nats at the last half | tokens/s | " + " | ".join(held) + " |\n" + "|---" * 7 + "|")
+    for name, of_name in itertools.groupby(done, lambda log: log.name.rsplit("-", 1)[0]):
+        rows = []
+        for log in of_name:
+            layers = log.value("final")["layers"].values()
+            means = (f"{statistics.mean(each[which] for each in layers):.2f}" for which in held)
+            rows.append((*losses_of(log.value("final")), f"{log.value('tokens_per_second'):,.0f}", *means))
+        print(f"| {name.replace('-', ' ')} | " + " | ".join(map(" / ".join, zip(*rows, strict=True))) + " |")
+    choice_tables(done)
 
 
 LONG = {
@@ -467,7 +475,7 @@ CONVERT = {
 }
 CHOICE = {
     "--remedies": dict(nargs="+", choices=REMEDIES, default=list(REMEDIES)),
-    "--seed": dict(type=int, default=1337),
+    "--seeds": dict(type=int, nargs="+", default=[1337, 1338, 1339]),
     "--rate": dict(type=float, default=1e-3),
 }
 EXPERIMENTS = {
