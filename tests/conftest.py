@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -309,7 +310,15 @@ def assert_step_as_exact_as_plain(case: Case, step: Step, x: dict[str, Tensor], 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share, seen, dropped = int(os.environ.get("NSA_SLOW_SHARE", "1")), Counter(), []  # CI: of each slow test's cases
+    for item in [item for item in items if "slow" in item.keywords]:
+        function = item.nodeid.split("[")[0]
+        if seen[function] % share:
+            dropped.append(item)
+        seen[function] += 1
+    items[:] = [item for item in items if item not in set(dropped)]
+    config.hook.pytest_deselected(items=dropped)
     if torch.cuda.is_available():
         return
     for item in items:
