@@ -193,7 +193,7 @@ OF_CHOICE = {"best": INK, "chosen": NSA, "random": LOCAL, "forced": EDGE}
 
 
 def best_runs(logs: list[Log]) -> dict[str, list[Log]]:
-    """Runs of each attention at its best learning rate, as long as NSA's."""
+    """Logs by attention, of its best learning rate and of as many steps as NSA's."""
     from longtext import best_rate
 
     done = [log for log in logs if log.value("final")]

@@ -369,7 +369,7 @@ def losses_of(final: dict[str, Any]) -> tuple[str, str]:
 
 
 def choice_tables(logs: list[Log]) -> None:
-    """What the chosen blocks hold of dense attention, and gates, by layer, for each run of NSA."""
+    """Print by layer, for each run of NSA, shares of dense attention in the chosen blocks, and gates."""
     for log in logs:
         layers = log.value("final")["layers"]
         if layers:

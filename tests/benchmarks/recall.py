@@ -26,8 +26,10 @@ that nothing can be learnt by heart.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -62,7 +64,7 @@ NOTHING = -100  # target where nothing is asked for
 
 # ── Tasks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass(frozen=True)
-class Task(script.Settings):
+class Task(script.Settings, abc.ABC):
     """Settings of a run, and its data. The blocks are small and overlap, so that each key is in one with its value."""
 
     vocabulary: ClassVar[int]
@@ -113,13 +115,13 @@ class Task(script.Settings):
         """Sequences of that length in a batch of as many tokens as those that the model is trained on."""
         return max(1, self.batch_size * self.context // length)
 
+    @abc.abstractmethod
     def batch(self, iteration: int, random: torch.Generator) -> Batch:
         """A batch to train on."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def examples(self, use: str) -> Iterator[tuple[str, Callable[[torch.Generator], Batch]]]:
         """Batches of an "evaluation" or a "test": the name under which each is counted, and what draws it."""
-        raise NotImplementedError
 
 
 def sample(count: int, of: int, rows: int, random: torch.Generator, log_weights: Tensor | float = 0.0) -> Tensor:
@@ -140,7 +142,7 @@ class Recall(Task):
 
     def examples(self, use: str) -> Iterator[tuple[str, Callable[[torch.Generator], Batch]]]:
         for length in [self.context] if use == "evaluation" else self.lengths:
-            draw = lambda random, length=length: recall_batch(self.pairs, self.rows(length), length, random)  # noqa: E731
+            draw = functools.partial(recall_batch, self.pairs, self.rows(length), length)
             yield from itertools.repeat((str(length), draw), self.eval_batches if use == "evaluation" else 8)
 
 

@@ -158,7 +158,7 @@ def missing(jobs: list[Job], overwrite: bool) -> list[Job]:
 
 
 def slots(gpus: list[str] | None, side_by_side: int | None) -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each job of those that run at once; None: as it is here.
+    """CUDA_VISIBLE_DEVICES of each job that runs at the same time; None: as it is here.
 
     >>> slots(["0", "1"], 2)
     ['0', '1', '0', '1']
