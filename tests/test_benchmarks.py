@@ -401,7 +401,7 @@ def make_job(tmp_path: Path) -> Callable[..., runs.Job]:
 
 def test_jobs_run_side_by_side_on_all_gpus(make_job: Callable[..., runs.Job]) -> None:
     jobs = [make_job(name, seconds=0.3) for name in "abcde"]
-    assert runs.run_all(jobs, ["0", "7"], seconds=60) == []
+    assert runs.run_all(lambda: jobs, ["0", "7"], seconds=60) == []
     logs = runs.read_logs(jobs[0].folder.parent)
     assert [log.name for log in logs] == list("abcde") and all(log.complete for log in logs)
     assert {log.gpu for log in logs} == {"0", "7"}
@@ -414,7 +414,7 @@ def test_a_failing_job_is_named_and_stops_no_other(
     make_job: Callable[..., runs.Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = [make_job("bad", code=3), make_job("good"), make_job("other")]
-    assert runs.run_all(jobs, [None], seconds=60) == jobs[:1]
+    assert runs.run_all(lambda: jobs, [None], seconds=60) == jobs[:1]
     assert re.search(r" bad: \d+ s, exit code 3; said last\n", capsys.readouterr().out)
     assert [log.complete for log in runs.read_logs(jobs[0].folder.parent)] == [False, True, True]
     assert runs.missing(jobs, overwrite=False) == jobs[:1] and runs.missing(jobs, overwrite=True) == jobs
@@ -424,7 +424,7 @@ def test_a_failing_job_is_named_and_stops_no_other(
 
 def test_after_its_time_all_is_stopped(make_job: Callable[..., runs.Job], capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [make_job("long", seconds=100), make_job("never")]
-    assert runs.run_all(jobs, [None], seconds=0.5) == []
+    assert runs.run_all(lambda: jobs, [None], seconds=0.5) == []
     [log] = runs.read_logs(jobs[0].folder.parent)
     assert log.name == "long" and not log.complete and log.value("exit_code") != 0
     assert "stopped" in capsys.readouterr().out and runs.missing(jobs, overwrite=False) == jobs
@@ -437,8 +437,9 @@ def test_an_interrupt_stops_the_jobs_that_run(
     monkeypatch.setattr(runs.Job, "start", lambda job, gpu: started.append(start(job, gpu)) or started[-1])
     interrupt = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    jobs = [make_job("long", seconds=100), make_job("too", seconds=100)]
     with pytest.raises(KeyboardInterrupt):
-        runs.run_all([make_job("long", seconds=100), make_job("too", seconds=100)], [None, None], seconds=60)
+        runs.run_all(lambda: jobs, [None, None], seconds=60)
     assert len(started) == 2 and all(process.poll() not in (None, 0) for process in started)
 
 

@@ -21,7 +21,6 @@ import itertools
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import longtext
@@ -113,18 +112,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def run_rounds(experiment: Experiment, args: argparse.Namespace, extra: list[str]) -> list[Job]:
-    """Run the jobs of an experiment, then those that it has once these are done; returns those that failed."""
-    begin, tried, failed = time.monotonic(), set(), []
-    while True:
-        jobs = experiment.jobs(args, extra)
-        to_run = [job for job in missing(jobs, args.overwrite) if job.folder not in tried]
-        seconds = args.seconds - (time.monotonic() - begin)
-        if tried and (not to_run or seconds <= 0):
-            return failed
-        print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
-        failed += run_all(to_run, slots(args.gpus, args.side_by_side), seconds)
-        tried |= {job.folder for job in jobs}
+def run(experiment: Experiment, args: argparse.Namespace, extra: list[str]) -> list[Job]:
+    """Run the jobs of an experiment, and those that it has once others are done; returns those that failed."""
+    jobs = experiment.jobs(args, extra)
+    to_run = missing(jobs, args.overwrite)
+    print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
+    wanted = lambda: missing(experiment.jobs(args, extra), args.overwrite)  # noqa: E731
+    return run_all(wanted, slots(args.gpus, args.side_by_side), args.seconds)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(own)
     experiment = EXPERIMENTS[args.what]
     try:
-        failed = [] if args.tables else run_rounds(experiment, args, words[len(own) + 1 :])
+        failed = [] if args.tables else run(experiment, args, words[len(own) + 1 :])
         logs = read_logs(args.out)
         if not logs:
             raise ValueError(f"out = {args.out}: there is no log of a run in it")

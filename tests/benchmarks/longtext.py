@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runs import Experiment, Job, Log, header, rates_to_run, read_logs
+from runs import Experiment, Job, Log, header, known_rate, rates_to_run, read_logs
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -325,13 +325,15 @@ def as_words(value: object) -> list[str]:
 
 def long_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     jobs, logs = [], read_logs(args.out)
-    for variant, seed in itertools.product(args.variants, args.seeds):
-        for rate in rates_to_run(args, seed, [log for log in logs if log.variant == variant], best_rate):
-            settings = {"variant": variant, "seed": seed, "learning_rate": rate}
-            jobs.append(job(args.out / f"{variant}-{rate:g}-{seed}", extra, **settings))
-            if variant == "dense" and args.dense_steps:
-                folder = args.out / f"dense-as-long-as-nsa-{rate:g}-{seed}"
-                jobs.append(job(folder, extra, **settings | {"iterations": args.dense_steps}))
+    for variant in args.variants:
+        rate = known_rate(args, [log for log in logs if log.variant == variant], best_rate)
+        for seed in args.seeds:
+            settings = {"variant": variant, "seed": seed}
+            for each in rates_to_run(args, seed, rate):
+                jobs.append(job(args.out / f"{variant}-{each:g}-{seed}", extra, **settings, learning_rate=each))
+            if variant == "dense" and args.dense_steps and rate is not None:
+                shorter = [*extra, "--iterations", str(args.dense_steps)]
+                jobs.append(job(args.out / f"dense-as-long-as-nsa-{seed}", shorter, **settings, learning_rate=rate))
     return jobs
 
 

@@ -41,7 +41,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from runs import Experiment, Job, Log, header, rates_to_run, read_logs
+from runs import Experiment, Job, Log, header, known_rate, rates_to_run, read_logs
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -426,11 +426,12 @@ def recall_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
 def mqar_jobs(args: argparse.Namespace, extra: list[str]) -> list[Job]:
     """Wide models first, which take longest."""
     jobs, logs = [], read_logs(args.out)
-    for dim, variant, seed in itertools.product(sorted(args.dims)[::-1], args.variants, args.seeds):
-        of_model = [log for log in logs if (log.variant, log.dim) == (variant, dim)]
-        for rate in rates_to_run(args, seed, of_model, best_rate):
-            flags = {"variant": variant, "dim": dim, "learning_rate": rate, "seed": seed}
-            jobs.append(job(f"{variant}-{dim}-{rate:g}-{seed}", args, extra, **flags))
+    for dim, variant in itertools.product(sorted(args.dims)[::-1], args.variants):
+        rate = known_rate(args, [log for log in logs if (log.variant, log.dim) == (variant, dim)], best_rate)
+        for seed in args.seeds:
+            for each in rates_to_run(args, seed, rate):
+                flags = {"variant": variant, "dim": dim, "learning_rate": each, "seed": seed}
+                jobs.append(job(f"{variant}-{dim}-{each:g}-{seed}", args, extra, **flags))
     return jobs
 
 

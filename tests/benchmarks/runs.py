@@ -126,12 +126,17 @@ def read_logs(out: Path) -> list[Log]:
     return [log for log in logs if log.settings]
 
 
-def rates_to_run(args: Namespace, seed: int, logs: list[Log], best_rate: Callable[[list[Log]], float]) -> list[float]:
-    """Learning rates of a seed: all for the first one; once they have run, for the others the one that was best."""
+def known_rate(args: Namespace, logs: list[Log], best_rate: Callable[[list[Log]], float]) -> float | None:
+    """Best learning rate of the first seed, once all have run."""
     done = [log for log in logs if log.seed == args.seeds[0] and log.complete]
+    return best_rate(done) if {log.learning_rate for log in done} >= set(args.rates) else None
+
+
+def rates_to_run(args: Namespace, seed: int, rate: float | None) -> list[float]:
+    """Learning rates of a seed: all for the first one, for the others that which is known to be the best."""
     if seed == args.seeds[0]:
         return args.rates
-    return [best_rate(done)] if {log.learning_rate for log in done} >= set(args.rates) else []
+    return [] if rate is None else [rate]
 
 
 def header(settings: dict[str, Any]) -> str:
@@ -172,34 +177,40 @@ def slots(gpus: list[str] | None, side_by_side: int | None) -> list[str | None]:
     return gpus * (4 if side_by_side is None else side_by_side) if gpus else [None] * (side_by_side or 1)
 
 
-def run_all(jobs: list[Job], free: list[str | None], seconds: float) -> list[Job]:
+def run_all(wanted: Callable[[], list[Job]], free: list[str | None], seconds: float) -> list[Job]:
     """Run jobs, as many at once as there are free slots, and say of each when it has ended, and how.
 
-    After so many seconds those that run are stopped and no other begins. Returns those that failed.
+    Once a job has ended, `wanted` may have new ones; none is run twice. After so many seconds those that run are
+    stopped and no other begins. Returns those that failed.
     """
-    begin, waiting, failed, stopping = time.monotonic(), list(jobs), [], False
+    begin, waiting, known, failed, stopping = time.monotonic(), [], set(), [], False
     with stopped_at_the_end() as running:  # job, process, its slot, and when it began
-        while running or waiting:
+        while True:
             now = time.monotonic() - begin
             if now > seconds and not stopping:
                 stopping, waiting = True, []
                 for _, process, *_ in running:
                     process.terminate()
+            ended = [each for each in running if each[1].poll() is not None]
+            for each in ended:
+                job, process, slot, start = each
+                running.remove(each)
+                free.append(slot)
+                job.finish(process.returncode, now - start)
+                if process.returncode != 0 and not stopping:
+                    failed.append(job)
+                code = "stopped" if stopping and process.returncode else f"exit code {process.returncode}"
+                print(f"{now:5.0f} s  {job.name}: {now - start:.0f} s, {code}; {job.last_words()}", flush=True)
+            if (ended or not known) and not stopping:
+                new = [job for job in wanted() if job.folder not in known]
+                known |= {job.folder for job in new}
+                waiting += new
             while waiting and free:
                 slot = free.pop(0)
                 running.append((waiting[0], waiting.pop(0).start(slot), slot, now))
-            for each in list(running):
-                job, process, slot, start = each
-                if process.poll() is not None:
-                    running.remove(each)
-                    free.append(slot)
-                    job.finish(process.returncode, now - start)
-                    if process.returncode != 0 and not stopping:
-                        failed.append(job)
-                    code = "stopped" if stopping and process.returncode else f"exit code {process.returncode}"
-                    print(f"{now:5.0f} s  {job.name}: {now - start:.0f} s, {code}; {job.last_words()}", flush=True)
+            if not running:
+                return failed
             time.sleep(0.1)
-    return failed
 
 
 @contextmanager
