@@ -153,6 +153,18 @@ def test_fixed_gates_stay(longtext: ModuleType, dense_run: Path, sources: Path) 
         assert torch.equal(after[name], torch.tensor([1.0, 2.0, 3.0]).expand(4, 3))
 
 
+@pytest.mark.slow
+def test_what_was_frozen_learns_afterwards_in_compiled_code_too(
+    longtext: ModuleType, dense_run: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, mode: compiled(net, backend="aot_eager"))
+    settings = settings_of(longtext, dense_run, sources, frozen=2, compile="default")
+    longtext.train(settings)
+    before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (dense_run, settings.out))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_other_seeds_take_the_best_rate_of_the_first(longtext: ModuleType, sources: Path, tmp_path: Path) -> None:
     import learn
 

@@ -262,6 +262,7 @@ def train(settings: Long) -> None:
                     of_gate = "gate_" in name
                     learns = iteration == settings.frozen or "compress_" in name or of_gate
                     parameter.requires_grad_(learns and not (of_gate and settings.gates == "fixed"))
+                torch.compiler.reset()  # compiled code does not see that a parameter learns from now on
             if iteration < settings.iterations:
                 seed = script.seed_of(settings.seed, "batch", iteration)
                 batch = text.batch("train", settings.batch_size, settings.context, seed)
