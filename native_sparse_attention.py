@@ -599,8 +599,8 @@ class NativeSparseAttention(nn.Module):
             dense = shares(p.k, (token >= start) & (token <= t))
             truth = dense[..., (first[:, None] + torch.arange(cfg.block_size, device=device)).clamp(max=T - 1)].sum(-1)
         guess = shares(k_cmp, (first >= start) & (last <= t))
-        end = start + (position // size - cfg.local_blocks + 1) * size  # of the blocks before the forced ones
-        free = (first >= start + cfg.init_blocks * size) & (last < end) & (last <= t)
+        forced = [_is_forced((token - start) // size, position // size, cfg) for token in (first, last)]
+        free = ~(forced[0] | forced[1]) & (last <= t)
         truth, guess = (y * free[:, None] for y in (truth, guess))
         truth, guess = (y / y.sum(-1, keepdim=True).clamp(min=1e-9) for y in (truth, guess))
         taught = free.any(-1)[None, :, None].expand(truth.shape[:3])
@@ -3304,13 +3304,18 @@ def _choose_blocks(importance: Tensor, query: Tensor, choice: _Choice) -> Tensor
     """
     block = torch.arange(importance.shape[-1], device=importance.device)
     own = (query // choice.select_block_size)[..., None]  # (T, 1): the block that the query stands in
-    forced = (block < choice.init_blocks) | (block > own - choice.local_blocks)
+    forced = _is_forced(block, own, choice)
     # Blocks behind the query take distinct negative scores: they fill what is left over, last and in order.
     scores = importance.masked_fill(forced, math.inf)
     scores = torch.where(block > own, -1.0 - block.to(scores.dtype), scores)
     chosen = _highest(scores, min(choice.topk_blocks, scores.shape[-1]))
     chosen = chosen.masked_fill(chosen > own, -1)  # ascending already puts them last
     return F.pad(chosen, (0, choice.topk_blocks - chosen.shape[-1]), value=-1).int()
+
+
+def _is_forced(block: Tensor, own: Tensor, choice: _Choice | NSAConfig) -> Tensor:
+    """Whether blocks are always chosen: the first, and the last up to the query's own (§3.3.2). True of later ones."""
+    return (block < choice.init_blocks) | (block > own - choice.local_blocks)
 
 
 # PyTorch backend ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -231,8 +231,6 @@ def positions(logs: list[Log]) -> Figure:
             less = [of_window - each for of_window, each in zip(means["window"], mean, strict=True)]
             panels[1].plot(x, less, color=OF_ATTENTION[name], linewidth=1.5)
     panels[1].axhline(0, color=LOCAL, linewidth=1.5)
-    low = min(map(min, means.values()))
-    panels[0].set_ylim(low - 0.05, low + 0.8)
     panels[0].legend(frameon=False, ncols=3, loc="upper right")
     return figure
 
@@ -242,17 +240,17 @@ def choice(logs: list[Log]) -> Figure:
     layers, figure = [log.value("final")["layers"] for log in best_runs(logs)["nsa"]], card(10, 3.6)
     panels = [figure.add_axes((left, 0.17, 0.4, 0.7)) for left in (0.075, 0.575)]
     numbers = [int(number) + 1 for number in layers[0]]
-    plain_axes(panels[0], "layer", "share of dense attention")
+    plain_axes(panels[0], "layer", "share of dense attention in blocks")
     plain_axes(panels[1], "layer", "mean gate")
     for name, colour in OF_CHOICE.items():
         shares = [statistics.mean(each[str(number - 1)][name] for each in layers) for number in numbers]
-        panels[0].plot(numbers, shares, "o-", color=colour, label=f"{name} blocks", markersize=4)
+        panels[0].plot(numbers, shares, "o-", color=colour, label=name, markersize=4)
     for branch, (name, colour) in enumerate({"local": LOCAL, "compressed": COMPRESSED, "selective": SELECTED}.items()):
         gates = [statistics.mean(each[str(number - 1)]["gates"][branch] for each in layers) for number in numbers]
         panels[1].plot(numbers, gates, "o-", color=colour, label=name, markersize=4)
     for axes in panels:
         axes.set(ylim=(0, 1), xticks=numbers)
-        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+        axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(-0.03, 1), columnspacing=1.2)
     return figure
 
 
@@ -266,9 +264,9 @@ def recovery(logs: list[Log]) -> Figure:
         x = [each["iteration"] * log.batch_size * log.context / 1e6 for each in log.evaluations]
         y = [each["val"] for each in log.evaluations]
         colour = DENSE if log.variant == "dense" else next(colours)
-        axes.plot(x, y, color=colour, label=log.name.replace("-", " "), linewidth=2 if log.variant == "dense" else 1.3)
+        axes.plot(x, y, color=colour, label=log.name.replace("-", " "), linewidth=3 if log.variant == "dense" else 1.3)
     lowest = min(log.evaluations[-1]["val"] for log in logs)
-    axes.set_ylim(lowest - 0.02, lowest + 0.3)
+    axes.set_ylim(top=min(axes.get_ylim()[1], lowest + 0.3))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 

@@ -157,21 +157,15 @@ def block_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> 
     return dense, importance, nsa.select_blocks(p.q, k_cmp, lse, **cfg.selection)[:, t].long()
 
 
-def free_blocks(cfg: nsa.NSAConfig, t: Tensor, count: int) -> Tensor:
-    """Blocks (Q, 1, N) that the queries at positions t may choose: neither forced nor later."""
-    block = torch.arange(count, device=t.device)
-    own = (t // cfg.select_block_size)[:, None, None]
-    return (block >= cfg.init_blocks) & (block <= own - cfg.local_blocks)
-
-
 @torch.no_grad()
 def held_shares(attention: nsa.NativeSparseAttention, x: Tensor, t: Tensor) -> dict[str, float]:
     """Share of dense attention that 16 blocks hold: the chosen ones, the best, random ones, and the forced alone."""
     cfg = attention.cfg
     dense, _, chosen = block_shares(attention, x, t)
     count = dense.shape[-1]
-    free, own = free_blocks(cfg, t, count), (t // cfg.select_block_size)[:, None, None]
-    forced = ~free & (torch.arange(count, device=x.device) <= own)
+    block, own = torch.arange(count, device=x.device), (t // cfg.select_block_size)[:, None, None]
+    always = nsa._is_forced(block, own, cfg)  # and those behind the query
+    free, forced = ~always, always & (block <= own)
     of_forced = dense.where(forced, 0).sum(-1)
     slots = cfg.topk_blocks - cfg.init_blocks - cfg.local_blocks
     best = dense.where(free, 0).topk(slots).values.sum(-1)
