@@ -154,7 +154,7 @@ class NSAConfig:
         selection_loss: weight of a loss by which compressed keys learn what to choose, which no other gradient tells
             them: 16 random queries of each row compare their blocks' shares of dense attention and of the compressed
             branch. In training, its gradient comes on top of that of any loss, to the compressors of keys alone; no
-            output changes. 0.1 does it; 0: none.
+            output changes. 0.1 does it; 0: none, as "avgpool" needs it.
         dropout: probability on the output projection and in the feed-forward, never on attention probabilities.
         bias: True: projections, feed-forward and norms have biases.
         ffn_mult: hidden width of the feed-forward, in units of dim.
@@ -266,6 +266,8 @@ class NSAConfig:
         _check(_finite(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         weight = self.selection_loss
         _check(_finite(weight) and weight >= 0, "selection_loss", weight, "must be a finite number of at least 0")
+        rule = "must be 0 with compression='avgpool', in which nothing can learn"
+        _check(weight == 0 or self.compression != "avgpool", "selection_loss", weight, rule)
         self._check_rope()
         eps = self.qk_norm
         rule = "must be the norm's eps, a finite number above 0 such as 1e-6, or None"

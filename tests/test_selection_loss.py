@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from native_sparse_attention import NativeSparseAttention, NSABlock, NSAConfig
+from native_sparse_attention import AvgPoolCompressor, NativeSparseAttention, NSABlock, NSAConfig
 
 SIZES = {"dim": 24, "heads": 4, "kv_heads": 2, "dim_head": 8, "seq_len": 96, "local_window": 8, "block_size": 8}
 SIZES |= {"stride": 4, "select_block_size": 8, "topk_blocks": 5, "init_blocks": 1, "local_blocks": 2}
@@ -125,7 +125,7 @@ def test_short_sequences_have_nothing_to_choose(T: int) -> None:
 
 
 def test_it_works_without_parameters_in_autocast_and_in_a_block() -> None:
-    attention, x = make(compression="avgpool")
+    attention, x = make(compression=AvgPoolCompressor)
     assert all((gradient == 0).all() for gradient in gradients(attention, (attention(x) * 0).sum()).values())
     torch.manual_seed(0)
     block = NSABlock(NSAConfig(**SIZES, selection_loss=1.0, rope_theta=100.0, qk_norm=1e-6))
@@ -149,3 +149,8 @@ def test_compiled_code_has_it_in_its_graph(batch: str) -> None:
 def test_weights_that_are_refused(weight: object) -> None:
     with pytest.raises(ValueError, match="selection_loss = .*must be a finite number of at least 0"):
         NSAConfig(**SIZES, selection_loss=weight)
+
+
+def test_means_have_nothing_to_learn() -> None:
+    with pytest.raises(ValueError, match="selection_loss = 0.1: must be 0 with compression='avgpool'"):
+        NSAConfig(**SIZES | {"compression": "avgpool"}, selection_loss=0.1)
