@@ -417,9 +417,9 @@ def test_a_failing_job_is_named_and_stops_no_other(
     assert runs.run_all(lambda: jobs, [None], seconds=60) == jobs[:1]
     assert re.search(r" bad: \d+ s, exit code 3; said last\n", capsys.readouterr().out)
     assert [log.complete for log in runs.read_logs(jobs[0].folder.parent)] == [False, True, True]
-    assert runs.missing(jobs, overwrite=False) == jobs[:1] and runs.missing(jobs, overwrite=True) == jobs
+    assert runs.missing(jobs) == jobs[:1]
     with pytest.raises(ValueError, match="good has a run with other flags .*--overwrite"):
-        runs.missing([make_job("good", seconds=1)], overwrite=False)
+        runs.missing([make_job("good", seconds=1)])
 
 
 def test_after_its_time_all_is_stopped(make_job: Callable[..., runs.Job], capsys: pytest.CaptureFixture[str]) -> None:
@@ -427,7 +427,7 @@ def test_after_its_time_all_is_stopped(make_job: Callable[..., runs.Job], capsys
     assert runs.run_all(lambda: jobs, [None], seconds=0.5) == []
     [log] = runs.read_logs(jobs[0].folder.parent)
     assert log.name == "long" and not log.complete and log.value("exit_code") != 0
-    assert "stopped" in capsys.readouterr().out and runs.missing(jobs, overwrite=False) == jobs
+    assert "stopped" in capsys.readouterr().out and runs.missing(jobs) == jobs
 
 
 def test_an_interrupt_stops_the_jobs_that_run(
@@ -553,6 +553,19 @@ def test_the_best_rate_is_that_of_the_first_seed(slow: list[tuple[int, float]], 
     assert (task.learning_rate, task.seed, len(jobs)) == (best, 2, 3)
     jobs = recall.mqar_jobs(learn.parse([*words, "1e-3", "3e-3", "5e-3"]), [])
     assert len(jobs) == 3, "the second seed waits for the first"
+
+
+def test_runs_of_before_tell_nothing_to_those_that_overwrite_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rate in (1e-3, 3e-3):
+        made_up_log(tmp_path / "mqar", rate, 1, (1, 0.999))
+    words = ["mqar", "--out", str(tmp_path), "--variants", "nsa", "--dims", "64", "--seeds", "1", "2"]
+    args = learn.parse([*words, "--rates", "1e-3", "3e-3", "--overwrite"])
+    assert len(recall.mqar_jobs(args, [])) == 3
+    monkeypatch.setattr(learn, "run_all", lambda wanted, free, seconds: wanted())
+    jobs = learn.run(learn.EXPERIMENTS["mqar"], args, [])
+    assert [recall.parse("mqar", job.command[4:]).seed for job in jobs] == [1, 1]
 
 
 def test_jobs_have_the_settings_of_the_experiment(tmp_path: Path) -> None:

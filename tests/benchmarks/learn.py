@@ -114,11 +114,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(experiment: Experiment, args: argparse.Namespace, extra: list[str]) -> list[Job]:
     """Run the jobs of an experiment, and those that it has once others are done; returns those that failed."""
+    free = slots(args.gpus, args.side_by_side)
+    if args.overwrite:
+        for job in experiment.jobs(args, extra):  # at once: what earlier runs found tells nothing to these
+            job.forget()
     jobs = experiment.jobs(args, extra)
-    to_run = missing(jobs, args.overwrite)
+    to_run = missing(jobs)
     print(f"{len(to_run)} runs, {len(jobs) - len(to_run)} are complete in {args.out}", flush=True)
-    wanted = lambda: missing(experiment.jobs(args, extra), args.overwrite)  # noqa: E731
-    return run_all(wanted, slots(args.gpus, args.side_by_side), args.seconds)
+    return run_all(lambda: missing(experiment.jobs(args, extra)), free, args.seconds)
 
 
 def main(arguments: list[str] | None = None) -> int:

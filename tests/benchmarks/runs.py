@@ -33,7 +33,8 @@ class Experiment:
     """Jobs of an experiment and its tables.
 
     `flags` are flags of its own, each with arguments of add_argument. `jobs` takes the parsed flags, `out` (the folder
-    of the experiment) among them, and the words after --, which are for every job. `tables` prints.
+    of the experiment) among them, and the words after --, which are for every job; it is asked again when a job has
+    ended, since the jobs of an experiment may follow from what others found. `tables` prints.
     """
 
     summary: str
@@ -62,10 +63,14 @@ class Job:
     def printed(self) -> Path:
         return self.folder / "printed.txt"
 
+    def forget(self) -> None:
+        """Remove the log of an earlier run."""
+        for log in self.folder.glob("*.jsonl"):
+            log.unlink()
+
     def start(self, gpu: str | None) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for log in self.folder.glob("*.jsonl"):  # of an earlier run
-            log.unlink()
+        self.forget()
         visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with self.printed.open("w") as printed:
             command = [sys.executable, *self.command]
@@ -147,10 +152,8 @@ def header(settings: dict[str, Any]) -> str:
 
 
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def missing(jobs: list[Job], overwrite: bool) -> list[Job]:
-    """Jobs whose log is not complete. A complete log of other flags is not lost for want of --overwrite."""
-    if overwrite:
-        return jobs
+def missing(jobs: list[Job]) -> list[Job]:
+    """Jobs whose log is not complete. A complete log of other flags is an error: it would be lost."""
     missing = []
     for job in jobs:
         log = Log(job.folder)
