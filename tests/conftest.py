@@ -79,7 +79,7 @@ def forget_plans() -> None:
 
 
 def hasten() -> None:
-    """Spares the interpreter two thirds of its time: what it would make anew for each operation is kept.
+    """Spares the interpreter half of its time: what it would make anew for each operation is kept.
 
     It replaces the functions of Triton's language by its own when a kernel starts, and in Triton 3.9 again in every
     call of a function by the kernel: here, only the first call from each module does that. It makes the type and the

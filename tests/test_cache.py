@@ -501,13 +501,14 @@ def test_kernels_write_nothing_past_the_end(
 @interpreted
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("seed", range(2))
 @every_config_with("knowledge", list(KNOWLEDGE))
 def test_random_use_of_kernels(
-    name: str, knowledge: str, random: Random, by_kernels: None, monkeypatch: pytest.MonkeyPatch
+    name: str, knowledge: str, seed: int, random: Random, by_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls of its own for each configuration."""
     exact = build_block(random, **CONFIGS[name] | {"topk_blocks": 12})
-    use = Use(exact, list(CONFIGS).index(name), random, *KNOWLEDGE[knowledge], kernels=True)
+    use = Use(exact, 2 * list(CONFIGS).index(name) + seed, random, *KNOWLEDGE[knowledge], kernels=True)
     if not use.reads:
         monkeypatch.setattr(nsa, "_readable", lambda x: False)
     use.go_on(12)
