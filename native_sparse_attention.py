@@ -154,8 +154,8 @@ class NSAConfig:
         selection_loss: weight of a loss by which compressed keys learn what to choose, which no other gradient tells
             them: 16 random queries of each row compare their blocks' shares of dense attention and of the compressed
             branch. In training, its gradient comes on top of that of any loss, whatever factor that one has
-            (accumulation, GradScaler), to the compressors of keys alone; no output changes. 0.1 does it; 0: none,
-            as "avgpool" needs it.
+            (accumulation, GradScaler), to the compressors of keys alone; no output changes. 0.1 does it; 0: none;
+            "avgpool", which cannot learn, takes no other.
         dropout: probability on the output projection and in the feed-forward, never on attention probabilities.
         bias: True: projections, feed-forward and norms have biases.
         ffn_mult: hidden width of the feed-forward, in units of dim.
